@@ -1,0 +1,353 @@
+"""What adapterctl offers: every verb, and the shapes it answers with.
+
+The command line, Python callers and a remote client speak this interface; the JSON of `-o json` is the plain rendering
+of these views (`registry/wire.py`), so a field added here appears everywhere. Times are ISO 8601 in UTC.
+Every verb raises errors of `domain/errors.py` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .domain.job import Job, JobEvent
+from .domain.recipe import MergeRequest
+from .domain.refs import Ref
+from .domain.version import Base, FileRecord
+
+Direction = Literal["up", "down", "both"]
+
+
+@dataclass(frozen=True, slots=True)
+class ParentView:
+    ref: str
+    weight: float | None
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class VersionView:
+    """A version as people see it. `loss` is the relative loss that its receipt measured (merges only)."""
+
+    ref: str
+    name: str
+    number: int
+    id: str
+    kind: str
+    state: str
+    base: str
+    base_id: str
+    rank: int
+    dtype: str
+    modules: int
+    parameters: int
+    size_bytes: int
+    content_digest: str
+    created_at: str
+    created_by: str
+    stages: tuple[str, ...] = ()
+    parents: tuple[ParentView, ...] = ()
+    method: str | None = None
+    loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    license: str | None = None
+    dataset: str | None = None
+    source: str | None = None
+    recipe_digest: str | None = None
+    recipe: Mapping[str, Any] | None = None
+    receipt: Mapping[str, Any] | None = None
+    files: tuple[FileRecord, ...] = ()
+    run_id: str = ""
+    model_id: str = ""
+    location: str = ""
+    mlflow_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterView:
+    name: str
+    versions: int
+    latest: str
+    base: str
+    stages: Mapping[str, str]
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """`created` is False when the same bytes were registered before: then this is that version."""
+
+    version: VersionView
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A merge that was queued, or the version that the same recipe made before (`job` is None then)."""
+
+    into: str
+    recipe_digest: str
+    method: str
+    rank: int
+    parents: tuple[ParentView, ...]
+    job: Job | None
+    version: VersionView | None
+    deduplicated: bool
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a method would give for these parents: `loss` is ||merged - exact sum|| / ||exact sum||."""
+
+    method: str
+    rank: int
+    size_bytes: int
+    loss: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PairView:
+    """How two parents meet, averaged over shared modules: cosine of the deltas, overlap of row and column spaces."""
+
+    first: str
+    second: str
+    shared_modules: int
+    cosine: float
+    row_overlap: float
+    column_overlap: float
+    norm_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlanView:
+    into: str
+    recipe_digest: str
+    method: str
+    rank: int
+    dtype: str
+    size_bytes: int
+    base: str
+    parents: tuple[ParentView, ...]
+    forecasts: tuple[Forecast, ...]
+    pairs: tuple[PairView, ...]
+    warnings: tuple[str, ...]
+    exists: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LineageEdgeView:
+    child: str
+    parent: str
+    kind: str
+    weight: float | None
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class LineageView:
+    """The graph around `root`: every version reached, and the edges between them."""
+
+    root: str
+    direction: Direction
+    versions: tuple[VersionView, ...]
+    edges: tuple[LineageEdgeView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DiffView:
+    """Two versions side by side: fields that differ, and how their deltas relate (None where bases differ)."""
+
+    first: str
+    second: str
+    same_content: bool
+    fields: Mapping[str, tuple[Any, Any]]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    cosine: float | None
+    distance: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its 90 % paired bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionRow:
+    """One task of one suite: the base, the parent that owns the suite, the child, and what the child kept.
+
+    `retention` is child / parent (parent / child where lower is better); `gain_kept` is
+    (child - base) / (parent - base), None where the parent does not beat the base beyond its interval.
+    """
+
+    suite: str
+    task: str
+    metric: str
+    direction: Literal["higher", "lower"]
+    owner: str
+    samples: int
+    base: float
+    parents: Mapping[str, float]
+    child: float
+    retention: Interval | None
+    gain_kept: Interval | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionView:
+    ref: str
+    rows: tuple[RetentionRow, ...]
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StageEventView:
+    seq: int
+    stage: str
+    action: str
+    ref: str | None
+    previous: str | None
+    actor: str
+    reason: str
+    at: str
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryView:
+    """`findings` is None unless verification was asked for; empty means every link holds. `head` is the last hash."""
+
+    name: str
+    events: tuple[StageEventView, ...]
+    head: str
+    findings: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """`verdict` of the stored bytes against the manifest, and of the recipe run again (merges)."""
+
+    ref: str
+    files: Literal["intact", "damaged"]
+    recipe: Literal["identical", "equal within bound", "different", "not a merge", "skipped"]
+    distance: float | None
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OptionView:
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True, slots=True)
+class MethodView:
+    name: str
+    summary: str
+    when: str
+    exact: bool
+    cost: str
+    paper: str
+    options: tuple[OptionView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of `doctor`."""
+
+    name: str
+    status: Literal["ok", "warning", "error"]
+    detail: str
+    hint: str = ""
+
+
+class RegistryAPI(Protocol):
+    """Every verb. `Ref` arguments are resolved by the registry; unknown names raise `NotFound` with a suggestion."""
+
+    # register and read
+    def register(
+        self,
+        source: str,
+        *,
+        name: str,
+        base: str | None = None,
+        kind: Literal["import", "train"] = "import",
+        trained_from: Ref | None = None,
+        metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        dataset: str | None = None,
+        license: str | None = None,
+        suite: str | None = None,
+        assume_converted: bool = False,
+    ) -> Registered: ...
+    def adapters(self) -> list[AdapterView]: ...
+    def versions(
+        self,
+        name: str | None = None,
+        *,
+        base: str | None = None,
+        tag: Mapping[str, str] | None = None,
+        stage: str | None = None,
+        metric: Sequence[str] = (),
+        removed: bool = False,
+    ) -> list[VersionView]:
+        """`metric` holds conditions such as `bleu>0.3` (operators < <= > >= =)."""
+        ...
+    def version(self, ref: Ref) -> VersionView: ...
+    def diff(self, first: Ref, second: Ref) -> DiffView: ...
+    def pull(self, ref: Ref, folder: Path) -> VersionView: ...
+    def bases(self) -> list[tuple[Base, tuple[str, ...]]]: ...
+    def add_base(self, name: str, *, folder: Path | None = None, revision: str | None = None) -> Base: ...
+    def alias_base(self, spelling: str, base: str) -> Base: ...
+    def merge_bases(self, keep: str, drop: str) -> Base: ...
+
+    # merge
+    def methods(self) -> list[MethodView]: ...
+    def plan(self, request: MergeRequest) -> PlanView: ...
+    def merge(self, request: MergeRequest) -> Submitted: ...
+    def verify(self, ref: Ref, *, rerun: bool = True) -> Verification: ...
+    def remove(self, ref: Ref, *, reason: str) -> VersionView: ...
+
+    # lineage
+    def lineage(self, ref: Ref, *, direction: Direction = "both", depth: int | None = None) -> LineageView: ...
+
+    # jobs
+    def jobs(self, *, state: str | None = None, kind: str | None = None, limit: int = 100) -> list[Job]: ...
+    def job(self, job_id: str) -> Job: ...
+    def job_events(self, job_id: str, after: int = 0) -> list[JobEvent]: ...
+    def follow(self, job_id: str, *, timeout_s: float | None = None) -> Iterator[Job]:
+        """Yield the job whenever it changes, the ended one last. Raises `WaitTimedOut`; stopping cancels nothing."""
+        ...
+    def cancel(self, job_id: str) -> Job: ...
+    def retry(self, job_id: str) -> Job: ...
+
+    # evaluation
+    def evaluate(self, refs: Sequence[Ref], *, suites: Sequence[str], limit: int | None = None) -> Job: ...
+    def set_suite(self, name: str, suite: str) -> None: ...
+    def retention(self, ref: Ref) -> RetentionView: ...
+
+    # stages
+    def promote(self, ref: Ref, *, to: str, reason: str = "") -> StageEventView: ...
+    def rollback(self, name: str, *, stage: str, reason: str = "") -> StageEventView: ...
+    def demote(self, name: str, *, stage: str, reason: str = "") -> StageEventView: ...
+    def adopt(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
+        """Accept where MLflow's alias points now as a change of the stage, recorded as such."""
+        ...
+    def history(self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None) -> HistoryView: ...
+
+    # the registry itself
+    def doctor(self) -> list[Check]: ...

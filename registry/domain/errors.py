@@ -1,0 +1,120 @@
+"""Every error that adapterctl raises on purpose: one tree, each with a stable code and a next step.
+
+    AdapterctlError
+    ├── InvalidInput            the request itself is wrong
+    │   └── Misconfigured       settings or stores that do not belong together
+    ├── NotFound                a name, version, job or file that is not there
+    ├── NotAllowed              the caller lacks the right, or the place is read-only
+    ├── Refused                 a rule says no; nothing was changed
+    │   ├── InvalidAdapter      intake: the files are not an adapter that we can prove
+    │   ├── IncompatibleParents preflight: these parents cannot be merged exactly
+    │   ├── LossTooHigh         the merge would lose more than --max-loss
+    │   ├── StageMoved          the stage is not where the caller (or the ledger) says
+    │   └── HasDescendants      deletion of a version that others descend from
+    ├── Conflict                another writer was first; try again
+    ├── Corrupt                 stored bytes are not what the manifest says
+    ├── Unavailable             a store, folder or extra that is needed cannot be used
+    ├── JobFailed / JobCancelled / WaitTimedOut
+
+A message says what happened with the value and what was expected; `hint` says what to do next. No error knows
+an exit code or an HTTP status: each surface keeps its own table, and a test checks that no class is missing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One finding of a check that reports all of its findings at once."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+class AdapterctlError(Exception):
+    """Base of all errors; `problems` carries every finding where a check has several."""
+
+    code: ClassVar[str] = "failure"
+
+    def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.problems = tuple(problems)
+
+
+class InvalidInput(AdapterctlError):
+    code = "invalid_input"
+
+
+class Misconfigured(InvalidInput):
+    code = "misconfigured"
+
+
+class NotFound(AdapterctlError):
+    code = "not_found"
+
+
+class NotAllowed(AdapterctlError):
+    code = "not_allowed"
+
+
+class Refused(AdapterctlError):
+    code = "refused"
+
+
+class InvalidAdapter(Refused):
+    code = "invalid_adapter"
+
+
+class IncompatibleParents(Refused):
+    code = "incompatible_parents"
+
+
+class LossTooHigh(Refused):
+    code = "loss_too_high"
+
+
+class StageMoved(Refused):
+    code = "stage_moved"
+
+
+class HasDescendants(Refused):
+    code = "has_descendants"
+
+
+class Conflict(AdapterctlError):
+    code = "conflict"
+
+
+class Corrupt(AdapterctlError):
+    code = "corrupt"
+
+
+class Unavailable(AdapterctlError):
+    code = "unavailable"
+
+
+class JobFailed(AdapterctlError):
+    code = "job_failed"
+
+
+class JobCancelled(AdapterctlError):
+    code = "job_cancelled"
+
+
+class WaitTimedOut(AdapterctlError):
+    code = "wait_timed_out"
+
+
+def raise_all(error: type[AdapterctlError], summary: str, problems: Sequence[Problem], *, hint: str = "") -> None:
+    """Raise `error` with every problem in its message; do nothing when there is none."""
+    if not problems:
+        return
+    lines = "".join(f"\n  {p.code}: {p.message}" + (f" ({p.hint})" if p.hint else "") for p in problems)
+    raise error(f"{summary}{lines}", hint=hint, problems=problems)

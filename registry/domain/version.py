@@ -1,0 +1,105 @@
+"""Facts of record: a base, a version of an adapter, and the edges between versions. Appended, never edited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .adapter import AdapterFacts
+
+VersionKind = Literal["import", "train", "merge"]
+EdgeKind = Literal["merge", "trained_from", "supersedes", "imported"]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model an adapter applies to. Spellings (hub id, path, ...) are aliases that lead to one id."""
+
+    id: str
+    name: str
+    revision: str | None = None
+    config_digest: str | None = None
+    weights_digest: str | None = None
+    tokenizer_digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One stored file of a version, as the manifest lists it."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """Everything that is known before a version gets its number; the input of registration.
+
+    `facts` describe the staged weights, `params`, `tags`, `metrics` and `dataset` are the caller's own words.
+    `recipe` (canonical JSON object) and `receipt` are set for merges only.
+    """
+
+    adapter: str
+    kind: VersionKind
+    content_digest: str
+    base: Base
+    facts: AdapterFacts
+    license: str | None = None
+    source: str | None = None
+    dataset: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    recipe_digest: str | None = None
+    recipe: Mapping[str, Any] | None = None
+    receipt: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where MLflow keeps a version: its number there, the LoggedModel, the run and the artifact location."""
+
+    number: int
+    model_id: str
+    run_id: str
+    location: str
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """One immutable version: what was registered and where it lies. `id` is a UUIDv7 of ours."""
+
+    id: str
+    adapter_id: str
+    created_at: float
+    created_by: str
+    state: Literal["live", "removed"]
+    spec: NewVersion
+    placement: Placement
+
+    @property
+    def name(self) -> str:
+        return self.spec.adapter
+
+    @property
+    def number(self) -> int:
+        return self.placement.number
+
+    @property
+    def label(self) -> str:
+        return f"{self.spec.adapter}:v{self.placement.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """`child` descends from `parent`; `position` is the parent's place in the recipe, its order matters."""
+
+    child_id: str
+    position: int
+    parent_id: str
+    kind: EdgeKind
+    weight: float | None = None
+    recipe_digest: str | None = None

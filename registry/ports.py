@@ -1,0 +1,198 @@
+"""What the registry needs from the world: a ledger of facts, MLflow as the version store, and a doorbell.
+
+Each port has more than one implementation (the real one and the contract-tested fake, or several products). All times
+are seconds since the epoch by the ledger's own clock. A method that takes `attempt` is fenced: it changes nothing and
+returns False unless the job is running under exactly that attempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .domain.evals import EvalReport
+from .domain.job import Job, JobEvent, JobState, NewJob, Progress
+from .domain.stage import StageAction, StageEvent
+from .domain.version import AdapterVersion, Base, Edge, NewVersion, Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A parent as registration needs it: the version and its weight (None where the edge has none)."""
+
+    version: AdapterVersion
+    weight: float | None = None
+
+
+class Ledger(Protocol):
+    """Our own tables. Every method is one transaction; none is open while tensors move or MLflow is called."""
+
+    @property
+    def registry_id(self) -> str: ...
+
+    def exclusive(self, name: str) -> AbstractContextManager[None]:
+        """Hold a lock that dies with its process; the same name excludes every other process of this registry."""
+        ...
+
+    # bases
+    def bases(self) -> list[Base]: ...
+    def base_aliases(self) -> dict[str, str]: ...
+    def find_base(self, spelling: str) -> Base | None: ...
+    def add_base(self, base: Base, spellings: Sequence[str]) -> Base:
+        """Store `base` unless a spelling is known already; then return the known one (pins are filled in, once)."""
+        ...
+    def alias_base(self, spelling: str, base_id: str) -> None: ...
+    def merge_bases(self, keep_id: str, drop_id: str) -> None:
+        """Let every spelling and version of `drop_id` mean `keep_id`; appended as assignments."""
+        ...
+
+    # adapters and versions
+    def adapter_id(self, name: str) -> str | None: ...
+    def ensure_adapter(self, name: str) -> str: ...
+    def adapter_names(self) -> list[str]: ...
+    def version(self, version_id: str) -> AdapterVersion | None: ...
+    def version_by_number(self, name: str, number: int) -> AdapterVersion | None: ...
+    def versions(self, name: str | None = None, *, include_removed: bool = False) -> list[AdapterVersion]:
+        """Ordered by adapter name, then number."""
+        ...
+    def versions_by_digest(self, digest_prefix: str, name: str | None = None) -> list[AdapterVersion]: ...
+    def live_version(self, adapter_id: str, *, content: tuple[str, str] | None = None, recipe: str | None = None) -> AdapterVersion | None:
+        """The live version with this (content digest, base id) that is no merge, or with this recipe digest."""
+        ...
+    def add_version(
+        self,
+        version_id: str,
+        adapter_id: str,
+        spec: NewVersion,
+        placement: Placement,
+        edges: Sequence[Edge],
+        *,
+        created_by: str,
+        job: tuple[str, int] | None = None,
+    ) -> AdapterVersion:
+        """Version, edges and (for a job: id, attempt) its result in one fenced transaction. Idempotent by id.
+
+        Raises `Conflict` when the job is no longer running under that attempt, or the live-unique key is taken.
+        """
+        ...
+    def remove_version(self, version_id: str, *, actor: str, reason: str) -> None:
+        """Turn a version into a tombstone. Raises `HasDescendants` or `StageMoved` when it is still needed."""
+        ...
+    def set_metrics(self, version_id: str, metrics: Mapping[str, float], *, source: str) -> None: ...
+    def metrics(self, version_ids: Sequence[str]) -> dict[str, dict[str, float]]: ...
+
+    # lineage
+    def edges_up(self, version_id: str, depth: int | None = None) -> list[Edge]:
+        """Every edge on a path from the version to its ancestors, nearest generation first."""
+        ...
+    def edges_down(self, version_id: str, depth: int | None = None) -> list[Edge]: ...
+    def versions_by_id(self, version_ids: Sequence[str]) -> dict[str, AdapterVersion]: ...
+
+    # jobs
+    def submit(self, job: NewJob) -> tuple[Job, bool]:
+        """Commit a queued job; or return the live job with the same (kind, key), and False."""
+        ...
+    def job(self, job_id: str) -> Job | None: ...
+    def jobs(self, *, states: Sequence[JobState] = (), kind: str | None = None, limit: int = 100) -> list[Job]: ...
+    def claim(self, owner: str, lease_s: float, *, kinds: Sequence[str] = ()) -> Job | None:
+        """Take the oldest queued job by one conditional UPDATE that raises `attempt`; None when there is none."""
+        ...
+    def renew(self, job_id: str, attempt: int, lease_s: float, progress: Progress | None = None) -> Job | None:
+        """Extend the lease; None when refused (the caller must stop its child)."""
+        ...
+    def finish(
+        self,
+        job_id: str,
+        attempt: int,
+        state: JobState,
+        *,
+        error: Mapping[str, str] | None = None,
+        result: Mapping[str, Any] | None = None,
+    ) -> bool: ...
+    def give_back(self, job_id: str, attempt: int) -> bool: ...
+    def request_cancel(self, job_id: str) -> Job:
+        """Cancel a queued job now; flag a running one. Raises `Conflict` when it has ended."""
+        ...
+    def retry(self, job_id: str) -> Job: ...
+    def reap(self) -> list[Job]:
+        """Queue again every running job whose lease expired; fail it when its attempts are used up."""
+        ...
+    def record(self, job_id: str, kind: str, message: str) -> None: ...
+    def events(self, job_id: str, after: int = 0) -> list[JobEvent]: ...
+
+    # evaluations
+    def reports(self, keys: Sequence[str]) -> dict[str, EvalReport]: ...
+    def put_report(self, report: EvalReport) -> None:
+        """Idempotent by `report.key`."""
+        ...
+    def reports_for(self, subject: str, base_id: str) -> list[EvalReport]: ...
+
+    # stages
+    def stage_holder(self, adapter_id: str, stage: str) -> str | None: ...
+    def stages(self) -> dict[str, dict[str, str]]:
+        """Adapter id to {stage: version id}; emptied stages are absent."""
+        ...
+    def move_stage(
+        self,
+        adapter_id: str,
+        stage: str,
+        *,
+        version_id: str | None,
+        expected: str | None,
+        action: StageAction,
+        actor: str,
+        reason: str,
+    ) -> StageEvent:
+        """Compare-and-set plus one chained history row. Raises `StageMoved` when the holder is not `expected`."""
+        ...
+    def stage_history(self, adapter_id: str, stage: str | None = None) -> list[StageEvent]:
+        """The chain of an adapter (over all its stages), oldest first; `stage` filters what is returned."""
+        ...
+
+
+class VersionStore(Protocol):
+    """MLflow: the browsable record of versions, and the place where their bytes live once."""
+
+    def ensure_adapter(self, name: str, adapter_id: str, base: Base) -> None:
+        """Create the registered model, or check that it carries our id. Raises `Refused` for a stranger's model."""
+        ...
+    def place(
+        self,
+        spec: NewVersion,
+        *,
+        adapter_id: str,
+        version_id: str,
+        key: str,
+        staged: Path,
+        parents: Sequence[Parent],
+    ) -> tuple[str, Placement]:
+        """Find by `key`, else create: run, LoggedModel, files, finalize, model version. Safe to run again.
+
+        Returns the version id that MLflow carries (an earlier attempt's, where one got that far) and the placement.
+        The files of `staged` are moved into the artifact store. The caller holds the lock of `key`.
+        """
+        ...
+    def folder(self, version: AdapterVersion) -> AbstractContextManager[Path]:
+        """The files of a version in a local folder (the store's own, read-only, where it is local)."""
+        ...
+    def alias(self, name: str, alias: str) -> int | None: ...
+    def project_stage(self, name: str, stage: str, *, number: int | None, legacy: Mapping[int, str]) -> None:
+        """Make alias `stage` point at `number` (None deletes it), then set the legacy stage of each version listed."""
+        ...
+    def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None: ...
+    def log_metrics(self, version: AdapterVersion, metrics: Mapping[str, float]) -> None: ...
+    def remove(self, version: AdapterVersion) -> None:
+        """Delete the model version and its files; what is gone already is fine."""
+        ...
+    def source_folder(self, kind: Literal["run", "model"], location: str) -> AbstractContextManager[Path]:
+        """Artifacts of `runs:/` or `models:/` as a local folder, for registering them."""
+        ...
+
+
+class Doorbell(Protocol):
+    """Wakes whoever executes jobs. Carries a job id and nothing else; losing a ring loses nothing."""
+
+    def ring(self, job_id: str) -> None: ...

@@ -1,0 +1,100 @@
+"""What this process was told: flag > environment > `adapterctl.toml` of the project > user file > default.
+
+One frozen value without a mode flag: the mode follows from which URLs are set. Read once, at the composition root.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .domain.errors import Misconfigured
+
+PROJECT_FILE = "adapterctl.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`home` holds the embedded registry. `mlflow_uri` is only read when a registry is made."""
+
+    home: Path
+    mlflow_uri: str | None = None
+    stages: tuple[str, ...] = ("staging", "production")
+    threads: int = 0
+    lease_s: float = 15.0
+    idle_s: float = 10.0
+    job_timeout_s: float = 3600.0
+    base_paths: tuple[str, ...] = ()
+    actor: str = ""
+    mlflow_ui: str = "http://127.0.0.1:5000"
+
+
+def load_settings(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    user_file: Path | None = None,
+) -> Settings:
+    """Merge the sources. Raises `Misconfigured` naming the file and the key for anything unknown or ill-typed."""
+    env = os.environ if env is None else env
+    values: dict[str, Any] = {"home": Path("~/.adapterctl").expanduser(), "actor": env.get("USER", "") or "unknown"}
+    config_home = Path(env.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser())
+    values |= _from_file(user_file or config_home / "adapterctl" / "config.toml")
+    values |= _from_file(_find_project_file(cwd or Path.cwd()))
+    values |= _from_env(env)
+    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    return Settings(**{key: _convert(key, value, "settings") for key, value in values.items()})
+
+
+def _find_project_file(folder: Path) -> Path:
+    for place in (folder, *folder.parents):
+        if (place / PROJECT_FILE).is_file():
+            return place / PROJECT_FILE
+    return folder / PROJECT_FILE
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Misconfigured(f"{path} is not valid TOML: {error}", hint="mend or move the file") from error
+    return {key: _convert(key, value, str(path)) for key, value in values.items()}
+
+
+def _from_env(env: Mapping[str, str]) -> dict[str, Any]:
+    known = {f.name for f in fields(Settings)}
+    values = {
+        key.removeprefix("ADAPTERCTL_").lower(): value
+        for key, value in env.items()
+        if key.startswith("ADAPTERCTL_") and key.removeprefix("ADAPTERCTL_").lower() in known and value
+    }
+    if "mlflow_uri" not in values and env.get("MLFLOW_TRACKING_URI"):
+        values["mlflow_uri"] = env["MLFLOW_TRACKING_URI"]
+    return values
+
+
+def _convert(key: str, value: Any, origin: str) -> Any:
+    """The value as its field's type; a tuple may be written as a list or as comma-separated text."""
+    kinds = {f.name: f.type for f in fields(Settings)}
+    if key not in kinds:
+        raise Misconfigured(f"{origin} sets {key!r}, which is no setting", hint=f"known: {', '.join(sorted(kinds))}")
+    kind = str(kinds[key])
+    try:
+        if kind == "Path":
+            return Path(value).expanduser().absolute()
+        if kind == "int":
+            return int(value)
+        if kind == "float":
+            return float(value)
+        if kind.startswith("tuple"):
+            return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
+        return None if value is None else str(value)
+    except (TypeError, ValueError) as error:
+        raise Misconfigured(f"{origin} sets {key} to {value!r}, expected {kind}", hint="see docs/settings.md") from error
