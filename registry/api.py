@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from .domain.job import Job, JobEvent
+from .domain.plan import Forecast, Pair
 from .domain.recipe import MergeRequest
 from .domain.refs import Ref
 from .domain.version import Base, FileRecord
@@ -101,30 +102,6 @@ class Submitted:
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
-    """What a method would give for these parents: `loss` is ||merged - exact sum|| / ||exact sum||."""
-
-    method: str
-    rank: int
-    size_bytes: int
-    loss: float | None
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class PairView:
-    """How two parents meet, averaged over shared modules: cosine of the deltas, overlap of row and column spaces."""
-
-    first: str
-    second: str
-    shared_modules: int
-    cosine: float
-    row_overlap: float
-    column_overlap: float
-    norm_ratio: float
-
-
-@dataclass(frozen=True, slots=True)
 class PlanView:
     into: str
     recipe_digest: str
@@ -135,7 +112,7 @@ class PlanView:
     base: str
     parents: tuple[ParentView, ...]
     forecasts: tuple[Forecast, ...]
-    pairs: tuple[PairView, ...]
+    pairs: tuple[Pair, ...]
     warnings: tuple[str, ...]
     exists: str | None = None
 
@@ -347,7 +324,9 @@ class RegistryAPI(Protocol):
     def adopt(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
         """Accept where MLflow's alias points now as a change of the stage, recorded as such."""
         ...
-    def history(self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None) -> HistoryView: ...
+    def history(
+        self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
+    ) -> HistoryView: ...
 
     # the registry itself
     def doctor(self) -> list[Check]: ...

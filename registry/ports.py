@@ -59,7 +59,9 @@ class Ledger(Protocol):
         """Ordered by adapter name, then number."""
         ...
     def versions_by_digest(self, digest_prefix: str, name: str | None = None) -> list[AdapterVersion]: ...
-    def live_version(self, adapter_id: str, *, content: tuple[str, str] | None = None, recipe: str | None = None) -> AdapterVersion | None:
+    def live_version(
+        self, adapter_id: str, *, content: tuple[str, str] | None = None, recipe: str | None = None
+    ) -> AdapterVersion | None:
         """The live version with this (content digest, base id) that is no merge, or with this recipe digest."""
         ...
     def add_version(

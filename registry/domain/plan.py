@@ -47,3 +47,27 @@ class MergePlan:
     config: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     max_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a method would give for these parents: `loss` is ||merged - exact sum|| / ||exact sum||."""
+
+    method: str
+    rank: int
+    size_bytes: int
+    loss: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """How two parents meet, averaged over shared modules: cosine of the deltas, overlap of row and column spaces."""
+
+    first: str
+    second: str
+    shared_modules: int
+    cosine: float
+    row_overlap: float
+    column_overlap: float
+    norm_ratio: float

@@ -37,7 +37,7 @@ class FileRecord:
 class NewVersion:
     """Everything that is known before a version gets its number; the input of registration.
 
-    `facts` describe the staged weights, `params`, `tags`, `metrics` and `dataset` are the caller's own words.
+    `facts` describe the staged weights, `norms` the Frobenius norm of each module's scaled delta; `params`, `tags`, `metrics` and `dataset` are the caller's own words.
     `recipe` (canonical JSON object) and `receipt` are set for merges only.
     """
 
@@ -49,6 +49,7 @@ class NewVersion:
     license: str | None = None
     source: str | None = None
     dataset: str | None = None
+    norms: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
