@@ -37,11 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing of the person who runs the tests comes in: no settings, no home, no tracking server."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in list(os.environ):
-            if name.startswith(("ADAPTERCTL_", "MLFLOW_", "HF_")):
-                patch.delenv(name)
-        for name, value in FIXED_ENVIRONMENT.items():
-            patch.setenv(name, value)
+        _set_environment(patch)
         for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME"):
             patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
         patch.setenv("ADAPTERCTL_HOME", str(tmp_path_factory.mktemp("session-home")))
@@ -52,6 +48,7 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The home of this test: an empty folder that `ADAPTERCTL_HOME` names."""
     folder = tmp_path_factory.mktemp("home")
+    _set_environment(monkeypatch)  # again: MLflow itself writes MLFLOW_TRACKING_URI where a test sets one
     monkeypatch.setenv("ADAPTERCTL_HOME", str(folder))
     return folder
 
@@ -79,6 +76,14 @@ def no_network(clean_environment: None) -> Iterator[None]:
         patch.setattr(socket.socket, "connect_ex", connect_ex)
         patch.setattr(socket, "getaddrinfo", getaddrinfo)
         yield
+
+
+def _set_environment(patch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("ADAPTERCTL_", "MLFLOW_", "HF_")):
+            patch.delenv(name)
+    for name, value in FIXED_ENVIRONMENT.items():
+        patch.setenv(name, value)
 
 
 def _refuse_foreign(family: int, address: Any) -> None:

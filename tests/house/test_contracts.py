@@ -1,0 +1,59 @@
+"""Every import contract has teeth: a copy of the house with one bad line breaks exactly that contract."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+# contract -> the file that gets one more line, and that line
+BREACHES = {
+    "1 floors of the house": ("registry/domain/bad.py", "from ... import workers"),
+    "2 floors of the registry": ("registry/services/bad.py", "from .. import stores"),
+    "3 floors of the workers": ("workers/unlisted.py", "import os"),
+    "4 facts, rules and promises know no tool": ("registry/domain/bad.py", "import numpy"),
+    "6 merge methods do not know each other": ("registry/merging/methods/bad.py", "from . import worse"),
+    "7 no circles between siblings": ("cli/commands/bad.py", "from . import worse"),
+}
+
+
+def test_every_contract_has_its_breach(checkout: Path):
+    contracts = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+
+    assert {contract["name"] for contract in contracts["contracts"]} == set(BREACHES)
+
+
+@pytest.mark.parametrize("contract", BREACHES)
+def test_a_bad_import_breaks_its_contract(contract: str, checkout_copy: Path, tmp_path: Path):
+    house = tmp_path / "adapterctl"
+    shutil.copytree(checkout_copy, house, ignore=shutil.ignore_patterns("tests", "docs", "*.safetensors"))
+    path, line = BREACHES[contract]
+    (house / path).write_text(f"{line}\n")
+    if "worse" in line:
+        (house / path).with_name("worse.py").write_text("from . import bad\n")
+
+    done = _lint(house)
+
+    assert done.returncode == 1
+    assert contract in re.findall(r"^(.+) BROKEN$", done.stdout, flags=re.MULTILINE)
+
+
+def test_the_house_as_it_stands_keeps_all_contracts(checkout_copy: Path, tmp_path: Path):
+    house = tmp_path / "adapterctl"
+    shutil.copytree(checkout_copy, house, ignore=shutil.ignore_patterns("tests", "docs", "*.safetensors"))
+
+    done = _lint(house)
+
+    assert done.returncode == 0, done.stdout
+
+
+def _lint(house: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    environment = os.environ | {"PYTHONPATH": str(house.parent)}
+    return subprocess.run(command, cwd=house, env=environment, capture_output=True, text=True)

@@ -1,0 +1,129 @@
+"""The repository is the package: what is listed, what is shipped, and that neither depends on where it stands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+# Top folders that are not part of the program.
+OUTSIDE = {"tests", "docs", "bench", "build", "dist"}
+HEAVY = {"alembic", "mlflow", "numpy", "rich", "sqlalchemy", "torch", "transformers", "typer", "yaml"}
+
+
+@pytest.fixture(scope="module")
+def project(checkout: Path) -> dict[str, Any]:
+    return tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_package_list_equals_the_disk(checkout: Path, project: dict[str, Any]):
+    on_disk = {
+        ".".join(["adapterctl", *init.parent.relative_to(checkout).parts])
+        for init in checkout.rglob("__init__.py")
+        if not _is_outside(init.relative_to(checkout))
+    }
+
+    assert set(project["tool"]["setuptools"]["packages"]) == on_disk
+
+
+def test_every_folder_with_python_code_is_a_package(checkout: Path):
+    folders = {path.parent for path in checkout.rglob("*.py") if not _is_outside(path.relative_to(checkout))}
+
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def test_wheel_holds_every_file_of_the_packages_and_nothing_else(checkout: Path, wheel: Path):
+    files = [path.relative_to(checkout) for path in checkout.rglob("*") if path.is_file()]
+    inside = [path for path in files if len(path.parts) > 1 or path.suffix == ".py" or path.name == "py.typed"]
+
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
+
+    assert shipped == {f"adapterctl/{path.as_posix()}" for path in inside if not _is_outside(path)}
+
+
+def test_wheel_carries_what_runs_without_the_checkout(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = archive.namelist()
+
+    assert "adapterctl/migrations/__init__.py" in shipped
+    assert "adapterctl/examples/__init__.py" in shipped
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in shipped)
+
+
+def test_import_loads_nothing_heavy():
+    code = "import sys, adapterctl; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+
+    assert HEAVY.intersection(loaded) == set()
+
+
+def test_a_working_folder_with_the_same_names_changes_nothing(installed: Path, tmp_path: Path):
+    (tmp_path / "registry.py").write_text("raise RuntimeError('the wrong registry')\n")
+    (tmp_path / "cli").mkdir()
+    (tmp_path / "cli" / "__init__.py").write_text("raise RuntimeError('the wrong cli')\n")
+    code = "import adapterctl.registry.domain, adapterctl.cli.commands, adapterctl.workers as w; print(w.__file__)"
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(installed)}, capture_output=True, text=True
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(done.stdout.strip()).is_relative_to(installed)
+
+
+def test_locks_pin_exact_versions_that_any_machine_can_get(checkout: Path):
+    for lock in sorted(checkout.glob("requirements*.lock")):
+        for name, requirement in _locked(lock).items():
+            (pin,) = requirement.specifier
+            assert pin.operator == "==", f"{lock.name}: {name} is not pinned"
+            assert "+" not in pin.version, f"{lock.name}: {name} is pinned to one build"
+            assert requirement.url is None
+            assert not name.startswith(("nvidia", "cuda", "triton")), (
+                f"{lock.name}: {name} belongs to one kind of machine"
+            )
+
+
+@pytest.mark.parametrize(
+    ("extra", "locks"),
+    [
+        (None, ["requirements.lock"]),
+        ("eval", ["requirements.lock", "requirements-eval.lock"]),
+        ("dev", ["requirements.lock", "requirements-eval.lock", "requirements-dev.lock"]),
+    ],
+)
+def test_locks_satisfy_what_the_package_asks_for(
+    checkout: Path, project: dict[str, Any], extra: str | None, locks: list[str]
+):
+    asked = project["project"]["dependencies"] if extra is None else project["project"]["optional-dependencies"][extra]
+    locked = {name: pin for lock in locks for name, pin in _locked(checkout / lock).items()}
+
+    for line in asked:
+        requirement = Requirement(line)
+        (pin,) = locked[canonicalize_name(requirement.name)].specifier
+        assert requirement.specifier.contains(Version(pin.version)), f"{line} and the lock's {pin.version} disagree"
+
+
+def test_no_package_is_locked_twice(checkout: Path):
+    names = [name for lock in checkout.glob("requirements*.lock") for name in _locked(lock)]
+
+    assert sorted(names) == sorted(set(names))
+
+
+def _locked(lock: Path) -> dict[str, Requirement]:
+    lines = [line for line in lock.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
+
+
+def _is_outside(path: Path) -> bool:
+    hidden = any(part.startswith(".") or part == "__pycache__" or part.endswith(".egg-info") for part in path.parts)
+    return hidden or path.parts[0] in OUTSIDE
