@@ -44,6 +44,7 @@ class Ledger(Protocol):
     def add_base(self, base: Base, spellings: Sequence[str]) -> Base:
         """Store `base` unless a spelling is known already; then return the known one (pins are filled in, once)."""
         ...
+
     def alias_base(self, spelling: str, base_id: str) -> None: ...
     def merge_bases(self, keep_id: str, drop_id: str) -> None:
         """Let every spelling and version of `drop_id` mean `keep_id`; appended as assignments."""
@@ -58,12 +59,14 @@ class Ledger(Protocol):
     def versions(self, name: str | None = None, *, include_removed: bool = False) -> list[AdapterVersion]:
         """Ordered by adapter name, then number."""
         ...
+
     def versions_by_digest(self, digest_prefix: str, name: str | None = None) -> list[AdapterVersion]: ...
     def live_version(
         self, adapter_id: str, *, content: tuple[str, str] | None = None, recipe: str | None = None
     ) -> AdapterVersion | None:
         """The live version with this (content digest, base id) that is no merge, or with this recipe digest."""
         ...
+
     def add_version(
         self,
         version_id: str,
@@ -80,9 +83,11 @@ class Ledger(Protocol):
         Raises `Conflict` when the job is no longer running under that attempt, or the live-unique key is taken.
         """
         ...
+
     def remove_version(self, version_id: str, *, actor: str, reason: str) -> None:
         """Turn a version into a tombstone. Raises `HasDescendants` or `StageMoved` when it is still needed."""
         ...
+
     def set_metrics(self, version_id: str, metrics: Mapping[str, float], *, source: str) -> None: ...
     def metrics(self, version_ids: Sequence[str]) -> dict[str, dict[str, float]]: ...
 
@@ -90,6 +95,7 @@ class Ledger(Protocol):
     def edges_up(self, version_id: str, depth: int | None = None) -> list[Edge]:
         """Every edge on a path from the version to its ancestors, nearest generation first."""
         ...
+
     def edges_down(self, version_id: str, depth: int | None = None) -> list[Edge]: ...
     def versions_by_id(self, version_ids: Sequence[str]) -> dict[str, AdapterVersion]: ...
 
@@ -97,14 +103,17 @@ class Ledger(Protocol):
     def submit(self, job: NewJob) -> tuple[Job, bool]:
         """Commit a queued job; or return the live job with the same (kind, key), and False."""
         ...
+
     def job(self, job_id: str) -> Job | None: ...
     def jobs(self, *, states: Sequence[JobState] = (), kind: str | None = None, limit: int = 100) -> list[Job]: ...
     def claim(self, owner: str, lease_s: float, *, kinds: Sequence[str] = ()) -> Job | None:
         """Take the oldest queued job by one conditional UPDATE that raises `attempt`; None when there is none."""
         ...
+
     def renew(self, job_id: str, attempt: int, lease_s: float, progress: Progress | None = None) -> Job | None:
         """Extend the lease; None when refused (the caller must stop its child)."""
         ...
+
     def finish(
         self,
         job_id: str,
@@ -118,10 +127,12 @@ class Ledger(Protocol):
     def request_cancel(self, job_id: str) -> Job:
         """Cancel a queued job now; flag a running one. Raises `Conflict` when it has ended."""
         ...
+
     def retry(self, job_id: str) -> Job: ...
     def reap(self) -> list[Job]:
         """Queue again every running job whose lease expired; fail it when its attempts are used up."""
         ...
+
     def record(self, job_id: str, kind: str, message: str) -> None: ...
     def events(self, job_id: str, after: int = 0) -> list[JobEvent]: ...
 
@@ -130,6 +141,7 @@ class Ledger(Protocol):
     def put_report(self, report: EvalReport) -> None:
         """Idempotent by `report.key`."""
         ...
+
     def reports_for(self, subject: str, base_id: str) -> list[EvalReport]: ...
 
     # stages
@@ -137,6 +149,7 @@ class Ledger(Protocol):
     def stages(self) -> dict[str, dict[str, str]]:
         """Adapter id to {stage: version id}; emptied stages are absent."""
         ...
+
     def move_stage(
         self,
         adapter_id: str,
@@ -150,6 +163,7 @@ class Ledger(Protocol):
     ) -> StageEvent:
         """Compare-and-set plus one chained history row. Raises `StageMoved` when the holder is not `expected`."""
         ...
+
     def stage_history(self, adapter_id: str, stage: str | None = None) -> list[StageEvent]:
         """The chain of an adapter (over all its stages), oldest first; `stage` filters what is returned."""
         ...
@@ -161,6 +175,7 @@ class VersionStore(Protocol):
     def ensure_adapter(self, name: str, adapter_id: str, base: Base) -> None:
         """Create the registered model, or check that it carries our id. Raises `Refused` for a stranger's model."""
         ...
+
     def place(
         self,
         spec: NewVersion,
@@ -177,18 +192,22 @@ class VersionStore(Protocol):
         The files of `staged` are moved into the artifact store. The caller holds the lock of `key`.
         """
         ...
+
     def folder(self, version: AdapterVersion) -> AbstractContextManager[Path]:
         """The files of a version in a local folder (the store's own, read-only, where it is local)."""
         ...
+
     def alias(self, name: str, alias: str) -> int | None: ...
     def project_stage(self, name: str, stage: str, *, number: int | None, legacy: Mapping[int, str]) -> None:
         """Make alias `stage` point at `number` (None deletes it), then set the legacy stage of each version listed."""
         ...
+
     def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None: ...
     def log_metrics(self, version: AdapterVersion, metrics: Mapping[str, float]) -> None: ...
     def remove(self, version: AdapterVersion) -> None:
         """Delete the model version and its files; what is gone already is fine."""
         ...
+
     def source_folder(self, kind: Literal["run", "model"], location: str) -> AbstractContextManager[Path]:
         """Artifacts of `runs:/` or `models:/` as a local folder, for registering them."""
         ...

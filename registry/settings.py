@@ -97,4 +97,6 @@ def _convert(key: str, value: Any, origin: str) -> Any:
             return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
         return None if value is None else str(value)
     except (TypeError, ValueError) as error:
-        raise Misconfigured(f"{origin} sets {key} to {value!r}, expected {kind}", hint="see docs/settings.md") from error
+        raise Misconfigured(
+            f"{origin} sets {key} to {value!r}, expected {kind}", hint="see docs/settings.md"
+        ) from error

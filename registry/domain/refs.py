@@ -126,7 +126,9 @@ def parse_source(text: str) -> Source:
     if text.startswith("models:/"):
         return Source("model", text.removeprefix("models:/"))
     if "://" in text:
-        raise InvalidInput(f"{text!r} is not a source", hint="give a folder, hf://ORG/REPO@REVISION or runs:/RUN_ID/PATH")
+        raise InvalidInput(
+            f"{text!r} is not a source", hint="give a folder, hf://ORG/REPO@REVISION or runs:/RUN_ID/PATH"
+        )
     return Source("folder", text)
 
 

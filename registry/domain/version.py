@@ -37,7 +37,8 @@ class FileRecord:
 class NewVersion:
     """Everything that is known before a version gets its number; the input of registration.
 
-    `facts` describe the staged weights, `norms` the Frobenius norm of each module's scaled delta; `params`, `tags`, `metrics` and `dataset` are the caller's own words.
+    `facts` describe the staged weights, `norms` the Frobenius norm of each module's scaled delta; `params`, `tags`,
+    `metrics` and `dataset` are the caller's own words.
     `recipe` (canonical JSON object) and `receipt` are set for merges only.
     """
 

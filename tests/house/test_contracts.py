@@ -17,7 +17,9 @@ BREACHES = {
     "1 floors of the house": ("registry/domain/bad.py", "from ... import workers"),
     "2 floors of the registry": ("registry/services/bad.py", "from .. import stores"),
     "3 floors of the workers": ("workers/unlisted.py", "import os"),
-    "4 facts, rules and promises know no tool": ("registry/domain/bad.py", "import numpy"),
+    "4 facts, needs and offers know no tool": ("registry/domain/bad.py", "import numpy"),
+    "4a merge methods know numpy and nothing else": ("registry/merging/methods/bad.py", "import torch"),
+    "4b verbs use tools through ports and floors below": ("registry/services/bad.py", "import mlflow"),
     "6 merge methods do not know each other": ("registry/merging/methods/bad.py", "from . import worse"),
     "7 no circles between siblings": ("cli/commands/bad.py", "from . import worse"),
 }
