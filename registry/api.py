@@ -84,6 +84,7 @@ class Registered:
 
     version: VersionView
     created: bool
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,64 @@
+"""From a reference to the one version it means, once: the only place where names, aliases and digests are looked up.
+
+A stage is read from the ledger, which decides. Unknown names come back with the nearest known ones.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from ..domain.errors import InvalidInput, NotFound
+from ..domain.refs import Ref
+from ..domain.version import AdapterVersion
+from ..ports import Ledger
+
+
+def resolve(ledger: Ledger, ref: Ref, *, removed: bool = False) -> AdapterVersion:
+    """The version that `ref` means now; a bare name means the newest live version.
+
+    Raises:
+        NotFound: no such adapter, version, stage or digest; or it was removed and `removed` is False.
+        InvalidInput: a digest prefix that fits several versions.
+    """
+    adapter_id = known_adapter(ledger, ref.name)
+    if ref.number is not None:
+        version = ledger.version_by_number(ref.name, ref.number)
+    elif ref.alias is not None:
+        holder = ledger.stage_holder(adapter_id, ref.alias)
+        version = ledger.version(holder) if holder else None
+    elif ref.digest is not None:
+        version = _by_digest(ledger, ref)
+    else:
+        version = next(iter(reversed(ledger.versions(ref.name))), None)
+    if version is None:
+        raise NotFound(f"there is no {ref}", hint=_what_there_is(ledger, ref.name, adapter_id))
+    if version.state == "removed" and not removed:
+        raise NotFound(f"{version.label} was removed", hint=_what_there_is(ledger, ref.name, adapter_id))
+    return version
+
+
+def known_adapter(ledger: Ledger, name: str) -> str:
+    """The id of the adapter `name`. Raises `NotFound` with a did-you-mean."""
+    adapter_id = ledger.adapter_id(name)
+    if adapter_id is None:
+        near = get_close_matches(name, ledger.adapter_names(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`adapterctl ls` shows what there is"
+        raise NotFound(f"there is no adapter {name!r}", hint=hint)
+    return adapter_id
+
+
+def _by_digest(ledger: Ledger, ref: Ref) -> AdapterVersion | None:
+    found = ledger.versions_by_digest(str(ref.digest), ref.name)
+    if len(found) > 1 and len({version.spec.content_digest for version in found}) > 1:
+        labels = ", ".join(version.label for version in found)
+        raise InvalidInput(f"{ref} fits {labels}", hint="give more digits of the digest")
+    return found[-1] if found else None
+
+
+def _what_there_is(ledger: Ledger, name: str, adapter_id: str) -> str:
+    numbers = [f"v{version.number}" for version in ledger.versions(name)]
+    stages = sorted(ledger.stages().get(adapter_id, {}))
+    if not numbers:
+        return f"{name} has no version left"
+    shown = numbers if len(numbers) <= 8 else [*numbers[:2], "…", *numbers[-2:]]
+    return f"{name} has {', '.join(shown)}" + (f" and the stages {', '.join(stages)}" if stages else " and no stage")

@@ -1,0 +1,111 @@
+"""Facts as people see them: rows of the ledger joined into the views of `api.py`. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+from ..api import AdapterView, ParentView, VersionView
+from ..domain.version import AdapterVersion, Edge
+from ..ports import Ledger
+
+
+def iso_time(seconds: float) -> str:
+    """ISO 8601 in UTC, to the second."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def version_views(ledger: Ledger, versions: Sequence[AdapterVersion]) -> list[VersionView]:
+    """Views in the order given; stages, metrics and parents are read for all of them at once."""
+    ids = [version.id for version in versions]
+    metrics = ledger.metrics(ids)
+    stages = stages_by_version(ledger)
+    edges = ledger.parent_edges(ids)
+    parents = ledger.versions_by_id([edge.parent_id for of_child in edges.values() for edge in of_child])
+    return [
+        _view(version, stages.get(version.id, ()), metrics.get(version.id, {}), edges.get(version.id, ()), parents)
+        for version in versions
+    ]
+
+
+def version_view(ledger: Ledger, version: AdapterVersion) -> VersionView:
+    return version_views(ledger, [version])[0]
+
+
+def adapter_views(ledger: Ledger) -> list[AdapterView]:
+    """One row an adapter that has a live version, by name."""
+    stages = ledger.stages()
+    by_name: dict[str, list[AdapterVersion]] = {}
+    for version in ledger.versions():
+        by_name.setdefault(version.name, []).append(version)
+    labels = {version.id: f"v{version.number}" for versions in by_name.values() for version in versions}
+    return [
+        AdapterView(
+            name=name,
+            versions=len(versions),
+            latest=f"v{versions[-1].number}",
+            base=versions[-1].spec.base.name,
+            stages={stage: labels[held] for stage, held in stages.get(versions[-1].adapter_id, {}).items()},
+            created_at=iso_time(versions[-1].created_at),
+        )
+        for name, versions in sorted(by_name.items())
+    ]
+
+
+def stages_by_version(ledger: Ledger) -> dict[str, tuple[str, ...]]:
+    held: dict[str, list[str]] = {}
+    for stages in ledger.stages().values():
+        for stage, version_id in stages.items():
+            held.setdefault(version_id, []).append(stage)
+    return {version_id: tuple(sorted(stages)) for version_id, stages in held.items()}
+
+
+def parent_views(edges: Sequence[Edge], parents: Mapping[str, AdapterVersion]) -> tuple[ParentView, ...]:
+    return tuple(ParentView(parents[edge.parent_id].label, edge.weight, edge.kind) for edge in edges)
+
+
+def _view(
+    version: AdapterVersion,
+    stages: Sequence[str],
+    metrics: Mapping[str, float],
+    edges: Sequence[Edge],
+    parents: Mapping[str, AdapterVersion],
+) -> VersionView:
+    spec, placement = version.spec, version.placement
+    receipt, recipe = spec.receipt or {}, spec.recipe or {}
+    return VersionView(
+        ref=version.label,
+        name=version.name,
+        number=version.number,
+        id=version.id,
+        kind=spec.kind,
+        state=version.state,
+        base=spec.base.name,
+        base_id=spec.base.id,
+        rank=spec.facts.max_rank,
+        dtype="+".join(spec.facts.dtypes),
+        modules=len(spec.facts.modules),
+        parameters=spec.facts.parameters,
+        size_bytes=sum(file.size_bytes for file in placement.files),
+        content_digest=spec.content_digest,
+        created_at=iso_time(version.created_at),
+        created_by=version.created_by,
+        stages=tuple(stages),
+        parents=parent_views(edges, parents),
+        method=recipe.get("method"),
+        loss=receipt.get("loss"),
+        metrics=metrics,
+        params=spec.params,
+        tags=spec.tags,
+        license=spec.license,
+        dataset=spec.dataset,
+        source=spec.source,
+        recipe_digest=spec.recipe_digest,
+        recipe=spec.recipe,
+        receipt=spec.receipt,
+        files=placement.files,
+        run_id=placement.run_id,
+        model_id=placement.model_id,
+        location=placement.location,
+        mlflow_path=f"/#/models/{version.name}/versions/{version.number}",
+    )
