@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from .domain.evals import EvalReport
 from .domain.job import Job, JobEvent, JobState, NewJob, Progress
 from .domain.stage import StageAction, StageEvent
-from .domain.version import AdapterVersion, Base, Edge, NewVersion, Placement
+from .domain.version import AdapterVersion, Base, Edge, NewVersion, Placement, VersionDetail
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +55,19 @@ class Ledger(Protocol):
     def ensure_adapter(self, name: str) -> str: ...
     def adapter_names(self) -> list[str]: ...
     def version(self, version_id: str) -> AdapterVersion | None: ...
+    def detail(self, version_id: str) -> VersionDetail:
+        """Facts, norms, recipe and receipt of one version. Raises `NotFound`."""
+        ...
+
     def version_by_number(self, name: str, number: int) -> AdapterVersion | None: ...
     def versions(self, name: str | None = None, *, include_removed: bool = False) -> list[AdapterVersion]:
         """Ordered by adapter name, then number."""
         ...
 
-    def versions_by_digest(self, digest_prefix: str, name: str | None = None) -> list[AdapterVersion]: ...
+    def versions_by_digest(self, digest_prefix: str, name: str | None = None) -> list[AdapterVersion]:
+        """Live versions whose content digest starts so."""
+        ...
+
     def live_version(
         self, adapter_id: str, *, content: tuple[str, str] | None = None, recipe: str | None = None
     ) -> AdapterVersion | None:
@@ -78,14 +85,15 @@ class Ledger(Protocol):
         created_by: str,
         job: tuple[str, int] | None = None,
     ) -> AdapterVersion:
-        """Version, edges and (for a job: id, attempt) its result in one fenced transaction. Idempotent by id.
+        """Version, edges, metrics and the end of its job (id, attempt) in one fenced transaction. Idempotent by id.
 
-        Raises `Conflict` when the job is no longer running under that attempt, or the live-unique key is taken.
+        The job ends as succeeded, with the version's id as `version_id` in its result. Raises
+        `Conflict` when the job is no longer running under that attempt, or the live-unique key is taken.
         """
         ...
 
     def remove_version(self, version_id: str, *, actor: str, reason: str) -> None:
-        """Turn a version into a tombstone. Raises `HasDescendants` or `StageMoved` when it is still needed."""
+        """Turn a version into a tombstone. Raises `HasDescendants`, or `Refused` when a stage holds it."""
         ...
 
     def set_metrics(self, version_id: str, metrics: Mapping[str, float], *, source: str) -> None: ...
@@ -100,6 +108,7 @@ class Ledger(Protocol):
     def parent_edges(self, version_ids: Sequence[str]) -> dict[str, tuple[Edge, ...]]:
         """The edges to the direct parents of each version that has some, by position."""
         ...
+
     def versions_by_id(self, version_ids: Sequence[str]) -> dict[str, AdapterVersion]: ...
 
     # jobs
@@ -126,12 +135,18 @@ class Ledger(Protocol):
         error: Mapping[str, str] | None = None,
         result: Mapping[str, Any] | None = None,
     ) -> bool: ...
-    def give_back(self, job_id: str, attempt: int) -> bool: ...
+    def give_back(self, job_id: str, attempt: int, *, spent: bool = False) -> bool:
+        """Queue a running job again. `spent` counts the attempt: its child crashed, or the like."""
+        ...
+
     def request_cancel(self, job_id: str) -> Job:
         """Cancel a queued job now; flag a running one. Raises `Conflict` when it has ended."""
         ...
 
-    def retry(self, job_id: str) -> Job: ...
+    def retry(self, job_id: str) -> Job:
+        """Queue a failed or cancelled job again, with its full number of attempts. Raises `Conflict` otherwise."""
+        ...
+
     def reap(self) -> list[Job]:
         """Queue again every running job whose lease expired; fail it when its attempts are used up."""
         ...
@@ -146,6 +161,12 @@ class Ledger(Protocol):
         ...
 
     def reports_for(self, subject: str, base_id: str) -> list[EvalReport]: ...
+
+    def set_suites(self, adapter_id: str, suites: Sequence[tuple[str, str, str]]) -> None:
+        """Replace the suites of an adapter, in order: (name, digest, body as JSON)."""
+        ...
+
+    def suites(self, adapter_id: str) -> list[tuple[str, str, str]]: ...
 
     # stages
     def stage_holder(self, adapter_id: str, stage: str) -> str | None: ...

@@ -33,30 +33,60 @@ class FileRecord:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class NewVersion:
-    """Everything that is known before a version gets its number; the input of registration.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpec:
+    """What was registered, without its bulk: all that a listing, a search or a move of a stage looks at.
 
-    `facts` describe the staged weights, `norms` the Frobenius norm of each module's scaled delta; `params`, `tags`,
-    `metrics` and `dataset` are the caller's own words.
-    `recipe` (canonical JSON object) and `receipt` are set for merges only.
+    `params`, `tags` and `dataset` are the caller's own words; `recipe_digest` is set for merges only.
     """
 
     adapter: str
     kind: VersionKind
     content_digest: str
     base: Base
-    facts: AdapterFacts
     license: str | None = None
     source: str | None = None
     dataset: str | None = None
-    norms: Mapping[str, float] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     recipe_digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewVersion(VersionSpec):
+    """Everything that is known before a version gets its number; the input of registration.
+
+    `facts` describe the staged weights, `norms` the Frobenius norm of each module's scaled delta; `metrics` are the
+    caller's own. `recipe` (canonical JSON object) and `receipt` are set for merges only.
+    """
+
+    facts: AdapterFacts
+    norms: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
     recipe: Mapping[str, Any] | None = None
     receipt: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VersionDetail:
+    """The bulk of a version, read only where it is needed: a 7B adapter's facts alone are 100 kB of JSON."""
+
+    facts: AdapterFacts
+    norms: Mapping[str, float]
+    recipe: Mapping[str, Any] | None
+    receipt: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a listing shows of the detail; taken once, at registration. `loss` is the one that the receipt measured."""
+
+    rank: int
+    dtype: str
+    modules: int
+    parameters: int
+    method: str | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +102,18 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """One immutable version: what was registered and where it lies. `id` is a UUIDv7 of ours."""
+    """One immutable version: what was registered and where it lies. `id` is a UUIDv7 of ours.
+
+    Its bulk (`VersionDetail`) is a read of its own: `Ledger.detail`.
+    """
 
     id: str
     adapter_id: str
     created_at: float
     created_by: str
     state: Literal["live", "removed"]
-    spec: NewVersion
+    spec: VersionSpec
+    summary: Summary
     placement: Placement
 
     @property
@@ -105,3 +139,15 @@ class Edge:
     kind: EdgeKind
     weight: float | None = None
     recipe_digest: str | None = None
+
+
+def summarise(spec: NewVersion) -> Summary:
+    """The few figures of the detail that listings show."""
+    return Summary(
+        rank=spec.facts.max_rank,
+        dtype="+".join(spec.facts.dtypes),
+        modules=len(spec.facts.modules),
+        parameters=spec.facts.parameters,
+        method=spec.recipe["method"] if spec.recipe else None,
+        loss=spec.receipt.get("loss") if spec.receipt else None,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from ..api import AdapterView, ParentView, VersionView
@@ -29,7 +30,9 @@ def version_views(ledger: Ledger, versions: Sequence[AdapterVersion]) -> list[Ve
 
 
 def version_view(ledger: Ledger, version: AdapterVersion) -> VersionView:
-    return version_views(ledger, [version])[0]
+    """One view, with its recipe and receipt; listings go without."""
+    detail = ledger.detail(version.id)
+    return replace(version_views(ledger, [version])[0], recipe=detail.recipe, receipt=detail.receipt)
 
 
 def adapter_views(ledger: Ledger) -> list[AdapterView]:
@@ -71,8 +74,7 @@ def _view(
     edges: Sequence[Edge],
     parents: Mapping[str, AdapterVersion],
 ) -> VersionView:
-    spec, placement = version.spec, version.placement
-    receipt, recipe = spec.receipt or {}, spec.recipe or {}
+    spec, summary, placement = version.spec, version.summary, version.placement
     return VersionView(
         ref=version.label,
         name=version.name,
@@ -82,18 +84,18 @@ def _view(
         state=version.state,
         base=spec.base.name,
         base_id=spec.base.id,
-        rank=spec.facts.max_rank,
-        dtype="+".join(spec.facts.dtypes),
-        modules=len(spec.facts.modules),
-        parameters=spec.facts.parameters,
+        rank=summary.rank,
+        dtype=summary.dtype,
+        modules=summary.modules,
+        parameters=summary.parameters,
         size_bytes=sum(file.size_bytes for file in placement.files),
         content_digest=spec.content_digest,
         created_at=iso_time(version.created_at),
         created_by=version.created_by,
         stages=tuple(stages),
         parents=parent_views(edges, parents),
-        method=recipe.get("method"),
-        loss=receipt.get("loss"),
+        method=summary.method,
+        loss=summary.loss,
         metrics=metrics,
         params=spec.params,
         tags=spec.tags,
@@ -101,8 +103,6 @@ def _view(
         dataset=spec.dataset,
         source=spec.source,
         recipe_digest=spec.recipe_digest,
-        recipe=spec.recipe,
-        receipt=spec.receipt,
         files=placement.files,
         run_id=placement.run_id,
         model_id=placement.model_id,

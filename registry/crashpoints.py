@@ -1,0 +1,52 @@
+"""Named places where a process may be made to die, so that tests can prove what survives.
+
+    ADAPTERCTL_CRASH_AT=job.claimed              every process that gets there dies there
+    ADAPTERCTL_CRASH_ONCE=/some/file             with it: only the first one, which makes this file and then dies
+
+Dying is SIGKILL: no handler runs, no buffer is flushed, no lock is released by us. It is no power cut: what the
+operating system was given stays written. Without the variable `reached` costs one look into the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+#: In the order in which a merge passes them.
+CRASH_POINTS = (
+    "submit.committed",  # the job row is there, nobody was told
+    "job.claimed",  # attempt and lease are written, nothing was begun
+    "job.begun",  # parents are at hand, the stage folder exists, no child yet
+    "child.started",  # in the child, before it read anything
+    "child.module",  # in the child, between two modules
+    "child.written",  # in the child, files complete, result not told
+    "child.ended",  # the supervisor holds the result
+    "register.locked",  # the lock of the key is held, nothing is in MLflow
+    "register.run",  # the run exists
+    "register.model",  # the LoggedModel exists, without files
+    "register.files",  # the files are in place, the model is not finalized
+    "register.finalized",  # the model is ready, no version points at it
+    "register.version",  # MLflow has the version, the ledger does not
+    "ledger.writing",  # inside the transaction that ends the job, before its commit
+    "ledger.committed",  # all is recorded, the supervisor was not told
+    "stage.recorded",  # a stage moved in the ledger, its alias has not
+)
+
+
+def reached(name: str) -> None:
+    """Die here if the environment asks for it."""
+    if os.environ.get("ADAPTERCTL_CRASH_AT") != name or not _first():
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _first() -> bool:
+    once = os.environ.get("ADAPTERCTL_CRASH_ONCE")
+    if not once:
+        return True
+    try:
+        Path(once).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
