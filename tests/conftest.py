@@ -15,6 +15,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+pytest_plugins = ["tiny"]  # tests/plugins/tiny.py
+
 # A slow machine is no counterexample, and a failure must come again in the next run.
 hypothesis.settings.register_profile("adapterctl", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("adapterctl")

@@ -2,26 +2,24 @@
 
 `AdapterFacts` is all that a preflight, a plan or a table needs to know; it is stored with the version, so that none of
 them opens a weights file again. Nothing here reads a tensor.
+
+PEFT loads a file with too few tensors, or with more than LoRA's own, and changes the base by them without a word.
+`read_facts` accepts a file only when every tensor is accounted for: complete pairs, agreeing shapes, nothing else.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .errors import InvalidAdapter, raise_all
+from .header import Header
+from .header import TensorEntry as TensorEntry  # part of a module's facts, so it is found here too
+from .lora_config import Findings, LoraConfig, read_config
+
 ModuleKind = Literal["linear", "embedding", "conv"]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of a safetensors file: `begin` and `end` are absolute byte offsets in the file."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +79,151 @@ class AdapterFacts:
     @property
     def scaling(self) -> dict[str, float]:
         return {m.name: m.scaling for m in self.modules}
+
+
+KEY_PREFIX = "base_model.model."
+WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
+MAX_MODULE_DEPTH = 64
+
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+?)\."
+    r"(?:lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.(?P<what>weight|bias)"
+    r"|lora_embedding_(?P<embedding_side>[AB])(?:\.(?P<embedding_name>[^.]+))?)"
+)
+
+
+@dataclass(slots=True)
+class _Found:
+    """The tensors of one module as they turn up in the header."""
+
+    linear: dict[str, TensorEntry] = field(default_factory=dict)
+    embedding: dict[str, TensorEntry] = field(default_factory=dict)
+
+
+def read_facts(config: Mapping[str, Any], header: Header, *, assume_converted: bool = False) -> AdapterFacts:
+    """What the two files say together, or `InvalidAdapter` with everything that is wrong with them.
+
+    `assume_converted` vouches that weights trained with pissa, olora, corda, loftq or lora_ga were converted to plain
+    LoRA when they were saved.
+    """
+    findings = Findings()
+    found = _sort_tensors(header, findings)
+    settings = read_config(config, findings, modules=len(found), assume_converted=assume_converted)
+    modules = [_module(name, found[name], settings, findings) for name in sorted(found)]
+    raise_all(InvalidAdapter, "the adapter cannot be accepted", findings.problems())
+    assert settings is not None  # what could not be read is a finding
+    return AdapterFacts(
+        modules=tuple(module for module in modules if module is not None),
+        base_name=settings.base_name,
+        base_revision=settings.base_revision,
+        task_type=settings.task_type,
+        fan_in_fan_out=settings.fan_in_fan_out,
+        config=dict(config),
+        metadata=dict(header.metadata),
+    )
+
+
+def canonical_name(key: str) -> str:
+    """The name of a tensor in the content digest: without `base_model.model.` and without the adapter's name."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise ValueError(f"{key} is not a LoRA tensor")
+    if match["side"]:
+        return f"{match['module']}.lora_{match['side']}.{match['what']}"
+    return f"{match['module']}.lora_embedding_{match['embedding_side']}"
+
+
+def carried_name(facts: AdapterFacts) -> str | None:
+    """The adapter name inside the keys, if there is one: PEFT writes none, and does not load keys that have one."""
+    match = _KEY.fullmatch(facts.modules[0].a.key)
+    return (match["name"] or match["embedding_name"]) if match else None
+
+
+def _sort_tensors(header: Header, findings: Findings) -> dict[str, _Found]:
+    found: dict[str, _Found] = {}
+    names: set[str] = set()
+    for entry in header.tensors:
+        match = _KEY.fullmatch(entry.key)
+        if match is None or "" in (parts := match["module"].split(".")) or len(parts) > MAX_MODULE_DEPTH:
+            _add_unknown(entry, findings)
+            continue
+        if entry.dtype not in WEIGHT_DTYPES:
+            findings.add("bad_dtype", f"{entry.key} is {entry.dtype}, expected one of {', '.join(WEIGHT_DTYPES)}")
+        module = found.setdefault(match["module"], _Found())
+        names.add(match["name"] or match["embedding_name"] or "")
+        side, tensors = match["side"] or match["embedding_side"], module.embedding
+        if match["side"]:
+            tensors = module.linear
+            if match["what"] == "bias":
+                side = f"{side}.bias"
+        if side in tensors:
+            findings.add("duplicate_tensor", f"{entry.key} and {tensors[side].key} are the same tensor")
+        tensors[side] = entry
+    if len(names) > 1:
+        shown = ", ".join(sorted(name or "(none)" for name in names)[:4])
+        findings.add("several_adapters", f"keys carry the adapter names {shown}", "save one adapter to one file")
+    if not header.tensors:
+        findings.add("no_tensors", "the file holds no tensors")
+    return found
+
+
+def _add_unknown(entry: TensorEntry, findings: Findings) -> None:
+    hint = "only lora_A, lora_B and lora_embedding tensors are accepted: others would change the base"
+    if entry.key.endswith(".base_layer.weight"):
+        hint = "PEFT stored the base's own embedding: save with save_pretrained(..., save_embedding_layers=False)"
+    elif "lora_magnitude_vector" in entry.key:
+        hint = "this is DoRA; train or convert it as plain LoRA"
+    findings.add("unknown_tensors", f"{entry.key} is not a tensor of LoRA", hint)
+
+
+def _module(name: str, found: _Found, settings: LoraConfig | None, findings: Findings) -> LoraModule | None:
+    """One module, or None with the reason added to `findings`."""
+    if found.linear and found.embedding:
+        findings.add("mixed_kinds", f"{name} has tensors of a linear layer and of an embedding")
+        return None
+    tensors = found.linear or found.embedding
+    a, b, bias = tensors.get("A"), tensors.get("B"), tensors.get("B.bias")
+    if "A.bias" in tensors:
+        findings.add("unknown_tensors", f"{tensors['A.bias'].key} is not a tensor of LoRA")
+    if a is None or b is None:
+        side = "A" if a is None else "B"
+        findings.add(f"missing_lora_{side.lower()}", f"{name} has no lora_{side}", "the file is incomplete")
+        return None
+    kind = _kind(name, a, b, findings, embedding=bool(found.embedding))
+    if kind is None or settings is None:
+        return None
+    rank = a.shape[0]
+    if rank != settings.rank(name):
+        expected = settings.rank(name)
+        findings.add("rank_mismatch", f"{name} has rank {rank} in the file, the config says {expected}")
+    if not settings.is_targeted(name):
+        findings.add("not_targeted", f"{name} is adapted, but the config does not target it: PEFT would ignore it")
+    _check_bias(name, b, bias, settings, findings)
+    return LoraModule(name, kind, rank, settings.scaling(name), a, b, bias)
+
+
+def _kind(name: str, a: TensorEntry, b: TensorEntry, findings: Findings, *, embedding: bool) -> ModuleKind | None:
+    if len(a.shape) == len(b.shape) == 2 and b.shape[1] == a.shape[0]:
+        return "embedding" if embedding else "linear"
+    if 3 <= len(a.shape) == len(b.shape) <= 5 and not embedding and set(b.shape[2:]) == {1}:
+        if b.shape[1] == a.shape[0]:
+            return "conv"
+        findings.add(
+            "conv_groups",
+            f"{name} is a grouped convolution: lora_A is {list(a.shape)}, lora_B {list(b.shape)}",
+            "only convolutions with groups=1 can be merged",
+        )
+        return None
+    findings.add("shape_mismatch", f"{name}: lora_A is {list(a.shape)}, lora_B {list(b.shape)}, their ranks disagree")
+    return None
+
+
+def _check_bias(name: str, b: TensorEntry, bias: TensorEntry | None, settings: LoraConfig, findings: Findings) -> None:
+    if bias is None:
+        if settings.lora_bias:
+            findings.add("missing_lora_bias", f"{name} has no lora_B.bias, though the config sets lora_bias")
+        return
+    if not settings.lora_bias:
+        findings.add("unexpected_lora_bias", f"{name} has a lora_B.bias, though the config does not set lora_bias")
+    if bias.shape != b.shape[:1]:
+        findings.add("shape_mismatch", f"{name}: lora_B.bias is {list(bias.shape)}, expected {list(b.shape[:1])}")

@@ -49,7 +49,7 @@ def content_digest(
         {
             "v": 1,
             "tensors": [[name, dtype, list(shape), sha] for name, dtype, shape, sha in sorted(tensors)],
-            "scaling": {module: float(value) for module, value in scaling.items()},
+            "scale": {module: float(value) for module, value in scaling.items()},
             "fan_in_fan_out": fan_in_fan_out,
         }
     )
