@@ -1,0 +1,262 @@
+"""The queue, as rows. Every move of a job is one conditional UPDATE and one event, committed together.
+
+A move by a worker is fenced: it names its attempt, and touches no row that is not running under exactly that attempt.
+So a worker that was taken for dead and comes back can do no harm, however late it wakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import uuid6
+from sqlalchemy import ColumnElement, Connection, Row, func, insert, literal, select, update
+
+from ... import wire
+from ...domain.errors import Conflict, NotFound
+from ...domain.job import DEFAULT_MAX_ATTEMPTS, ENDED, LIVE, Job, JobEvent, JobState, NewJob, Progress
+from .engine import Database, Now, insert_once
+from .tables import job, job_event
+
+WORKER_LOST = {
+    "code": "worker_lost",
+    "message": "its worker stopped without a result, as often as a job may be tried",
+    "hint": "see `adapterctl jobs logs`, then `adapterctl jobs retry`",
+}
+
+
+class JobRows:
+    """The part of the ledger that is about jobs."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def submit(self, new: NewJob) -> tuple[Job, bool]:
+        job_id = str(uuid6.uuid7())
+        row = {
+            "id": job_id,
+            "kind": new.kind,
+            "key": new.key,
+            "title": new.title,
+            "spec": wire.to_json(new.spec),
+            "state": JobState.QUEUED.value,
+            "attempt": 0,
+            "max_attempts": new.max_attempts,
+            "created_by": new.created_by,
+            "created_at": Now(),
+            "updated_at": Now(),
+            "cancel_requested": False,
+            "result": "{}",
+        }
+        same = (job.c.kind == new.kind) & (job.c.key == new.key) & job.c.state.in_(LIVE)
+        while True:
+            with self._db.write() as connection:
+                created = insert_once(connection, insert(job).values(row))
+                if created:
+                    _record(connection, job_id, "queued", f"by {new.created_by}")
+                found = connection.execute(select(job).where(same)).one_or_none()
+                if found is not None:  # else the job that was in the way ended just now
+                    return _job(found), created
+
+    def job(self, job_id: str) -> Job | None:
+        with self._db.read() as connection:
+            row = connection.execute(select(job).where(job.c.id == job_id)).one_or_none()
+            return None if row is None else _job(row)
+
+    def jobs(self, *, states: Sequence[JobState] = (), kind: str | None = None, limit: int = 100) -> list[Job]:
+        """Newest first."""
+        query = select(job).order_by(job.c.created_at.desc(), job.c.id.desc()).limit(limit)
+        if states:
+            query = query.where(job.c.state.in_(states))
+        if kind is not None:
+            query = query.where(job.c.kind == kind)
+        with self._db.read() as connection:
+            return [_job(row) for row in connection.execute(query)]
+
+    def claim(self, owner: str, lease_s: float, *, kinds: Sequence[str] = ()) -> Job | None:
+        waiting = job.c.state == JobState.QUEUED
+        if kinds:
+            waiting &= job.c.kind.in_(kinds)
+        with self._db.read() as connection:  # a worker that finds nothing disturbs no writer
+            if connection.execute(select(job.c.id).where(waiting).limit(1)).first() is None:
+                return None
+        oldest = select(job.c.id).where(waiting).order_by(job.c.created_at, job.c.id).limit(1)
+        with self._db.write() as connection:
+            moved = _update(
+                connection,
+                (job.c.id == oldest.with_for_update(skip_locked=True).scalar_subquery()) & waiting,
+                state=JobState.RUNNING,
+                attempt=job.c.attempt + 1,
+                owner=owner,
+                lease_until=Now() + lease_s,
+                started_at=Now(),
+                progress=None,
+            )
+            if moved is not None:
+                _record(connection, moved.id, "running", f"attempt {moved.attempt} of {moved.max_attempts} by {owner}")
+            return moved
+
+    def renew(self, job_id: str, attempt: int, lease_s: float, progress: Progress | None = None) -> Job | None:
+        values: dict[str, Any] = {"lease_until": Now() + lease_s}
+        if progress is not None:
+            values["progress"] = wire.to_json(progress)
+        with self._db.write() as connection:
+            return _update(connection, held(job_id, attempt), **values)
+
+    def finish(
+        self,
+        job_id: str,
+        attempt: int,
+        state: JobState,
+        *,
+        error: Mapping[str, str] | None = None,
+        result: Mapping[str, Any] | None = None,
+    ) -> bool:
+        if state not in ENDED:
+            raise ValueError(f"{state} does not end a job")
+        with self._db.write() as connection:
+            return end_job(connection, held(job_id, attempt), state, error=error, result=result) is not None
+
+    def give_back(self, job_id: str, attempt: int, *, spent: bool = False) -> bool:
+        values = {} if spent else {"max_attempts": job.c.max_attempts + 1}
+        with self._db.write() as connection:
+            moved = _update(connection, held(job_id, attempt), **_UNHELD, **values)
+            if moved is not None:
+                _record(connection, job_id, "queued", f"attempt {attempt} {'was lost' if spent else 'was given back'}")
+            return moved is not None
+
+    def request_cancel(self, job_id: str) -> Job:
+        with self._db.write() as connection:
+            waiting = (job.c.id == job_id) & (job.c.state == JobState.QUEUED)
+            moved = end_job(connection, waiting, JobState.CANCELLED)
+            if moved is not None:
+                return moved
+            running = (job.c.id == job_id) & (job.c.state == JobState.RUNNING)
+            moved = _update(connection, running, cancel_requested=True)
+            if moved is not None:
+                _record(connection, job_id, "cancel", "was asked for")
+                return moved
+            raise Conflict(f"job {job_id} has {self._existing(connection, job_id).state} already")
+
+    def retry(self, job_id: str) -> Job:
+        ended = (job.c.id == job_id) & job.c.state.in_((JobState.FAILED, JobState.CANCELLED))
+        with self._db.write() as connection:
+            current = self._existing(connection, job_id)
+            twin = (job.c.kind == current.kind) & (job.c.key == current.key) & job.c.state.in_(LIVE)
+            live = connection.execute(select(job.c.id).where(twin, job.c.id != job_id)).scalar_one_or_none()
+            if live is not None:
+                raise Conflict(f"job {live} is doing the same already", hint=f"adapterctl jobs wait {live}")
+            # the attempt is a fencing number and never goes back, so the limit moves up
+            moved = _update(
+                connection,
+                ended,
+                **_UNHELD,
+                max_attempts=job.c.attempt + DEFAULT_MAX_ATTEMPTS,
+                cancel_requested=False,
+                ended_at=None,
+                error=None,
+            )
+            if moved is None:
+                raise Conflict(f"job {job_id} is {current.state}", hint="only a failed or cancelled job is retried")
+            _record(connection, job_id, "queued", "for another try")
+            return moved
+
+    def reap(self) -> list[Job]:
+        expired = (job.c.state == JobState.RUNNING) & (job.c.lease_until < Now())
+        with self._db.read() as connection:
+            if connection.execute(select(job.c.id).where(expired).limit(1)).first() is None:
+                return []
+        with self._db.write() as connection:
+            lost = [_job(row) for row in connection.execute(select(job).where(expired).with_for_update())]
+            return [self._reap_one(connection, each) for each in lost]
+
+    def record(self, job_id: str, kind: str, message: str) -> None:
+        with self._db.write() as connection:
+            _record(connection, job_id, kind, message)
+
+    def events(self, job_id: str, after: int = 0) -> list[JobEvent]:
+        query = select(job_event).where(job_event.c.job_id == job_id, job_event.c.seq > after).order_by(job_event.c.seq)
+        with self._db.read() as connection:
+            return [JobEvent(*row) for row in connection.execute(query)]
+
+    def _reap_one(self, connection: Connection, lost: Job) -> Job:
+        mine = held(lost.id, lost.attempt)
+        if lost.cancel_requested:
+            moved = end_job(connection, mine, JobState.CANCELLED)
+        elif lost.attempt >= lost.max_attempts:
+            moved = end_job(connection, mine, JobState.FAILED, error=WORKER_LOST)
+        else:
+            moved = _update(connection, mine, **_UNHELD)
+            _record(connection, lost.id, "queued", f"the lease of attempt {lost.attempt} expired")
+        return moved or lost
+
+    def _existing(self, connection: Connection, job_id: str) -> Job:
+        row = connection.execute(select(job).where(job.c.id == job_id)).one_or_none()
+        if row is None:
+            raise NotFound(f"there is no job {job_id}", hint="adapterctl jobs ls")
+        return _job(row)
+
+
+_UNHELD: Mapping[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_until": None, "progress": None}
+
+
+def held(job_id: str, attempt: int) -> ColumnElement[bool]:
+    """The fence: true of a job that is running under this attempt."""
+    return (job.c.id == job_id) & (job.c.attempt == attempt) & (job.c.state == JobState.RUNNING)
+
+
+def end_job(
+    connection: Connection,
+    where: ColumnElement[bool],
+    state: JobState,
+    *,
+    error: Mapping[str, str] | None = None,
+    result: Mapping[str, Any] | None = None,
+) -> Job | None:
+    """Move the one job of `where` to an end; None when the condition does not hold."""
+    moved = _update(
+        connection,
+        where,
+        state=state,
+        lease_until=None,
+        ended_at=Now(),
+        error=None if error is None else wire.to_json(error),
+        result=wire.to_json(result or {}),
+    )
+    if moved is not None:
+        _record(connection, moved.id, state.value, error["message"] if error else "")
+    return moved
+
+
+def _update(connection: Connection, where: ColumnElement[bool], **values: Any) -> Job | None:
+    row = connection.execute(update(job).where(where).values(updated_at=Now(), **values).returning(job)).one_or_none()
+    return None if row is None else _job(row)
+
+
+def _record(connection: Connection, job_id: str, kind: str, message: str) -> None:
+    last = select(func.coalesce(func.max(job_event.c.seq), 0) + 1).where(job_event.c.job_id == job_id).scalar_subquery()
+    connection.execute(insert(job_event).values(job_id=job_id, seq=last, at=Now(), kind=kind, message=literal(message)))
+
+
+def _job(row: Row[Any]) -> Job:
+    return Job(
+        id=row.id,
+        kind=row.kind,
+        key=row.key,
+        title=row.title,
+        spec=wire.from_json(row.spec, dict),
+        state=JobState(row.state),
+        attempt=row.attempt,
+        max_attempts=row.max_attempts,
+        created_by=row.created_by,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        owner=row.owner,
+        lease_until=row.lease_until,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        cancel_requested=row.cancel_requested,
+        progress=None if row.progress is None else wire.from_json(row.progress, Progress),
+        error=None if row.error is None else wire.from_json(row.error, dict),
+        result=wire.from_json(row.result, dict),
+    )

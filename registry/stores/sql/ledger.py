@@ -1,0 +1,629 @@
+"""The ledger in SQL: facts of record, and the rules that hold them together. Knows no database product.
+
+One method is one transaction. What listings show is in `version`, the bulk of a version in `version_detail`. Structured
+values that no query looks into are JSON text (`registry/wire.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import groupby
+from typing import Any
+
+import uuid6
+from sqlalchemy import Column, Connection, Row, Select, delete, func, insert, literal, select, update
+from sqlalchemy.exc import IntegrityError
+
+from ... import wire
+from ...crashpoints import reached
+from ...domain.errors import Conflict, HasDescendants, InvalidInput, NotFound, Refused, StageMoved
+from ...domain.evals import EvalReport
+from ...domain.job import JobState
+from ...domain.stage import GENESIS, StageAction, StageEvent
+from ...domain.version import (
+    AdapterVersion,
+    Base,
+    Edge,
+    NewVersion,
+    Placement,
+    Summary,
+    VersionDetail,
+    VersionSpec,
+    summarise,
+)
+from .engine import Database, Now, chunks, insert_once
+from .jobs import JobRows, end_job, held
+from .tables import (
+    adapter,
+    adapter_suite,
+    base,
+    base_alias,
+    base_assignment,
+    edge,
+    eval_report,
+    meta,
+    metric,
+    stage,
+    stage_history,
+    version,
+    version_detail,
+)
+
+
+class SqlLedger(JobRows):
+    """`registry.ports.Ledger` on a database whose tables exist (see `migrations.migrate`)."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self._meta: Row[Any] | None = None
+
+    # the registry itself
+
+    def establish(self, mlflow_uri: str) -> None:
+        """Give a new registry its id and its MLflow. An old one keeps what it has."""
+        with self._db.write() as connection:
+            if connection.execute(select(meta.c.registry_id)).first() is None:
+                values = {"registry_id": str(uuid6.uuid7()), "mlflow_uri": mlflow_uri, "created_at": Now()}
+                connection.execute(insert(meta).values(values))
+
+    @property
+    def registry_id(self) -> str:
+        return str(self._read_meta().registry_id)
+
+    @property
+    def mlflow_uri(self) -> str:
+        """The MLflow that this registry belongs to since it was made."""
+        return str(self._read_meta().mlflow_uri)
+
+    def exclusive(self, name: str) -> AbstractContextManager[None]:
+        return self._db.exclusive(name)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _read_meta(self) -> Row[Any]:
+        if self._meta is None:
+            with self._db.read() as connection:
+                self._meta = connection.execute(select(meta)).first()
+        if self._meta is None:
+            raise NotFound("this registry was never established", hint="register an adapter to make one")
+        return self._meta
+
+    # bases
+
+    def bases(self) -> list[Base]:
+        query = select(*_BASE).where(base.c.merged_into.is_(None)).order_by(base.c.name, base.c.id)
+        with self._db.read() as connection:
+            return [Base(*row) for row in connection.execute(query)]
+
+    def base_aliases(self) -> dict[str, str]:
+        with self._db.read() as connection:
+            rows = connection.execute(select(base_alias).order_by(base_alias.c.spelling))
+            return {row.spelling: row.base_id for row in rows}
+
+    def find_base(self, spelling: str) -> Base | None:
+        with self._db.read() as connection:
+            return _find_base(connection, [spelling])
+
+    def add_base(self, new: Base, spellings: Sequence[str]) -> Base:
+        with self._db.write() as connection:
+            known = _find_base(connection, [new.id, *spellings])
+            if known is None:
+                connection.execute(insert(base).values(created_at=Now(), **_base_columns(new)))
+                known = new
+            pins = {key: value for key, value in _base_columns(new).items() if getattr(known, key) is None}
+            if pins:
+                connection.execute(update(base).where(base.c.id == known.id).values(pins))
+            for spelling in spellings:
+                insert_once(connection, insert(base_alias).values(spelling=spelling, base_id=known.id))
+            return _base(connection, known.id)
+
+    def alias_base(self, spelling: str, base_id: str) -> None:
+        with self._db.write() as connection:
+            target = _base(connection, base_id)
+            if not insert_once(connection, insert(base_alias).values(spelling=spelling, base_id=target.id)):
+                moved = update(base_alias).where(base_alias.c.spelling == spelling).values(base_id=target.id)
+                connection.execute(moved)
+
+    def merge_bases(self, keep_id: str, drop_id: str) -> None:
+        with self._db.write() as connection:
+            keep, drop = _base(connection, keep_id), _base(connection, drop_id)
+            if keep.id == drop.id:
+                return
+            affected = select(version.c.id).where(version.c.base_id == drop.id).order_by(version.c.id)
+            for version_id in connection.execute(affected).scalars().all():
+                assigned = {"version_id": version_id, "base_id": keep.id, "at": Now()}
+                connection.execute(insert(base_assignment).values(assigned))
+            try:
+                connection.execute(update(version).where(version.c.base_id == drop.id).values(base_id=keep.id))
+            except IntegrityError as error:
+                raise Refused(
+                    f"{keep.name} and {drop.name} cannot be merged: an adapter has the same content on both",
+                    hint="remove one of the two versions first: adapterctl ls --base",
+                ) from error
+            connection.execute(update(base_alias).where(base_alias.c.base_id == drop.id).values(base_id=keep.id))
+            same = (base.c.id == drop.id) | (base.c.merged_into == drop.id)
+            connection.execute(update(base).where(same).values(merged_into=keep.id))
+
+    # adapters and versions
+
+    def adapter_id(self, name: str) -> str | None:
+        with self._db.read() as connection:
+            return connection.execute(select(adapter.c.id).where(adapter.c.name == name)).scalar_one_or_none()
+
+    def ensure_adapter(self, name: str) -> str:
+        known = self.adapter_id(name)
+        if known is not None:
+            return known
+        with self._db.write() as connection:
+            insert_once(connection, insert(adapter).values(id=str(uuid6.uuid7()), name=name, created_at=Now()))
+            return str(connection.execute(select(adapter.c.id).where(adapter.c.name == name)).scalar_one())
+
+    def adapter_names(self) -> list[str]:
+        with self._db.read() as connection:
+            return list(connection.execute(select(adapter.c.name).order_by(adapter.c.name)).scalars())
+
+    def version(self, version_id: str) -> AdapterVersion | None:
+        return next(iter(self._versions(_VERSION.where(version.c.id == version_id))), None)
+
+    def detail(self, version_id: str) -> VersionDetail:
+        query = select(version_detail.c.body).where(version_detail.c.version_id == version_id)
+        with self._db.read() as connection:
+            body = connection.execute(query).scalar_one_or_none()
+        if body is None:
+            raise NotFound(f"there is no version {version_id}", hint="adapterctl ls")
+        return wire.from_json(body, VersionDetail)
+
+    def version_by_number(self, name: str, number: int) -> AdapterVersion | None:
+        query = _VERSION.where(adapter.c.name == name, version.c.number == number)
+        return next(iter(self._versions(query)), None)
+
+    def versions(self, name: str | None = None, *, include_removed: bool = False) -> list[AdapterVersion]:
+        query = _VERSION if name is None else _VERSION.where(adapter.c.name == name)
+        if not include_removed:
+            query = query.where(version.c.state == "live")
+        return self._versions(query.order_by(adapter.c.name, version.c.number))
+
+    def versions_by_digest(self, digest_prefix: str, name: str | None = None) -> list[AdapterVersion]:
+        digest = version.c.content_digest
+        # a range uses the index whatever the collation; 'g' follows every hex digit
+        query = _VERSION.where(version.c.state == "live", digest >= digest_prefix, digest < f"{digest_prefix}g")
+        if name is not None:
+            query = query.where(adapter.c.name == name)
+        return self._versions(query.order_by(adapter.c.name, version.c.number))
+
+    def versions_by_id(self, version_ids: Sequence[str]) -> dict[str, AdapterVersion]:
+        found: dict[str, AdapterVersion] = {}
+        for part in chunks(list(dict.fromkeys(version_ids))):
+            found |= {each.id: each for each in self._versions(_VERSION.where(version.c.id.in_(part)))}
+        return found
+
+    def live_version(
+        self, adapter_id: str, *, content: tuple[str, str] | None = None, recipe: str | None = None
+    ) -> AdapterVersion | None:
+        query = _VERSION.where(version.c.adapter_id == adapter_id, version.c.state == "live")
+        if content is not None:
+            digest, base_id = content
+            query = query.where(
+                version.c.kind != "merge", version.c.content_digest == digest, version.c.base_id == base_id
+            )
+        if recipe is not None:
+            query = query.where(version.c.kind == "merge", version.c.recipe_digest == recipe)
+        return next(iter(self._versions(query)), None)
+
+    def add_version(
+        self,
+        version_id: str,
+        adapter_id: str,
+        spec: NewVersion,
+        placement: Placement,
+        edges: Sequence[Edge],
+        *,
+        created_by: str,
+        job: tuple[str, int] | None = None,
+    ) -> AdapterVersion:
+        with self._db.write() as connection:
+            known = connection.execute(select(version.c.id).where(version.c.id == version_id)).first()
+            if known is None:
+                _check_finite(spec.metrics)
+                _insert_version(connection, version_id, adapter_id, spec, placement, created_by)
+                _insert_edges(connection, edges)
+                _insert_metrics(connection, version_id, spec.metrics, "register")
+            if job is not None:
+                result = {"version_id": version_id}
+                if end_job(connection, held(*job), JobState.SUCCEEDED, result=result) is None:
+                    raise Conflict(
+                        f"job {job[0]} is no longer running as attempt {job[1]}", hint=f"adapterctl jobs show {job[0]}"
+                    )
+            reached("ledger.writing")
+        reached("ledger.committed")
+        return self._existing_version(version_id)
+
+    def remove_version(self, version_id: str, *, actor: str, reason: str) -> None:
+        removed = {"state": "removed", "removed_at": Now(), "removed_by": actor, "removed_reason": reason}
+        with self._db.write() as connection:
+            label = _labels(connection, [version_id]).get(version_id)
+            if label is None:
+                raise NotFound(f"there is no version {version_id}", hint="adapterctl ls")
+            _check_unneeded(connection, version_id, label)
+            connection.execute(
+                update(version).where(version.c.id == version_id, version.c.state == "live").values(removed)
+            )
+
+    def set_metrics(self, version_id: str, metrics: Mapping[str, float], *, source: str) -> None:
+        _check_finite(metrics)
+        with self._db.write() as connection:
+            _insert_metrics(connection, version_id, metrics, source)
+
+    def metrics(self, version_ids: Sequence[str]) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        columns = select(metric.c.version_id, metric.c.key, metric.c.value).order_by(metric.c.id)
+        with self._db.read() as connection:
+            for part in chunks(list(version_ids)):
+                for version_id, key, value in connection.execute(columns.where(metric.c.version_id.in_(part))):
+                    found.setdefault(version_id, {})[key] = value
+        return found
+
+    def _versions(self, query: Select[Any]) -> list[AdapterVersion]:
+        with self._db.read() as connection:
+            return [_version(row) for row in connection.execute(query)]
+
+    def _existing_version(self, version_id: str) -> AdapterVersion:
+        found = self.version(version_id)
+        if found is None:
+            raise NotFound(f"there is no version {version_id}", hint="adapterctl ls")
+        return found
+
+    # lineage
+
+    def parent_edges(self, version_ids: Sequence[str]) -> dict[str, tuple[Edge, ...]]:
+        with self._db.read() as connection:
+            edges = list(_edges_at(connection, edge.c.child_id, list(version_ids)))
+        return {child_id: tuple(group) for child_id, group in groupby(edges, key=lambda each: each.child_id)}
+
+    def edges_up(self, version_id: str, depth: int | None = None) -> list[Edge]:
+        with self._db.read() as connection:
+            return _walk(connection, version_id, depth, start=edge.c.child_id, end=edge.c.parent_id)
+
+    def edges_down(self, version_id: str, depth: int | None = None) -> list[Edge]:
+        with self._db.read() as connection:
+            return _walk(connection, version_id, depth, start=edge.c.parent_id, end=edge.c.child_id)
+
+    # evaluations
+
+    def reports(self, keys: Sequence[str]) -> dict[str, EvalReport]:
+        found: dict[str, EvalReport] = {}
+        with self._db.read() as connection:
+            for part in chunks(list(keys)):
+                bodies = select(eval_report.c.body).where(eval_report.c.key.in_(part))
+                for body in connection.execute(bodies).scalars():
+                    report = wire.from_json(body, EvalReport)
+                    found[report.key] = report
+        return found
+
+    def put_report(self, report: EvalReport) -> None:
+        row = {
+            "key": report.key,
+            "subject": report.subject,
+            "base_id": report.base_id,
+            "suite": report.suite,
+            "suite_digest": report.suite_digest,
+            "at": Now(),
+            "body": wire.to_json(report),
+        }
+        with self._db.write() as connection:
+            insert_once(connection, insert(eval_report).values(row))
+
+    def reports_for(self, subject: str, base_id: str) -> list[EvalReport]:
+        """Oldest first; reports of a base that was merged into this one belong to it."""
+        same_base = select(base.c.id).where((base.c.id == base_id) | (base.c.merged_into == base_id))
+        query = (
+            select(eval_report.c.body)
+            .where(eval_report.c.subject == subject)
+            .where((eval_report.c.base_id == base_id) | eval_report.c.base_id.in_(same_base))
+            .order_by(eval_report.c.at, eval_report.c.key)
+        )
+        with self._db.read() as connection:
+            return [wire.from_json(body, EvalReport) for body in connection.execute(query).scalars()]
+
+    def set_suites(self, adapter_id: str, suites: Sequence[tuple[str, str, str]]) -> None:
+        with self._db.write() as connection:
+            connection.execute(delete(adapter_suite).where(adapter_suite.c.adapter_id == adapter_id))
+            for position, (name, digest, body) in enumerate(suites):
+                row = {"adapter_id": adapter_id, "position": position, "name": name, "digest": digest, "body": body}
+                connection.execute(insert(adapter_suite).values(row))
+
+    def suites(self, adapter_id: str) -> list[tuple[str, str, str]]:
+        columns = select(adapter_suite.c.name, adapter_suite.c.digest, adapter_suite.c.body)
+        query = columns.where(adapter_suite.c.adapter_id == adapter_id).order_by(adapter_suite.c.position)
+        with self._db.read() as connection:
+            return [(row.name, row.digest, row.body) for row in connection.execute(query)]
+
+    # stages
+
+    def stage_holder(self, adapter_id: str, stage: str) -> str | None:
+        with self._db.read() as connection:
+            return _holder(connection, adapter_id, stage)
+
+    def stages(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        with self._db.read() as connection:
+            for row in connection.execute(select(stage).order_by(stage.c.adapter_id, stage.c.stage)):
+                found.setdefault(row.adapter_id, {})[row.stage] = row.version_id
+        return found
+
+    def move_stage(
+        self,
+        adapter_id: str,
+        stage: str,
+        *,
+        version_id: str | None,
+        expected: str | None,
+        action: StageAction,
+        actor: str,
+        reason: str,
+    ) -> StageEvent:
+        with self._db.write() as connection:
+            # one mover at a time: the row of the adapter stands for all of its stages and their chain
+            connection.execute(select(adapter.c.id).where(adapter.c.id == adapter_id).with_for_update())
+            holder = _holder(connection, adapter_id, stage)
+            if holder != expected:
+                raise _stage_moved(connection, stage, holder, expected)
+            if version_id is not None:
+                _check_may_hold(connection, adapter_id, version_id, stage)
+            _hold(connection, adapter_id, stage, version_id)
+            last = _history(connection, adapter_id)[-1:]
+            new = StageEvent(
+                seq=last[0].seq + 1 if last else 1,
+                adapter_id=adapter_id,
+                stage=stage,
+                action=action,
+                version_id=version_id,
+                previous_id=holder,
+                actor=actor,
+                reason=reason,
+                # read first, as the hash covers it
+                at=round(connection.execute(select(Now())).scalar_one(), 3),
+                prev_hash=last[0].hash if last else GENESIS,
+            ).sealed()
+            row = {column.name: getattr(new, column.name) for column in stage_history.columns}
+            connection.execute(insert(stage_history).values(row))
+            return new
+
+    def stage_history(self, adapter_id: str, stage: str | None = None) -> list[StageEvent]:
+        with self._db.read() as connection:
+            events = _history(connection, adapter_id)
+        return [each for each in events if stage in (None, each.stage)]
+
+
+# bases
+
+_BASE = [base.c[name] for name in Base.__dataclass_fields__]
+
+
+def _find_base(connection: Connection, spellings: Sequence[str]) -> Base | None:
+    """The base that the first known spelling (or id) means."""
+    for spelling in spellings:
+        query = select(base_alias.c.base_id).where(base_alias.c.spelling == spelling)
+        by_alias = connection.execute(query).scalar_one_or_none()
+        query = select(func.coalesce(base.c.merged_into, base.c.id)).where(base.c.id == (by_alias or spelling))
+        base_id = connection.execute(query).scalar_one_or_none()
+        if base_id is not None:
+            return _base(connection, base_id)
+    return None
+
+
+def _base(connection: Connection, base_id: str) -> Base:
+    """The base of this id, or the one that it was merged into."""
+    own = select(func.coalesce(base.c.merged_into, base.c.id)).where(base.c.id == base_id).scalar_subquery()
+    row = connection.execute(select(*_BASE).where(base.c.id == own)).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no base {base_id}", hint="adapterctl base ls")
+    return Base(*row)
+
+
+def _base_columns(value: Base) -> dict[str, str | None]:
+    return {column.name: getattr(value, column.name) for column in _BASE}
+
+
+# versions
+
+_VERSION = (
+    select(version, adapter.c.name.label("adapter_name"), *(column.label(f"base_{column.name}_") for column in _BASE))
+    .join(adapter, version.c.adapter_id == adapter.c.id)
+    .join(base, version.c.base_id == base.c.id)
+)
+
+
+def _version(row: Row[Any]) -> AdapterVersion:
+    return AdapterVersion(
+        id=row.id,
+        adapter_id=row.adapter_id,
+        created_at=row.created_at,
+        created_by=row.created_by,
+        state=row.state,
+        spec=VersionSpec(
+            adapter=row.adapter_name,
+            kind=row.kind,
+            content_digest=row.content_digest,
+            base=Base(*row[-len(_BASE) :]),
+            license=row.license,
+            source=row.source,
+            dataset=row.dataset,
+            params=wire.from_json(row.params, dict),
+            tags=wire.from_json(row.tags, dict),
+            recipe_digest=row.recipe_digest,
+        ),
+        summary=wire.from_json(row.summary, Summary),
+        placement=wire.from_json(row.placement, Placement),
+    )
+
+
+def _insert_version(
+    connection: Connection, version_id: str, adapter_id: str, spec: NewVersion, placement: Placement, created_by: str
+) -> None:
+    detail = VersionDetail(spec.facts, spec.norms, spec.recipe, spec.receipt)
+    row = {
+        "id": version_id,
+        "adapter_id": adapter_id,
+        "number": placement.number,
+        "kind": spec.kind,
+        "state": "live",
+        "content_digest": spec.content_digest,
+        "base_id": spec.base.id,
+        "recipe_digest": spec.recipe_digest,
+        "created_at": Now(),
+        "created_by": created_by,
+        "license": spec.license,
+        "source": spec.source,
+        "dataset": spec.dataset,
+        "params": wire.to_json(spec.params),
+        "tags": wire.to_json(spec.tags),
+        "summary": wire.to_json(summarise(spec)),
+        "placement": wire.to_json(placement),
+    }
+    if not insert_once(connection, insert(version).values(row)):
+        _check_references(connection, adapter_id, spec)
+        raise Conflict(
+            f"{spec.adapter}:v{placement.number} exists already, or another live version of {spec.adapter} has the "
+            + ("same recipe" if spec.kind == "merge" else "same content on the same base"),
+            hint="run the command again: it will find that version",
+        )
+    connection.execute(insert(version_detail).values(version_id=version_id, body=wire.to_json(detail)))
+    assigned = {"version_id": version_id, "base_id": spec.base.id, "at": Now()}
+    connection.execute(insert(base_assignment).values(assigned))
+
+
+def _check_references(connection: Connection, adapter_id: str, spec: NewVersion) -> None:
+    if connection.execute(select(adapter.c.id).where(adapter.c.id == adapter_id)).first() is None:
+        raise NotFound(f"adapter {spec.adapter} has no row {adapter_id}", hint="adapterctl doctor")
+    if connection.execute(select(base.c.id).where(base.c.id == spec.base.id)).first() is None:
+        raise NotFound(f"there is no base {spec.base.id}", hint="adapterctl base ls")
+
+
+def _insert_edges(connection: Connection, edges: Iterable[Edge]) -> None:
+    for each in edges:
+        connection.execute(insert(edge).values({column.name: getattr(each, column.name) for column in edge.columns}))
+
+
+def _insert_metrics(connection: Connection, version_id: str, metrics: Mapping[str, float], source: str) -> None:
+    for key, value in metrics.items():
+        row = {"version_id": version_id, "key": key, "value": value, "source": source, "at": Now()}
+        connection.execute(insert(metric).values(row))
+
+
+def _check_finite(metrics: Mapping[str, float]) -> None:
+    wrong = {key: value for key, value in metrics.items() if not math.isfinite(value)}
+    if wrong:
+        raise InvalidInput(f"metrics {wrong} are not finite", hint="leave out what was not measured")
+
+
+def _check_unneeded(connection: Connection, version_id: str, label: str) -> None:
+    # children are enough: by this very rule, a removed child has no live descendant either
+    children = select(edge.c.child_id).join(version, version.c.id == edge.c.child_id)
+    children = children.where(edge.c.parent_id == version_id, version.c.state == "live").distinct()
+    named = sorted(_labels(connection, connection.execute(children).scalars().all()).values())
+    if named:
+        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+        raise HasDescendants(
+            f"{label} is a parent of {', '.join(named[:5])}{more}",
+            hint=f"remove those first, or see adapterctl lineage {label} --down",
+        )
+    held_stages = connection.execute(select(stage.c.stage).where(stage.c.version_id == version_id)).scalars().all()
+    if held_stages:
+        raise Refused(
+            f"{label} holds {', '.join(sorted(held_stages))}", hint="promote another version or demote it first"
+        )
+
+
+def _labels(connection: Connection, version_ids: Sequence[str]) -> dict[str, str]:
+    query = select(version.c.id, adapter.c.name, version.c.number).join(adapter, version.c.adapter_id == adapter.c.id)
+    return {
+        version_id: f"{name}:v{number}"
+        for part in chunks(list(version_ids))
+        for version_id, name, number in connection.execute(query.where(version.c.id.in_(part)))
+    }
+
+
+# lineage
+
+_EDGE = [edge.c[name] for name in Edge.__dataclass_fields__]
+
+
+def _walk(
+    connection: Connection, version_id: str, depth: int | None, *, start: Column[str], end: Column[str]
+) -> list[Edge]:
+    """Edges from `start` to `end`, generation by generation.
+
+    A bounded walk asks once a generation, so that it never visits a node twice (a recursive query that carries the
+    depth does, once a path). An unbounded walk lets the database close over the nodes first.
+    """
+    by_start: dict[str, list[Edge]] = {}
+    if depth is None:
+        for each in _edges_at(connection, start, _closure(version_id, start, end)):
+            by_start.setdefault(getattr(each, start.name), []).append(each)
+    found: list[Edge] = []
+    seen, generation = {version_id}, [version_id]
+    while generation and (depth is None or depth > 0):
+        if depth is None:
+            edges = [each for node in generation for each in by_start.get(node, ())]
+        else:
+            edges, depth = list(_edges_at(connection, start, generation)), depth - 1
+        found += edges
+        reached_now = dict.fromkeys(getattr(each, end.name) for each in edges)
+        generation = [node for node in reached_now if node not in seen]
+        seen.update(generation)
+    return found
+
+
+def _closure(version_id: str, start: Column[str], end: Column[str]) -> Select[Any]:
+    nodes = select(literal(version_id).label("id")).cte("nodes", recursive=True)
+    nodes = nodes.union(select(end).where(start == nodes.c.id))
+    return select(nodes.c.id)
+
+
+def _edges_at(connection: Connection, column: Column[str], nodes: list[str] | Select[Any]) -> Iterator[Edge]:
+    for part in [nodes] if isinstance(nodes, Select) else chunks(nodes):
+        query = select(*_EDGE).where(column.in_(part)).order_by(edge.c.child_id, edge.c.position)
+        for row in connection.execute(query):
+            yield Edge(*row)
+
+
+# stages
+
+
+def _holder(connection: Connection, adapter_id: str, stage_name: str) -> str | None:
+    query = select(stage.c.version_id).where(stage.c.adapter_id == adapter_id, stage.c.stage == stage_name)
+    return connection.execute(query).scalar_one_or_none()
+
+
+def _hold(connection: Connection, adapter_id: str, stage_name: str, version_id: str | None) -> None:
+    connection.execute(delete(stage).where(stage.c.adapter_id == adapter_id, stage.c.stage == stage_name))
+    if version_id is not None:
+        row = {"adapter_id": adapter_id, "stage": stage_name, "version_id": version_id}
+        connection.execute(insert(stage).values(row))
+
+
+def _check_may_hold(connection: Connection, adapter_id: str, version_id: str, stage_name: str) -> None:
+    query = select(version.c.state).where(version.c.id == version_id, version.c.adapter_id == adapter_id)
+    state = connection.execute(query).scalar_one_or_none()
+    if state != "live":
+        raise Refused(
+            f"version {version_id} is {state or 'not of this adapter'}", hint=f"{stage_name} takes a live version only"
+        )
+
+
+def _stage_moved(connection: Connection, stage_name: str, holder: str | None, expected: str | None) -> StageMoved:
+    labels = _labels(connection, [each for each in (holder, expected) if each])
+    held_by, hoped = (labels.get(each, each) if each else "nothing" for each in (holder, expected))
+    return StageMoved(
+        f"{stage_name} holds {held_by}, expected {hoped}", hint="see `adapterctl history`, then try again"
+    )
+
+
+def _history(connection: Connection, adapter_id: str) -> list[StageEvent]:
+    columns = [stage_history.c[name] for name in StageEvent.__dataclass_fields__]
+    query = select(*columns).where(stage_history.c.adapter_id == adapter_id).order_by(stage_history.c.seq)
+    return [StageEvent(*row) for row in connection.execute(query)]

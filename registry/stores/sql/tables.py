@@ -1,0 +1,249 @@
+"""Our tables. `migrations/` builds them; a test holds both against each other.
+
+Facts of record (`edge`, `base_assignment`, `stage_history`) are append-only by triggers. Rules that concurrent writers
+could break are unique indexes: one live job a key, one live version of the same content or recipe in an adapter.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# one row
+meta = Table(
+    "meta",
+    metadata,
+    Column("registry_id", Text, primary_key=True),
+    Column("mlflow_uri", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
+# `merged_into` leads to the base that this one turned out to be; never to one that is merged itself.
+base = Table(
+    "base",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("revision", Text),
+    Column("config_digest", Text),
+    Column("weights_digest", Text),
+    Column("tokenizer_digest", Text),
+    Column("merged_into", Text, ForeignKey("base.id")),
+    Column("created_at", Float, nullable=False),
+)
+
+base_alias = Table(
+    "base_alias",
+    metadata,
+    Column("spelling", Text, primary_key=True),
+    Column("base_id", Text, ForeignKey("base.id"), nullable=False),
+)
+
+adapter = Table(
+    "adapter",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("created_at", Float, nullable=False),
+)
+
+# `base_id` is the newest assignment; `stages`, metrics and edges have tables of their own.
+version = Table(
+    "version",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("adapter_id", Text, ForeignKey("adapter.id"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("content_digest", Text, nullable=False, index=True),
+    Column("base_id", Text, ForeignKey("base.id"), nullable=False, index=True),
+    Column("recipe_digest", Text),
+    Column("created_at", Float, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("license", Text),
+    Column("source", Text),
+    Column("dataset", Text),
+    Column("params", Text, nullable=False),
+    Column("tags", Text, nullable=False),
+    Column("summary", Text, nullable=False),
+    Column("placement", Text, nullable=False),
+    Column("removed_at", Float),
+    Column("removed_by", Text),
+    Column("removed_reason", Text),
+    UniqueConstraint("adapter_id", "number"),
+)
+_live_import, _live_merge = text("state = 'live' AND kind <> 'merge'"), text("state = 'live' AND kind = 'merge'")
+Index(
+    "uq_version_live_content",
+    version.c.adapter_id,
+    version.c.content_digest,
+    version.c.base_id,
+    unique=True,
+    sqlite_where=_live_import,
+    postgresql_where=_live_import,
+)
+Index(
+    "uq_version_live_recipe",
+    version.c.adapter_id,
+    version.c.recipe_digest,
+    unique=True,
+    sqlite_where=_live_merge,
+    postgresql_where=_live_merge,
+)
+
+version_detail = Table(
+    "version_detail",
+    metadata,
+    Column("version_id", Text, ForeignKey("version.id"), primary_key=True),
+    Column("body", Text, nullable=False),
+)
+
+base_assignment = Table(
+    "base_assignment",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version_id", Text, ForeignKey("version.id"), nullable=False, index=True),
+    Column("base_id", Text, ForeignKey("base.id"), nullable=False),
+    Column("at", Float, nullable=False),
+)
+
+edge = Table(
+    "edge",
+    metadata,
+    Column("child_id", Text, ForeignKey("version.id"), nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("parent_id", Text, ForeignKey("version.id"), nullable=False, index=True),
+    Column("kind", Text, nullable=False),
+    Column("weight", Float),
+    Column("recipe_digest", Text),
+    PrimaryKeyConstraint("child_id", "position"),
+)
+
+# Every value that was ever set; the newest of a key counts.
+metric = Table(
+    "metric",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version_id", Text, ForeignKey("version.id"), nullable=False, index=True),
+    Column("key", Text, nullable=False),
+    Column("value", Float, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("at", Float, nullable=False),
+)
+
+job = Table(
+    "job",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("title", Text, nullable=False),
+    Column("spec", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("max_attempts", Integer, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    Column("owner", Text),
+    Column("lease_until", Float),
+    Column("started_at", Float),
+    Column("ended_at", Float),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("progress", Text),
+    Column("error", Text),
+    Column("result", Text, nullable=False),
+)
+Index("ix_job_state_created_at_id", job.c.state, job.c.created_at, job.c.id)
+_job_live = text("state IN ('queued', 'running')")
+Index(
+    "uq_job_live_key",
+    job.c.kind,
+    job.c.key,
+    unique=True,
+    sqlite_where=_job_live,
+    postgresql_where=_job_live,
+)
+
+job_event = Table(
+    "job_event",
+    metadata,
+    Column("job_id", Text, ForeignKey("job.id"), nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    PrimaryKeyConstraint("job_id", "seq"),
+)
+
+eval_report = Table(
+    "eval_report",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("subject", Text, nullable=False),
+    Column("base_id", Text, nullable=False),
+    Column("suite", Text, nullable=False),
+    Column("suite_digest", Text, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("body", Text, nullable=False),
+    Index(None, "subject", "base_id"),
+)
+
+adapter_suite = Table(
+    "adapter_suite",
+    metadata,
+    Column("adapter_id", Text, ForeignKey("adapter.id"), nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    PrimaryKeyConstraint("adapter_id", "position"),
+)
+
+stage = Table(
+    "stage",
+    metadata,
+    Column("adapter_id", Text, ForeignKey("adapter.id"), nullable=False),
+    Column("stage", Text, nullable=False),
+    Column("version_id", Text, ForeignKey("version.id"), nullable=False, index=True),
+    PrimaryKeyConstraint("adapter_id", "stage"),
+)
+
+stage_history = Table(
+    "stage_history",
+    metadata,
+    Column("adapter_id", Text, ForeignKey("adapter.id"), nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("stage", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("version_id", Text),
+    Column("previous_id", Text),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("prev_hash", Text, nullable=False),
+    Column("hash", Text, nullable=False),
+    PrimaryKeyConstraint("adapter_id", "seq"),
+)
