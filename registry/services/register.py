@@ -1,0 +1,328 @@
+"""Find or create one version: the only way into the registry, for adapters that people bring and for merges.
+
+Files of strangers are copied into a stage folder first and judged there, so what was checked is what is stored: two
+named files and a README, no links, no archives, no pickles. `publish` then runs under a lock on the version's key and
+is safe to run again after a kill at any point: MLflow is searched by the key before anything is made in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from uuid6 import uuid7
+
+from ..api import Registered
+from ..crashpoints import reached
+from ..domain.adapter import AdapterFacts, carried_name, read_facts
+from ..domain.digest import json_digest
+from ..domain.errors import InvalidAdapter, InvalidInput, NotAllowed, NotFound, Problem, Unavailable
+from ..domain.header import open_plain_file, read_header, strict_json_object
+from ..domain.refs import Source, check_name, parse_source
+from ..domain.version import AdapterVersion, Base, Edge, EdgeKind, NewVersion
+from ..merging.tensors import measure
+from ..ports import Ledger, Parent, VersionStore
+from . import bases
+from .staging import stage_folder
+from .views import version_view
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+README_FILE = "README.md"
+MAX_BYTES: Mapping[str, int] = {CONFIG_FILE: 2**20, WEIGHTS_FILE: 2**35, README_FILE: 2**20}
+
+_COPY_BYTES = 2**20
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./ -]{0,199}")
+_MAX_VALUE = 5000
+_RESERVED = ("adapterctl.", "mlflow.")
+
+#: Opens a source of one kind: a folder of files, and the source as it is recorded (a revision becomes a commit).
+SourceFolder = Callable[[Source], AbstractContextManager[tuple[Path, Source]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """What the caller says about a new version; the rest is read from its files."""
+
+    source: str
+    name: str
+    base: str | None = None
+    kind: Literal["import", "train"] = "import"
+    trained_from: AdapterVersion | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    dataset: str | None = None
+    license: str | None = None
+    assume_converted: bool = False
+
+
+def register(
+    ledger: Ledger,
+    registration: Registration,
+    *,
+    open_versions: Callable[[], VersionStore],
+    open_hub: SourceFolder,
+    home: Path,
+    created_by: str,
+) -> Registered:
+    """Take in one adapter; or return the live version of this adapter with the same content on the same base.
+
+    MLflow is opened only for what passed every check and is new. Raises `InvalidAdapter` with every problem found.
+    """
+    _check_words(registration)
+    opened = _source_folder(parse_source(registration.source), open_versions, open_hub)
+    with opened as (folder, source), stage_folder(home) as staged:
+        facts = _take_in(folder, staged, assume_converted=registration.assume_converted)
+        measured = measure(staged / WEIGHTS_FILE, facts)
+        base, known = bases.base_of(ledger, facts, registration.base)
+        base = ledger.add_base(base, [base.name])
+        warnings = _warnings(registration, facts, None if known else base)
+        spec = NewVersion(
+            adapter=registration.name,
+            kind=registration.kind,
+            content_digest=measured.content_digest,
+            base=base,
+            facts=facts,
+            norms=measured.norms,
+            license=registration.license,
+            source=str(source),
+            dataset=registration.dataset,
+            metrics=dict(registration.metrics),
+            params=dict(registration.params),
+            tags=dict(registration.tags),
+        )
+        parent = registration.trained_from
+        version, created = _find_or_create(
+            ledger,
+            open_versions,
+            spec,
+            staged,
+            parents=[Parent(parent)] if parent is not None else [],
+            edge_kind="trained_from",
+            key=_register_key(ledger.ensure_adapter(registration.name), spec),
+            created_by=created_by,
+        )
+    if not created and (registration.metrics or registration.params or registration.tags or parent is not None):
+        warnings.append(f"{version.label} was registered before: what was said about it now is not added")
+    return Registered(version_view(ledger, version), created, tuple(warnings))
+
+
+def publish(
+    ledger: Ledger,
+    versions: VersionStore,
+    spec: NewVersion,
+    staged: Path,
+    *,
+    parents: Sequence[Parent],
+    edge_kind: EdgeKind,
+    key: str,
+    created_by: str,
+    job: tuple[str, int] | None = None,
+) -> AdapterVersion:
+    """Make a version of the files in `staged`, with its edges and the end of `job` (id, attempt) in one fenced write.
+
+    The live version of the same identity is returned where there is one; `job` ends with it all the same. `key` names
+    that identity, so two processes with one key wait for each other, and a killed attempt is continued.
+    """
+    version, _ = _find_or_create(
+        ledger,
+        lambda: versions,
+        spec,
+        staged,
+        parents=parents,
+        edge_kind=edge_kind,
+        key=key,
+        created_by=created_by,
+        job=job,
+    )
+    return version
+
+
+def inspect(folder: Path, *, assume_converted: bool = False) -> AdapterFacts:
+    """Facts of the adapter in `folder`. Raises `InvalidAdapter`; reads the config and the header, no tensor."""
+    config = strict_json_object(_read_small(folder / CONFIG_FILE), what=CONFIG_FILE)
+    return read_facts(config, read_header(folder / WEIGHTS_FILE), assume_converted=assume_converted)
+
+
+def _find_or_create(
+    ledger: Ledger,
+    open_versions: Callable[[], VersionStore],
+    spec: NewVersion,
+    staged: Path,
+    *,
+    parents: Sequence[Parent],
+    edge_kind: EdgeKind,
+    key: str,
+    created_by: str,
+    job: tuple[str, int] | None = None,
+) -> tuple[AdapterVersion, bool]:
+    with ledger.exclusive(key):
+        reached("register.locked")
+        adapter_id = ledger.ensure_adapter(spec.adapter)
+        existing = _live_version(ledger, adapter_id, spec)
+        if existing is not None and job is None:
+            return existing, False
+        if existing is not None:  # the write is idempotent by id: what is left of it is the end of the job
+            placed = (existing.id, existing.placement)
+        else:
+            versions = open_versions()
+            versions.ensure_adapter(spec.adapter, adapter_id, spec.base)
+            placed = versions.place(
+                spec,
+                adapter_id=adapter_id,
+                version_id=str(uuid7()),
+                key=_generation(ledger, spec, key),
+                staged=staged,
+                parents=parents,
+            )
+        version_id, placement = placed
+        edges = [
+            Edge(version_id, position, parent.version.id, edge_kind, parent.weight, spec.recipe_digest)
+            for position, parent in enumerate(parents)
+        ]
+        version = ledger.add_version(version_id, adapter_id, spec, placement, edges, created_by=created_by, job=job)
+        return version, existing is None
+
+
+def _register_key(adapter_id: str, spec: NewVersion) -> str:
+    # digested, for the base's name is free text and the key goes into search filters
+    return "register:" + json_digest([adapter_id, spec.content_digest, spec.base.id])
+
+
+def _live_version(ledger: Ledger, adapter_id: str, spec: NewVersion) -> AdapterVersion | None:
+    if spec.kind == "merge":
+        return ledger.live_version(adapter_id, recipe=spec.recipe_digest)
+    return ledger.live_version(adapter_id, content=(spec.content_digest, spec.base.id))
+
+
+def _generation(ledger: Ledger, spec: NewVersion, key: str) -> str:
+    """The key in MLflow. A removed version keeps its own: what is made anew must not be found to be the old one."""
+
+    def is_same(version: AdapterVersion) -> bool:
+        if version.state != "removed" or (version.spec.kind == "merge") != (spec.kind == "merge"):
+            return False
+        if spec.kind == "merge":
+            return version.spec.recipe_digest == spec.recipe_digest
+        return version.spec.content_digest == spec.content_digest and version.spec.base.id == spec.base.id
+
+    removed = sum(is_same(version) for version in ledger.versions(spec.adapter, include_removed=True))
+    return f"{key}:{removed}" if removed else key
+
+
+@contextmanager
+def _source_folder(
+    source: Source, open_versions: Callable[[], VersionStore], open_hub: SourceFolder
+) -> Iterator[tuple[Path, Source]]:
+    if source.kind == "folder":
+        yield Path(source.location).expanduser(), source
+    elif source.kind == "hub":
+        with open_hub(source) as found:
+            yield found
+    else:
+        with open_versions().source_folder(source.kind, source.location) as folder:
+            yield folder, source
+
+
+def _take_in(folder: Path, staged: Path, *, assume_converted: bool) -> AdapterFacts:
+    """Copy the adapter's files into `staged` and judge the copy; a bad one is refused before its weights are copied."""
+    _check_folder(folder)
+    inspect(folder, assume_converted=assume_converted)
+    _copy(folder / CONFIG_FILE, staged / CONFIG_FILE)
+    _copy(folder / WEIGHTS_FILE, staged / WEIGHTS_FILE)
+    if (folder / README_FILE).exists():
+        _copy(folder / README_FILE, staged / README_FILE)
+    return inspect(staged, assume_converted=assume_converted)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise NotFound(f"{folder} is not there", hint="give the folder that PEFT's save_pretrained wrote")
+    if not folder.is_dir():
+        _refuse("not_a_folder", f"{folder} is not a folder", "give the folder that PEFT's save_pretrained wrote")
+    names = {entry.name for entry in os.scandir(folder)}
+    if WEIGHTS_FILE not in names and "adapter_model.bin" in names:
+        _refuse(
+            "pickle",
+            f"{folder} holds adapter_model.bin, a Python pickle, which can run code when it is loaded",
+            "where you trust it: load it with PEFT and save_pretrained(..., safe_serialization=True)",
+        )
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in names]
+    if missing:
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))[:4]
+        hint = f"it is in {' or '.join(inside)}" if inside else "give the folder that PEFT's save_pretrained wrote"
+        _refuse("missing_file", f"{folder} holds no {' and no '.join(missing)}", hint)
+
+
+def _read_small(path: Path) -> bytes:
+    with os.fdopen(open_plain_file(path), "rb") as file:
+        _check_size(path, os.fstat(file.fileno()).st_size)
+        return file.read(MAX_BYTES[path.name])
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a plain file. Raises `Unavailable` when the disk of the home is full."""
+    with os.fdopen(open_plain_file(source), "rb") as reader:
+        _check_size(source, os.fstat(reader.fileno()).st_size)
+        try:
+            with target.open("xb") as writer:
+                left = MAX_BYTES[source.name]
+                while left and (block := reader.read(min(left, _COPY_BYTES))):
+                    writer.write(block)
+                    left -= len(block)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise NotAllowed(f"{target.parent} cannot be written", hint="use a home of your own: --home") from error
+            raise Unavailable(f"{source.name} cannot be stored: {error.strerror}", hint="free space there") from error
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > MAX_BYTES[path.name]:
+        _refuse("too_large", f"{path.name} has {size:,} bytes, at most {MAX_BYTES[path.name]:,} are accepted")
+
+
+def _check_words(registration: Registration) -> None:
+    """The caller's own words, before anything is read: MLflow would refuse some of them half-way."""
+    check_name(registration.name)
+    for what, words in (("parameter", registration.params), ("tag", registration.tags)):
+        for key, value in words.items():
+            _check_key(what, key)
+            if len(value) > _MAX_VALUE:
+                raise InvalidInput(f"{what} {key!r} has {len(value):,} characters", hint=f"at most {_MAX_VALUE:,}")
+    for key, number in registration.metrics.items():
+        _check_key("metric", key)
+        if not math.isfinite(number):
+            raise InvalidInput(f"metric {key!r} is {number}", hint="give a finite number")
+
+
+def _check_key(what: str, key: str) -> None:
+    if not _KEY.fullmatch(key) or key.startswith(_RESERVED):
+        raise InvalidInput(
+            f"{what} {key[:80]!r} is not allowed",
+            hint="use letters, digits and ' _ . / -', at most 200; adapterctl. and mlflow. are reserved",
+        )
+
+
+def _warnings(registration: Registration, facts: AdapterFacts, new_base: Base | None) -> list[str]:
+    found: list[str] = []
+    if new_base is not None:
+        found.append(
+            f"the base {new_base.name} is new here and not pinned: "
+            f"adapterctl base add {new_base.name!r} --folder FOLDER, or base alias if it has another name"
+        )
+    if registration.base and facts.base_name and registration.base != facts.base_name:
+        found.append(f"registered for the base {registration.base}, the config says {facts.base_name}")
+    if carried := carried_name(facts):
+        found.append(f"tensor names carry the adapter name {carried!r}: PEFT itself does not load such a file")
+    return found
+
+
+def _refuse(code: str, message: str, hint: str = "") -> None:
+    raise InvalidAdapter(message, hint=hint, problems=[Problem(code, message, hint)])

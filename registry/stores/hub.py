@@ -1,0 +1,71 @@
+"""An adapter from a Hugging Face repository, at a commit that cannot move.
+
+Only the three files that an adapter may have are fetched, into a private folder that is removed afterwards; no code of
+the repository is looked at. A branch or tag is resolved to its commit once, and that commit is what is downloaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..domain.errors import NotAllowed, NotFound, Unavailable
+from ..domain.refs import Source
+
+FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@contextmanager
+def hub_folder(source: Source) -> Iterator[tuple[Path, Source]]:
+    """The adapter's files at `source` (`hf://ORG/REPO@REVISION`) while the context lasts, and the source at its commit.
+
+    Raises `NotFound`, `NotAllowed` (a gated repository) or `Unavailable` (offline, or the client is not installed).
+    """
+    if find_spec("huggingface_hub") is None:
+        raise Unavailable(
+            f"{source} cannot be fetched: huggingface_hub is not installed",
+            hint="pip install 'adapterctl[eval]', or download the files and register their folder",
+        )
+    # deferred: half a second, and only this source needs it
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    api = HfApi()
+    with TemporaryDirectory(prefix="adapterctl-hub-") as folder:
+        try:
+            commit = source.revision or ""
+            if not _COMMIT.fullmatch(commit):
+                commit = api.model_info(source.location, revision=source.revision).sha or ""
+            api.snapshot_download(source.location, revision=commit, allow_patterns=list(FILES), local_dir=folder)
+        except GatedRepoError as error:
+            raise NotAllowed(
+                f"{source} is gated", hint="accept its terms on the hub and run `hf auth login`"
+            ) from error
+        except RevisionNotFoundError as error:
+            raise NotFound(f"{source} has no such revision", hint="give a commit, a tag or a branch") from error
+        except RepositoryNotFoundError as error:
+            raise NotFound(
+                f"there is no repository {source.location} on the hub, or it is private",
+                hint="check the name; for a private one run `hf auth login`",
+            ) from error
+        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError) as error:
+            raise Unavailable(
+                f"{source} cannot be fetched: {str(error).splitlines()[0]}",
+                hint="download the three files by other means and register their folder",
+            ) from error
+        yield Path(folder), replace(source, revision=commit)
