@@ -32,6 +32,15 @@ class Settings:
     actor: str = ""
     mlflow_ui: str = "http://127.0.0.1:5000"
 
+    def to_env(self) -> dict[str, str]:
+        """The environment that gives another process these settings."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            f"ADAPTERCTL_{name.upper()}": ",".join(value) if isinstance(value, tuple) else str(value)
+            for name, value in values.items()
+            if value is not None and value != ()
+        }
+
 
 def load_settings(
     flags: Mapping[str, Any] | None = None,

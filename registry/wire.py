@@ -16,6 +16,14 @@ def to_builtins(value: Any) -> Any:
     return msgspec.to_builtins(value)
 
 
+def from_builtins(value: Any, kind: type[T]) -> T:
+    """The fact that `to_builtins` turned into plain values. Raises `Corrupt` where it does not fit."""
+    try:
+        return msgspec.convert(value, type=kind)
+    except msgspec.ValidationError as error:
+        raise Corrupt(f"stored {kind.__name__} cannot be read: {error}") from error
+
+
 def to_json(value: Any) -> str:
     """Compact JSON of a fact or view."""
     return msgspec.json.encode(value).decode()

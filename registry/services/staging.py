@@ -29,7 +29,9 @@ def stage_folder(home: Path) -> Iterator[Path]:
         sweep(root)
         lock, folder = _make(root)
     except PermissionError as error:
-        raise NotAllowed(f"{root} cannot be written", hint="use a home of your own: --home or ADAPTERCTL_HOME") from error
+        raise NotAllowed(
+            f"{root} cannot be written", hint="use a home of your own: --home or ADAPTERCTL_HOME"
+        ) from error
     except OSError as error:
         raise Unavailable(f"{root} cannot be written: {error.strerror}", hint="free space on its disk") from error
     try:

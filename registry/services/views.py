@@ -17,7 +17,7 @@ def iso_time(seconds: float) -> str:
 
 
 def version_views(ledger: Ledger, versions: Sequence[AdapterVersion]) -> list[VersionView]:
-    """Views in the order given; stages, metrics and parents are read for all of them at once."""
+    """Views in the order given, without recipes and receipts; what they need is read for all of them at once."""
     ids = [version.id for version in versions]
     metrics = ledger.metrics(ids)
     stages = stages_by_version(ledger)
@@ -30,7 +30,7 @@ def version_views(ledger: Ledger, versions: Sequence[AdapterVersion]) -> list[Ve
 
 
 def version_view(ledger: Ledger, version: AdapterVersion) -> VersionView:
-    """One view, with its recipe and receipt; listings go without."""
+    """One version whole, with its recipe and receipt."""
     detail = ledger.detail(version.id)
     return replace(version_views(ledger, [version])[0], recipe=detail.recipe, receipt=detail.receipt)
 

@@ -1,0 +1,73 @@
+"""Copy a version's files out of the registry: verified against the manifest first, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..domain.digest import file_digest
+from ..domain.errors import Conflict, Corrupt, Unavailable
+from ..domain.version import AdapterVersion, FileRecord
+
+
+def damage(folder: Path, files: Sequence[FileRecord]) -> list[str]:
+    """What differs between a folder and its manifest, one line a file; files that are not listed do not count."""
+    findings = []
+    for record in files:
+        path = folder / record.path
+        if not path.is_file():
+            findings.append(f"{record.path} is missing")
+        elif path.stat().st_size != record.size_bytes:
+            findings.append(f"{record.path} has {path.stat().st_size} bytes, the manifest says {record.size_bytes}")
+        elif file_digest(path) != record.sha256:
+            findings.append(f"{record.path} has other content than the manifest says")
+    return findings
+
+
+def check_intact(version: AdapterVersion, folder: Path) -> None:
+    """Raises `Corrupt` naming every file that is not what was registered."""
+    findings = damage(folder, version.placement.files)
+    if findings:
+        raise Corrupt(
+            f"the stored files of {version.label} are damaged: {'; '.join(findings)}",
+            hint="restore them from a backup, or register the adapter again from its source",
+        )
+
+
+def pull(version: AdapterVersion, stored: Path, target: Path) -> None:
+    """Copy the files of `version` from `stored` to `target`, which must not exist or be an empty folder.
+
+    The copy is verified before it gets its name; a failure leaves nothing behind.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise Conflict(f"{target} exists and is not an empty folder", hint="give a new folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise Unavailable(f"{target} cannot be written: {error.strerror}", hint="give another folder") from error
+    try:
+        for record in version.placement.files:
+            (temporary / record.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(stored / record.path, temporary / record.path)
+        check_intact(version, temporary)
+        temporary.chmod(0o777 & ~_umask())
+        temporary.replace(target)
+    except FileNotFoundError as error:
+        raise Corrupt(f"{version.label} lost a file: {error.filename}", hint="see `adapterctl verify`") from error
+    except OSError as error:
+        raise Unavailable(
+            f"{target} cannot be written: {error.strerror}", hint="free space or give another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    # The only portable way to read it; mkdtemp makes its folder private, a pulled adapter is as open as any new file.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
