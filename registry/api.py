@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from .domain.evals import Interval
 from .domain.job import Job, JobEvent
 from .domain.plan import Forecast, Pair
 from .domain.recipe import MergeRequest
@@ -149,15 +150,6 @@ class DiffView:
     only_second: tuple[str, ...]
     cosine: float | None
     distance: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """An estimate with its 90 % paired bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,43 @@
-"""What an evaluation says about one adapter (or the bare base) on one suite, task by task."""
+"""What an evaluation says about one adapter (or the bare base) on one suite, task by task, and what a child kept.
+
+Every metric is a formula over sums of per-sample statistics, so the same few lines give the figure of a whole task and
+of each draw of the paired bootstrap. Pure: texts and numbers come in, no model is touched.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal
+
+from .errors import InvalidInput
+
+Direction = Literal["higher", "lower"]
+
+DRAWS = 2000
+CONFIDENCE = 0.90
+CHRF_ORDER = 6
+#: chrF weighs recall this much more than precision (Popović 2015, https://aclanthology.org/W15-3049).
+CHRF_BETA = 2
+#: The shortest unit of text that counts as a loop when it fills the tail three times: "..." and "ha ha" are none.
+LOOP_UNIT = 4
+
+_CHRF_FIELDS = tuple(f"{part}{n}" for n in range(1, CHRF_ORDER + 1) for part in ("hyp", "ref", "hit"))
 
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """Metrics of one task. `primary` names the metric that retention is computed from.
+    """Metrics of one task. `primary` names the metric that retention is computed from first.
 
     `samples` holds, in the task's order, what paired statistics need per item: one mapping of numbers an item.
     """
 
     task: str
     primary: str
-    direction: Literal["higher", "lower"]
+    direction: Direction
     metrics: Mapping[str, float]
     samples: tuple[Mapping[str, float], ...]
 
@@ -25,7 +46,8 @@ class TaskResult:
 class EvalReport:
     """One run of one suite. `subject` is a content digest, or `base` for the base without an adapter.
 
-    `key` is the cache key: a digest over subject, base, tokenizer, suite, data, limits and engine versions.
+    `key` is the cache key: a digest over subject, base, tokenizer, suite, data, limits and engine versions. `engine`
+    names versions and settings, and under `source` where a report comes from that this registry did not compute.
     """
 
     key: str
@@ -38,3 +60,222 @@ class EvalReport:
     tasks: tuple[TaskResult, ...]
     seconds: float
     outputs: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Every metric as `task/metric`."""
+        return {f"{task.task}/{name}": value for task in self.tasks for name, value in task.metrics.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A figure of a task: `formula` gets the sum over samples of each of `fields`, in that order, and the count.
+
+    `direction` is None for behaviour, which is read against the parent and is not better or worse by itself.
+    """
+
+    name: str
+    help: str
+    direction: Direction | None
+    generated: bool
+    fields: tuple[str, ...]
+    formula: Callable[[Sequence[float], int], float]
+
+    def score(self, samples: Sequence[Mapping[str, float]]) -> float:
+        return self.formula([sum(column) for column in self.columns(samples)], len(samples))
+
+    def columns(self, samples: Sequence[Mapping[str, float]]) -> list[list[float]]:
+        return [[sample[field] for sample in samples] for field in self.fields]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its 90 % paired bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """How much of a parent's metric its child kept.
+
+    `retention` is child / parent (parent / child where lower is better), None where that divides by zero; `gain_kept`
+    is (child - base) / (parent - base), None where the parent does not beat the base beyond its interval.
+    """
+
+    retention: Interval | None
+    gain_kept: Interval | None
+    note: str = ""
+
+
+def kept(
+    metric: Metric,
+    base: Sequence[Mapping[str, float]],
+    parent: Sequence[Mapping[str, float]],
+    child: Sequence[Mapping[str, float]],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Kept:
+    """Compare three subjects on the same samples in the same order; each draw takes the same samples of all three.
+
+    Raises `InvalidInput` when the numbers of samples differ: unpaired intervals would be many times wider.
+    """
+    if metric.direction is None or not len(base) == len(parent) == len(child) > 0:
+        raise InvalidInput(
+            f"{metric.name} of {len(base)}, {len(parent)} and {len(child)} samples cannot be compared",
+            hint="evaluate base, parent and child on the same samples of the same suite",
+        )
+    higher = metric.direction == "higher"
+    scores = _paired_scores(metric, (base, parent, child), draws=draws, seed=seed)
+    lift = _interval([(p - b) if higher else (b - p) for b, p, _ in scores])
+    gain, note = None, ""
+    if lift.value > 0 and lift.low > 0:
+        gain = _interval([_ratio(c - b, p - b) for b, p, c in scores])
+    else:
+        note = "the parent does not beat the base beyond its interval"
+    ratios = [_ratio(c, p) if higher else _ratio(p, c) for _, p, c in scores]
+    return Kept(None if ratios[0] is None else _interval(ratios), gain, note)
+
+
+def behaviour_note(parent: Mapping[str, float], child: Mapping[str, float]) -> str:
+    """How the child's answers differ in form from its parent's, in words; empty where they do not, or none were made.
+
+    Metrics of likelihood hardly see answers that end early or never end.
+    """
+    if "ended" not in parent or "ended" not in child:
+        return ""
+    findings = []
+    if child["length_ratio"] < 0.8 * parent["length_ratio"]:
+        findings.append(
+            f"answers are shorter: length {child['length_ratio']:.2f} (parent {parent['length_ratio']:.2f})"
+        )
+    if child["ended"] < parent["ended"] - 0.05:
+        findings.append(f"answers run on: {child['ended']:.0%} end (parent {parent['ended']:.0%})")
+    if child["loops"] > parent["loops"] + 0.05:
+        findings.append(f"answers repeat themselves: {child['loops']:.0%} (parent {parent['loops']:.0%})")
+    return "; ".join(findings)
+
+
+def answer_statistics(answer: str, reference: str, *, ended: bool) -> dict[str, float]:
+    """What the metrics of generated text need of one sample; `ended` says whether the model stopped by itself."""
+    chars, ref_chars = len(answer.strip()), len(reference.strip())
+    return {
+        **dict(zip(_CHRF_FIELDS, _chrf_counts(answer, reference), strict=True)),
+        "exact": float(answer.strip() == reference.strip()),
+        "chars": chars,
+        "ref_chars": ref_chars,
+        "ended": float(ended),
+        "loop": float(loops(answer)),
+        "short": float(chars < ref_chars / 2),
+    }
+
+
+def loops(text: str) -> bool:
+    """Whether the text ends in one unit three times over (the last may be cut off anywhere)."""
+    # white space is collapsed first: indented code is no loop
+    text = " ".join(text.split())
+    return any(text[-3 * size : -size] == text[-2 * size :] for size in range(LOOP_UNIT, len(text) // 3 + 1))
+
+
+def _chrf_counts(answer: str, reference: str) -> list[float]:
+    """N-grams of the answer, of the reference, and common ones, for each order; white space does not count."""
+    answer, reference = "".join(answer.split()), "".join(reference.split())
+    counts: list[float] = []
+    for n in range(1, CHRF_ORDER + 1):
+        hyp, ref = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (answer, reference))
+        # an order that the reference is too short for says nothing about the answer
+        counts += [hyp.total() if ref else 0, ref.total(), (hyp & ref).total()]
+    return counts
+
+
+def _chrf(sums: Sequence[float], _count: int) -> float:
+    """Corpus chrF, 0..100: mean precision and recall over the orders that occur, as sacreBLEU 2 computes it."""
+    orders = [(hyp, ref, hit) for hyp, ref, hit in zip(sums[0::3], sums[1::3], sums[2::3], strict=True) if hyp and ref]
+    precision = sum(hit / hyp for hyp, _, hit in orders)
+    recall = sum(hit / ref for _, ref, hit in orders)
+    if not precision + recall:
+        return 0.0
+    weight = CHRF_BETA**2
+    return 100 * (1 + weight) * precision * recall / (weight * precision + recall) / len(orders)
+
+
+def _per(sums: Sequence[float], _count: int) -> float:
+    return sums[0] / sums[1]
+
+
+def _mean(sums: Sequence[float], count: int) -> float:
+    return sums[0] / count
+
+
+#: What a suite may ask for.
+MEASURES: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("nll", "nats per token of the target with its end", "lower", False, ("nll", "tokens"), _per),
+        Metric("nll_per_byte", "nats per byte of the target", "lower", False, ("nll", "bytes"), _per),
+        Metric("chrf", "character n-gram F-score of the answers, 0..100", "higher", True, _CHRF_FIELDS, _chrf),
+        Metric("exact_match", "share of answers equal to the target", "higher", True, ("exact",), _mean),
+    )
+}
+
+#: What is always told where answers are generated.
+BEHAVIOUR: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("length_ratio", "length of the answers over the targets'", None, True, ("chars", "ref_chars"), _per),
+        Metric("ended", "share of answers that end by themselves", None, True, ("ended",), _mean),
+        Metric("loops", "share of answers that end in a loop", None, True, ("loop",), _mean),
+        Metric("short", "share of answers below half their target's length", None, True, ("short",), _mean),
+    )
+}
+
+
+def task_result(task: str, metrics: Sequence[str], primary: str, samples: Sequence[Mapping[str, float]]) -> TaskResult:
+    """Score `samples` by the metrics of a suite's task; behaviour comes along where answers were generated."""
+    wanted = [MEASURES[name] for name in metrics]
+    if any(metric.generated for metric in wanted):
+        wanted += BEHAVIOUR.values()
+    direction = MEASURES[primary].direction
+    assert direction is not None
+    return TaskResult(task, primary, direction, {m.name: m.score(samples) for m in wanted}, tuple(samples))
+
+
+def _paired_scores(
+    metric: Metric, subjects: Sequence[Sequence[Mapping[str, float]]], *, draws: int, seed: int
+) -> list[tuple[float, ...]]:
+    """The score of each subject: first on all samples, then on each draw with replacement."""
+    columns = [metric.columns(samples) for samples in subjects]
+    count = len(subjects[0])
+    rng = random.Random(seed)
+    everything = range(count)
+    scores = [tuple(metric.score(samples) for samples in subjects)]
+    for _ in range(draws):
+        pick = _picker(rng.choices(everything, k=count))
+        scores.append(tuple(metric.formula([sum(pick(column)) for column in of], count) for of in columns))
+    return scores
+
+
+def _picker(indices: Sequence[int]) -> Callable[[Sequence[float]], Sequence[float]]:
+    """Take these items of a column; `itemgetter` does it in C, but gives no tuple for a single index."""
+    if len(indices) == 1:
+        return lambda column: (column[indices[0]],)
+    return itemgetter(*indices)
+
+
+def _ratio(over: float, under: float) -> float | None:
+    return over / under if under else None
+
+
+def _interval(scores: Sequence[float | None]) -> Interval:
+    """The first score with the percentile interval of the others; draws without a value are left out."""
+    drawn = sorted(score for score in scores[1:] if score is not None)
+    value = scores[0]
+    assert value is not None
+    if not drawn:
+        return Interval(value, value, value)
+    tail = (1 - CONFIDENCE) / 2
+    last = len(drawn) - 1
+    return Interval(value, drawn[round(tail * last)], drawn[round((1 - tail) * last)])

@@ -1,0 +1,203 @@
+"""The evaluation child against a plain loop over the same model, and what swapping adapters must not do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapterctl.registry.domain.errors import Corrupt, InvalidInput, JobCancelled, JobFailed
+from adapterctl.registry.domain.eval_plan import EvalPlan, Pair, Subject
+from adapterctl.registry.domain.evals import EvalReport
+from adapterctl.registry.domain.suite import Suite, SuiteTask
+from adapterctl.registry.services.suites import load_suite
+from adapterctl.registry.wire import from_json, to_builtins
+from adapterctl.workers import eval_job
+from adapterctl.workers.eval_engine import Engine
+
+TASK = "tasks:\n  - {name: t, data: rows.jsonl, metrics: [nll, chrf], max_new_tokens: 24}\n"
+ENGINE = {"device": "cpu", "dtype": "float32", "batch_size": "2"}
+NEW_TOKENS = 24
+
+
+@pytest.fixture
+def suite(write_suite: Callable[..., Path]) -> Suite:
+    return load_suite(write_suite(TASK))
+
+
+@pytest.fixture
+def engine(tiny_base: Path) -> Engine:
+    return Engine(tiny_base, device="cpu", batch_size=2, threads=1, tick=lambda samples: None)
+
+
+def _run(plan: EvalPlan, out: Path, should_stop: Callable[[], bool] = lambda: False) -> list[EvalReport]:
+    out.mkdir(exist_ok=True)
+    result = eval_job.run({"plan": to_builtins(plan), "out": str(out), "threads": 1}, lambda message: None, should_stop)
+    return [from_json((out / name).read_bytes(), EvalReport) for name in result["reports"]]
+
+
+def _plan(base: Path, suite: Suite, subjects: list[tuple[str, Path | None]]) -> EvalPlan:
+    return EvalPlan(
+        base_id="b",
+        base_folder=str(base),
+        subjects=tuple(Subject(digest, digest, str(folder) if folder else None) for digest, folder in subjects),
+        suites={suite.digest: suite},
+        pairs=tuple(Pair(digest, suite.digest, f"key-{digest}") for digest, _ in subjects),
+        limit=None,
+        engine=ENGINE,
+    )
+
+
+def _bare_loop(base: Path, adapter: Path | None, task: SuiteTask) -> list[dict[str, Any]]:
+    """What the engine must give, written out: one sample and one token at a time, no batch and no cache."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    model.eval()
+    expected = []
+    for row in task.rows:
+        prompt = tokenizer.encode(row.prompt)
+        target = [*tokenizer.encode(row.prompt + row.target)[len(prompt) :], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + target])).logits[0]
+            logprobs = logits.log_softmax(-1)
+            nll = -sum(float(logprobs[len(prompt) + i - 1, token]) for i, token in enumerate(target))
+            answer: list[int] = []
+            while len(answer) < NEW_TOKENS and tokenizer.eos_token_id not in answer:
+                answer.append(int(model(torch.tensor([prompt + answer])).logits[0, -1].argmax()))
+        expected.append(
+            {
+                "nll": nll,
+                "tokens": len(target),
+                "text": tokenizer.decode(answer, skip_special_tokens=True),
+                "ended": tokenizer.eos_token_id in answer,
+            }
+        )
+    return expected
+
+
+def _figures(report: EvalReport) -> tuple[tuple[Mapping[str, float], ...], tuple[Mapping[str, Any], ...]]:
+    return report.tasks[0].samples, report.outputs
+
+
+def test_likelihoods_and_texts_equal_a_plain_loop(
+    tiny_base: Path, tiny_adapters: tuple[Path, Path], suite: Suite, tmp_path: Path
+):
+    subjects = [("base", None), ("first", tiny_adapters[0]), ("second", tiny_adapters[1])]
+
+    reports = _run(_plan(tiny_base, suite, subjects), tmp_path / "out")
+
+    endings = []
+    for (_, folder), report in zip(subjects, reports, strict=True):
+        expected = _bare_loop(tiny_base, folder, suite.tasks[0])
+        samples = report.tasks[0].samples
+        assert [s["tokens"] for s in samples] == [e["tokens"] for e in expected]
+        # batches are padded, so sums run in another order: float32 agrees to about 1e-6
+        assert [s["nll"] for s in samples] == pytest.approx([e["nll"] for e in expected], rel=1e-5)
+        assert [o["output"] for o in report.outputs] == [e["text"] for e in expected]
+        assert [bool(s["ended"]) for s in samples] == [e["ended"] for e in expected]
+        total = sum(e["nll"] for e in expected) / sum(e["tokens"] for e in expected)
+        assert report.tasks[0].metrics["nll"] == pytest.approx(total, rel=1e-5)
+        endings += [e["ended"] for e in expected]
+    assert True in endings  # else the test would say nothing about endings
+    assert False in endings
+    assert len({report.tasks[0].metrics["nll"] for report in reports}) == 3
+
+
+def test_swapping_leaks_nothing(tiny_base: Path, tiny_adapters: tuple[Path, Path], suite: Suite, tmp_path: Path):
+    first, second = tiny_adapters
+    alone = _run(_plan(tiny_base, suite, [("first", first)]), tmp_path / "alone")[0]
+
+    order = [("second", second), ("base", None), ("first", first), ("again", second), ("bare", None)]
+    reports = dict(zip([n for n, _ in order], _run(_plan(tiny_base, suite, order), tmp_path / "all"), strict=True))
+
+    assert _figures(reports["first"]) == _figures(alone)  # bit-equal, not only close
+    assert _figures(reports["again"]) == _figures(reports["second"])
+    assert _figures(reports["base"]) == _figures(reports["bare"])
+    assert _figures(reports["base"]) != _figures(reports["first"])
+
+
+def test_a_base_that_changed_under_the_adapters_is_noticed(engine: Engine, tiny_adapters: tuple[Path, Path]):
+    with engine.subject(tiny_adapters[0]):
+        pass
+    engine.check_base()
+
+    with torch.no_grad():
+        next(engine._model.parameters()).add_(1e-3)
+
+    with pytest.raises(Corrupt):
+        engine.check_base()
+
+
+def test_dropout_that_is_on_stops_the_evaluation(engine: Engine, tiny_adapters: tuple[Path, Path], suite: Suite):
+    with engine.subject(tiny_adapters[0]):
+        next(m for n, m in engine._model.named_modules() if n.endswith("lora_dropout.subject0")).train()
+
+        with pytest.raises(JobFailed) as failure:
+            engine.answer(suite.tasks[0], suite.tasks[0].rows)
+
+    assert "training mode" in failure.value.message
+
+
+def test_an_adapter_of_another_shape_is_refused(engine: Engine, tiny_adapters: tuple[Path, Path], tmp_path: Path):
+    config = json.loads((tiny_adapters[0] / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj", "up_proj", "down_proj"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").symlink_to(tiny_adapters[0] / "adapter_model.safetensors")
+
+    with pytest.raises(Corrupt), engine.subject(tmp_path):
+        pass
+
+
+def test_a_stop_text_cuts_the_answer_and_counts_as_its_end(
+    engine: Engine, suite: Suite, write_suite: Callable[..., Path]
+):
+    task = suite.tasks[0]
+    whole = engine.answer(task, task.rows).texts
+    letter = next(text[3] for text in whole if len(text) > 6 and text[3] not in text[:3] and text[3].isascii())
+    stopping = load_suite(write_suite(TASK.replace("}", f", stop: [{json.dumps(letter)}]}}"), name="stopping")).tasks[0]
+
+    answers = engine.answer(stopping, stopping.rows)
+
+    assert answers.texts == [text.split(letter)[0] for text in whole]
+    assert all(s["ended"] for s, text in zip(answers.samples, whole, strict=True) if letter in text)
+
+
+def test_a_sample_that_the_base_cannot_hold_is_refused_and_not_cut(engine: Engine, write_suite: Callable[..., Path]):
+    task = load_suite(write_suite(TASK, rows=[{"prompt": "x" * 200, "target": " y"}])).tasks[0]
+
+    with pytest.raises(InvalidInput) as refusal:
+        engine.answer(task, task.rows)
+
+    assert "the base takes 128" in refusal.value.message
+
+
+def test_a_stopped_evaluation_keeps_what_is_finished(
+    tiny_base: Path, tiny_adapters: tuple[Path, Path], suite: Suite, tmp_path: Path
+):
+    plan = _plan(tiny_base, suite, [("base", None), ("first", tiny_adapters[0])])
+    finished = tmp_path / "out" / "key-base.json"
+
+    with pytest.raises(JobCancelled):
+        _run(plan, tmp_path / "out", should_stop=finished.exists)
+
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [finished.name]
+    assert from_json(finished.read_bytes(), EvalReport).subject == "base"
+
+
+def test_progress_counts_every_sample(tiny_base: Path, suite: Suite, tmp_path: Path):
+    plan, told = _plan(tiny_base, suite, [("base", None)]), []
+    (tmp_path / "out").mkdir()
+
+    eval_job.run({"plan": to_builtins(plan), "out": str(tmp_path / "out"), "threads": 1}, told.append, lambda: False)
+
+    counts = [message["progress"]["done"] for message in told]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1], told[0]["progress"]["total"]) == (0, 10, 10)

@@ -1,0 +1,171 @@
+"""The figures of an evaluation: equal to the reference implementation, and intervals that hold what they promise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import pytest
+import sacrebleu
+
+from adapterctl.registry.domain.errors import InvalidInput
+from adapterctl.registry.domain.evals import (
+    MEASURES,
+    answer_statistics,
+    behaviour_note,
+    kept,
+    loops,
+    task_result,
+)
+
+NLL = MEASURES["nll"]
+Samples = list[Mapping[str, float]]
+
+
+def _nll_samples(mean: float, *, seed: int, difficulty: list[float]) -> Samples:
+    """Samples of 10 tokens that share their difficulty with every other subject, as real ones do."""
+    rng = random.Random(seed)
+    return [{"nll": 10 * (mean + hard + rng.gauss(0, 0.1)), "tokens": 10.0} for hard in difficulty]
+
+
+def _three(base: float, parent: float, child: float, *, count: int = 60, seed: int = 0) -> tuple[Samples, ...]:
+    rng = random.Random(1000 + seed)
+    difficulty = [rng.gauss(0, 0.5) for _ in range(count)]
+    means = (base, parent, child)
+    return tuple(_nll_samples(m, seed=3 * seed + i, difficulty=difficulty) for i, m in enumerate(means))
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["the cat sat on the mat", "two dogs", "été indien"],
+        ["", "x", "a much longer answer than anybody asked for, much longer"],
+        ["The cat sat.", " two  dogs ", "hiver"],
+    ],
+)
+def test_chrf_equals_sacrebleu(answers: list[str]):
+    references = ["The cat sat on the mat.", "two dogs", "été"]
+
+    samples = [answer_statistics(a, r, ended=True) for a, r in zip(answers, references, strict=True)]
+
+    expected = sacrebleu.corpus_chrf(answers, [references]).score
+    assert MEASURES["chrf"].score(samples) == pytest.approx(expected, abs=1e-9)
+
+
+def test_nll_is_divided_by_tokens_and_not_by_samples():
+    samples = [{"nll": 1.0, "tokens": 1.0}, {"nll": 9.0, "tokens": 9.0}]
+
+    assert NLL.score(samples) == 1.0
+
+
+def test_an_identical_child_keeps_exactly_everything():
+    base, parent, _ = _three(6.0, 2.0, 2.0)
+
+    result = kept(NLL, base, parent, parent)
+
+    for interval in (result.retention, result.gain_kept):
+        assert interval is not None
+        assert (interval.value, interval.low, interval.high) == (1.0, 1.0, 1.0)
+
+
+def test_a_child_like_the_base_kept_none_of_the_gain():
+    base, parent, _ = _three(6.0, 2.0, 2.0)
+
+    result = kept(NLL, base, parent, base)
+
+    assert result.gain_kept is not None
+    assert (result.gain_kept.value, result.gain_kept.low, result.gain_kept.high) == (0.0, 0.0, 0.0)
+    assert result.retention is not None
+    assert result.retention.value < 0.5
+
+
+def test_retention_reads_the_same_where_lower_and_where_higher_is_better():
+    by_nll = kept(NLL, *_three(6.0, 2.0, 2.5))
+    texts = [("", "abcdef"), ("abcdef", "abcdef"), ("abczzz", "abcdef")]
+    exact = [[answer_statistics(a, r, ended=True)] * 4 for a, r in texts]
+    by_chrf = kept(MEASURES["chrf"], *exact)
+
+    assert by_nll.retention is not None
+    assert by_nll.retention.value == pytest.approx(2.0 / 2.5, rel=0.05)
+    assert by_chrf.retention is not None
+    assert 0 < by_chrf.retention.value < 1
+
+
+def test_gain_is_undefined_where_the_parent_does_not_beat_the_base():
+    result = kept(NLL, *_three(2.01, 2.0, 2.5))
+
+    assert result.gain_kept is None
+    assert "does not beat the base" in result.note
+    assert result.retention is not None
+
+
+def test_retention_is_undefined_where_it_would_divide_by_zero():
+    right, wrong = ([{"exact": value}] * 5 for value in (1.0, 0.0))
+
+    result = kept(MEASURES["exact_match"], right, wrong, right)
+
+    assert result.retention is None
+    assert result.gain_kept is None
+
+
+def test_unpaired_samples_are_refused():
+    base, parent, child = _three(6.0, 2.0, 2.5)
+
+    with pytest.raises(InvalidInput):
+        kept(NLL, base, parent, child[:-1])
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    truth = 2.0 / 2.2
+    rounds, hits = 150, 0
+    for seed in range(rounds):
+        interval = kept(NLL, *_three(6.0, 2.0, 2.2, count=40, seed=seed), draws=200, seed=seed).retention
+        assert interval is not None
+        hits += interval.low <= truth <= interval.high
+
+    # 90 % promised. Over 150 rounds one standard deviation is 2.4 points; a bootstrap of 40 samples is a bit narrow.
+    assert 0.80 <= hits / rounds <= 0.97
+
+
+def test_pairing_sees_a_loss_that_unpaired_samples_hide():
+    result = kept(NLL, *_three(6.0, 2.0, 2.14))
+
+    assert result.retention is not None
+    assert result.retention.high < 1.0  # the spread between samples (0.5) is far larger than this loss (0.14)
+
+
+@pytest.mark.parametrize(
+    "text", ["I am. I am. I am. I am.", "x\n\n###>\n\n###>\n\n###>", "answer is: answer is: answer is: ans"]
+)
+def test_an_endless_repetition_is_a_loop(text: str):
+    assert loops(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "wait...", "ha ha ha", "def f():\n            return 1", "no no no, that is something else", "1, 2, 3, 4, 5"],
+)
+def test_ordinary_endings_are_no_loops(text: str):
+    assert not loops(text)
+
+
+def test_behaviour_comes_along_where_answers_are_generated():
+    samples = [
+        {"nll": 1.0, "tokens": 2.0, **answer_statistics(" a cat", " a cat sat", ended=True)},
+        {"nll": 1.0, "tokens": 2.0, **answer_statistics("no no. no no. no no. no no.", " yes", ended=False)},
+    ]
+
+    result = task_result("t", ["nll", "chrf"], "nll", samples)
+
+    assert set(result.metrics) == {"nll", "chrf", "length_ratio", "ended", "loops", "short"}
+    assert (result.metrics["ended"], result.metrics["loops"], result.direction) == (0.5, 0.5, "lower")
+
+
+def test_a_change_of_behaviour_is_told_in_words():
+    parent = {"length_ratio": 0.9, "ended": 1.0, "loops": 0.0}
+
+    assert behaviour_note(parent, parent) == ""
+    assert "short" in behaviour_note(parent, parent | {"length_ratio": 0.5})
+    assert "run on" in behaviour_note(parent, parent | {"ended": 0.6})
+    assert "repeat" in behaviour_note(parent, parent | {"loops": 0.4})
+    assert behaviour_note({}, {}) == ""

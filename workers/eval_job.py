@@ -1,0 +1,119 @@
+"""Evaluate subjects on suites: what the evaluation child does between its task and its result.
+
+A pure function of files: base, adapters and suites in, reports out. Each report is a file of its own that appears at
+once, so what an interrupted evaluation has finished is kept and not computed again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..registry.domain.errors import JobCancelled
+from ..registry.domain.eval_plan import EvalPlan, Pair
+from ..registry.domain.evals import EvalReport, task_result
+from ..registry.wire import from_builtins, to_json
+
+if TYPE_CHECKING:
+    from .eval_engine import Engine
+
+Emit = Callable[[Mapping[str, Any]], None]
+
+# Nothing may reach for the network, and bars belong to people at a terminal.
+QUIET = {
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+
+
+def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) -> dict[str, Any]:
+    """Make the reports of `task["plan"]` in the folder `task["out"]`; the result names their files.
+
+    Raises `JobCancelled` between two batches once `should_stop` says so.
+    """
+    os.environ.update(QUIET)  # before the libraries below read it
+    from .eval_engine import Engine  # deferred: torch, transformers, peft and lm_eval take 5 to 10 s
+
+    plan, out = from_builtins(task["plan"], EvalPlan), Path(task["out"])
+    progress = _Progress(plan.samples, emit, should_stop)
+    engine = Engine(
+        Path(plan.base_folder),
+        device=plan.engine["device"],
+        batch_size=int(plan.engine["batch_size"]),
+        threads=task.get("threads", 0),
+        tick=progress.tick,
+    )
+    folders = {subject.digest: Path(subject.folder) if subject.folder else None for subject in plan.subjects}
+    labels = {subject.digest: subject.label for subject in plan.subjects}
+    files = []
+    for digest, pairs in groupby(plan.pairs, attrgetter("subject")):
+        with engine.subject(folders[digest]):
+            for pair in pairs:
+                progress.stage = f"evaluate {labels[digest]} on {plan.suites[pair.suite].name}"
+                files.append(_write(out, _evaluate(engine, plan, pair)))
+    engine.check_base()
+    return {"reports": files}
+
+
+def _evaluate(engine: Engine, plan: EvalPlan, pair: Pair) -> EvalReport:
+    started = time.monotonic()
+    suite = plan.suites[pair.suite]
+    results, outputs = [], []
+    for task in suite.tasks:
+        rows = task.samples(plan.limit)
+        answers = engine.answer(task, rows)
+        results.append(task_result(task.name, task.metrics, task.primary, answers.samples))
+        outputs += [
+            {"task": task.name, "id": row.id, "output": text}
+            for row, text in zip(rows, answers.texts, strict=bool(answers.texts))
+        ]
+    return EvalReport(
+        key=pair.key,
+        subject=pair.subject,
+        base_id=plan.base_id,
+        suite=suite.name,
+        suite_digest=pair.suite,
+        limit=plan.limit,
+        engine=plan.engine,
+        tasks=tuple(results),
+        seconds=round(time.monotonic() - started, 3),
+        outputs=tuple(outputs),
+    )
+
+
+def _write(out: Path, report: EvalReport) -> str:
+    path = out / f"{report.key}.json"
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(to_json(report))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    return path.name
+
+
+class _Progress:
+    """Counts samples over the whole plan, and is where an evaluation stops when it is told to."""
+
+    def __init__(self, total: int, emit: Emit, should_stop: Callable[[], bool]) -> None:
+        self.stage = "load the base"
+        self._done, self._total, self._emit, self._should_stop = 0, total, emit, should_stop
+        self._tell()
+
+    def tick(self, samples: int) -> None:
+        if self._should_stop():
+            raise JobCancelled("the evaluation was stopped; finished reports are kept")
+        self._done += samples
+        self._tell()
+
+    def _tell(self) -> None:
+        self._emit({"progress": {"stage": self.stage, "done": self._done, "total": self._total}})
