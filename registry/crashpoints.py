@@ -27,6 +27,7 @@ CRASH_POINTS = (
     "register.model",  # the LoggedModel exists, without files
     "register.files",  # the files are in place, the model is not finalized
     "register.finalized",  # the model is ready, no version points at it
+    "register.linked",  # run, model and parents are linked, nothing is in the model registry
     "register.version",  # MLflow has the version, the ledger does not
     "ledger.writing",  # inside the transaction that ends the job, before its commit
     "ledger.committed",  # all is recorded, the supervisor was not told

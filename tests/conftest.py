@@ -55,6 +55,16 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     return folder
 
 
+@pytest.fixture(scope="session")
+def mlflow_schema(tmp_path_factory: pytest.TempPathFactory, clean_environment: None) -> Path:
+    """An empty `mlflow.db` to copy into a home: MLflow takes seconds to create its tables."""
+    from adapterctl.registry.stores.mlflow_versions import MlflowVersions  # deferred: MLflow takes 2 s
+
+    folder = tmp_path_factory.mktemp("mlflow-schema")
+    MlflowVersions(None, folder, "nobody").check_identity()
+    return folder / "mlflow.db"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network(clean_environment: None) -> Iterator[None]:
     """Sockets reach this machine only. Child processes are kept quiet by the offline switches above."""

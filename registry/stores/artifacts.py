@@ -1,0 +1,96 @@
+"""Files of versions in folders of this machine: found, listed, checked and moved into place.
+
+Knows nothing of MLflow, so that `pull` and `verify` of a local registry start without importing it. A manifest lists
+the files that we stored; what others add to the folder later (MLflow writes `registered_model_meta` there when it
+loads a version) is no part of a version.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ..domain.digest import file_digest
+from ..domain.version import FileRecord
+
+_READ_ONLY = 0o444
+
+
+def local_folder(location: str) -> Path | None:
+    """The folder that an artifact location names, whether it is there or not; None where it lies elsewhere."""
+    parts = urlsplit(location)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return Path(unquote(parts.path))
+    return Path(location) if location.startswith("/") else None
+
+
+def verify_files(folder: Path, files: Sequence[FileRecord]) -> list[str]:
+    """What differs between a folder and a manifest, a line a file; empty when every listed file is intact."""
+    return [finding for record in files for finding in _differences(folder / record.path, record)]
+
+
+def list_files(folder: Path) -> tuple[FileRecord, ...]:
+    """The manifest of a folder, by path."""
+    return tuple(
+        FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, file_digest(path))
+        for path in _files(folder)
+    )
+
+
+def move_into_place(staged: Path, target: Path) -> None:
+    """Make `target` be the folder `staged`, durable and read-only, in one step; what stood there before is replaced.
+
+    The files are made read-only because MLflow hands out this very folder when a version is loaded on this machine.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = _on_same_filesystem(staged, target)
+    for path in _files(source):
+        path.chmod(_READ_ONLY)
+        _sync(path)
+    # a stage folder is private to its maker (mkdtemp); the artifact store has the mode of its home
+    source.chmod(stat.S_IMODE(target.parent.stat().st_mode))
+    _sync(source)
+    if target.exists():
+        shutil.rmtree(target)
+    source.rename(target)
+    _sync(target.parent)
+
+
+def _on_same_filesystem(staged: Path, target: Path) -> Path:
+    """`staged` itself, or a copy beside `target` where a rename cannot reach it."""
+    if staged.stat().st_dev == target.parent.stat().st_dev:
+        return staged
+    copy = target.with_name(f".{target.name}.incoming")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(staged, copy)
+    shutil.rmtree(staged)
+    return copy
+
+
+def _differences(path: Path, record: FileRecord) -> Iterator[str]:
+    if path.is_symlink() or not path.is_file():
+        yield f"{record.path} is missing"
+    elif path.stat().st_size != record.size_bytes:
+        yield f"{record.path} has {path.stat().st_size} bytes, the manifest says {record.size_bytes}"
+    elif file_digest(path) != record.sha256:
+        yield f"{record.path} was changed: its SHA-256 is not the manifest's"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a filesystem that cannot sync a folder says so in this way
+            raise
+    finally:
+        os.close(handle)

@@ -1,0 +1,204 @@
+"""What people read in MLflow about a version: its description, its lineage page, its MLmodel file, names that MLflow
+accepts.
+
+Pure text. Adapter names are safe by their grammar; everything else that a caller wrote (datasets, reasons, base names,
+metric names, evaluation outputs) is escaped, because MLflow renders markdown.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from ..domain.version import NewVersion
+from ..ports import Parent
+
+#: MLflow's limit is 5,000 characters on PostgreSQL; on SQLite it is not enforced.
+DESCRIPTION_LIMIT = 4800
+LOADER = "adapterctl.mlflow_flavor"
+
+_NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9_\-. /]+")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
+_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+
+
+def describe(spec: NewVersion, parents: Sequence[Parent]) -> str:
+    """The description of a version: what it is in one phrase, its parents as links, its figures.
+
+    Written once and never edited: it links upwards only, so it cannot become stale. The list of versions shows the
+    first 30 characters as raw text, so the phrase stands first.
+    """
+    lines = [
+        _phrase(spec, parents),
+        "",
+        f"Base {escape(spec.base.name)} · rank {spec.facts.max_rank} · {'/'.join(spec.facts.dtypes)}"
+        f" · content `{spec.content_digest[:12]}`",
+        *_section(("parent", "weight"), ((_version_link(p), _number(p.weight)) for p in parents)),
+        *_section(("metric", "value"), ((escape(key), _number(value)) for key, value in figures(spec).items())),
+        *([f"\nDataset: {escape(spec.dataset)}"] if spec.dataset else []),
+        *([f"\nLicense: {escape(spec.license)}"] if spec.license else []),
+    ]
+    return cut_to(lines, DESCRIPTION_LIMIT)
+
+
+def lineage_page(spec: NewVersion, parents: Sequence[Parent], *, experiment_id: str, model_id: str) -> str:
+    """`lineage/lineage.md` of a source run; MLflow renders it, and its links stay in the same tab."""
+    rows = (
+        (
+            _version_link(p),
+            _number(p.weight),
+            _link("files", f"experiments/{experiment_id}/models/{p.version.placement.model_id}"),
+            _link(p.version.spec.kind, f"experiments/{experiment_id}/runs/{p.version.placement.run_id}"),
+        )
+        for p in parents
+    )
+    lines = [
+        f"# {_phrase(spec, parents)}",
+        "",
+        f"Result: {_link(spec.adapter, f'experiments/{experiment_id}/models/{model_id}')},"
+        f" content `{spec.content_digest}`",
+        *_section(("parent", "weight", "model", "made by"), rows),
+    ]
+    if spec.recipe_digest:
+        lines += ["", f"Recipe `{spec.recipe_digest}`"]
+    return "\n".join(lines) + "\n"
+
+
+def lineage_record(spec: NewVersion, parents: Sequence[Parent], *, version_id: str) -> dict[str, Any]:
+    """`lineage/lineage.json`: the same for programs, enough to rebuild the edges of this version from MLflow alone."""
+    return {
+        "version_id": version_id,
+        "adapter": spec.adapter,
+        "kind": spec.kind,
+        "content_digest": spec.content_digest,
+        "recipe_digest": spec.recipe_digest,
+        "recipe": spec.recipe,
+        "parents": [
+            {
+                "position": position,
+                "version_id": p.version.id,
+                "ref": p.version.label,
+                "content_digest": p.version.spec.content_digest,
+                "weight": p.weight,
+                "model_id": p.version.placement.model_id,
+            }
+            for position, p in enumerate(parents)
+        ],
+    }
+
+
+def mlmodel(spec: NewVersion, *, version_id: str, run_id: str, model_id: str, created_at: float) -> str:
+    """The MLmodel file: lets `mlflow.pyfunc.load_model` and `mlflow.models.get_model_info` know an adapter."""
+    return str(
+        yaml.safe_dump(
+            {
+                "artifact_path": f"models:/{model_id}",
+                "flavors": {
+                    "peft": {
+                        "data": ".",
+                        "peft_type": "LORA",
+                        "rank": spec.facts.max_rank,
+                        "base_model_name_or_path": spec.base.name,
+                        "base_model_revision": spec.base.revision,
+                    },
+                    "python_function": {
+                        "data": ".",
+                        "loader_module": LOADER,
+                        "python_version": platform.python_version(),
+                    },
+                },
+                "metadata": {
+                    "adapterctl": {
+                        "version_id": version_id,
+                        "content_digest": spec.content_digest,
+                        "recipe_digest": spec.recipe_digest,
+                    }
+                },
+                "model_id": model_id,
+                "run_id": run_id,
+                "utc_time_created": datetime.fromtimestamp(created_at, UTC).strftime("%Y-%m-%d %H:%M:%S.%f"),
+            },
+            sort_keys=True,
+        )
+    )
+
+
+def figures(spec: NewVersion) -> dict[str, float]:
+    """The headline metrics of a version: the caller's own, and the numbers that a receipt opens with."""
+    receipt = {
+        f"receipt/{key}": float(value)
+        for key, value in (spec.receipt or {}).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    return {mlflow_key(key): float(value) for key, value in {**spec.metrics, **receipt}.items()}
+
+
+def outputs_page(title: str, outputs: Sequence[Mapping[str, Any]], *, limit: int = 200) -> str:
+    """Side-by-side outputs of an evaluation as a markdown table, at most `limit` rows."""
+    columns = list(dict.fromkeys(str(key) for row in outputs for key in row))
+    rows = (tuple(escape(str(row.get(column, "")), limit=400) for column in columns) for row in outputs[:limit])
+    lines = [f"# {escape(title)}", *_section(tuple(escape(column) for column in columns), rows)]
+    if len(outputs) > limit:
+        lines += ["", f"{len(outputs) - limit} more are in outputs.json."]
+    return "\n".join(lines) + "\n"
+
+
+def mlflow_key(text: str) -> str:
+    """`text` as a name that MLflow takes for a metric, parameter or tag: `chrf,none` becomes `chrf_none`."""
+    parts = [part for part in _NOT_IN_A_KEY.sub("_", text).split("/") if part.strip(". ")]
+    return "/".join(parts)[:250] or "_"
+
+
+def escape(text: str, *, limit: int = 200) -> str:
+    """`text` on one line, as text: no markdown, no HTML, no control characters, at most `limit` characters of it."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = line if len(line) <= limit else line[: limit - 1] + "…"
+    return _MARKDOWN.sub(r"\\\1", line.translate(_HTML))
+
+
+def cut_to(lines: Sequence[str], limit: int) -> str:
+    """The lines from the top that fit, and a last one that says where the others are."""
+    text = "\n".join(lines)
+    if len(text) <= limit:
+        return text
+    note = "\n\nMore on the page of the source run."
+    kept, size = [], len(note)
+    for line in lines:
+        size += len(line) + 1
+        if size > limit:
+            break
+        kept.append(line)
+    return "\n".join(kept) + note
+
+
+def _phrase(spec: NewVersion, parents: Sequence[Parent]) -> str:
+    names = [p.version.label for p in parents[:8]] + ([f"{len(parents) - 8} more"] if len(parents) > 8 else [])
+    if spec.kind == "merge":
+        return f"{(spec.recipe or {}).get('method', 'unknown')} merge of {' + '.join(names)}."
+    if names:
+        return f"Trained from {' + '.join(names)}."
+    origin = f" from {escape(spec.source)}" if spec.source else ""
+    return f"{'Trained' if spec.kind == 'train' else 'Imported'}{origin}."
+
+
+def _section(columns: Sequence[str], rows: Iterator[tuple[str, ...]]) -> list[str]:
+    """A table with an empty line before it; nothing at all where there are no rows."""
+    body = [f"| {' | '.join(row)} |" for row in rows]
+    return ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *body] if body else []
+
+
+def _version_link(parent: Parent) -> str:
+    return _link(parent.version.label, f"models/{parent.version.name}/versions/{parent.version.number}")
+
+
+def _link(text: str, page: str) -> str:
+    return f"[{text}](#/{page})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"

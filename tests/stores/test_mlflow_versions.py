@@ -1,0 +1,482 @@
+"""Versions in a real MLflow on SQLite, looked at with MLflow's own client."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from adapterctl.registry.domain.errors import Corrupt, Misconfigured, NotFound, Refused
+from adapterctl.registry.domain.evals import EvalReport, TaskResult
+from adapterctl.registry.domain.version import AdapterVersion, Base
+from adapterctl.registry.ports import Parent
+from adapterctl.registry.stores.artifacts import local_folder, verify_files
+from adapterctl.registry.stores.mlflow_server import embedded_uri
+from adapterctl.registry.stores.mlflow_versions import MlflowVersions
+from adapterctl.registry.wire import to_json
+
+REGISTRY_ID = "0192aaaa-registry"
+BASE = Base("base-1", "tiny/base")
+Put = Callable[..., AdapterVersion]
+
+
+@pytest.fixture
+def client(mlflow_home: Path) -> mlflow.MlflowClient:
+    uri = embedded_uri(mlflow_home)
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def runs_of(client: mlflow.MlflowClient, condition: str = "") -> list[mlflow.entities.Run]:
+    found = client.search_runs([client.get_experiment_by_name("adapters").experiment_id], condition)
+    return [client.get_run(run.info.run_id) for run in found]  # a search leaves model inputs out
+
+
+# what MLflow's own client sees
+
+
+def test_a_version_is_a_model_version_whose_source_is_a_ready_logged_model(client, family):
+    placement = family["translate"].placement
+
+    version = client.get_model_version("translate", "1")
+    model = client.get_logged_model(placement.model_id)
+
+    assert version.source == f"models:/{placement.model_id}"
+    assert version.run_id == placement.run_id
+    assert model.status == "READY"
+    assert model.source_run_id == placement.run_id
+
+
+def test_a_merge_run_has_its_parents_as_inputs_and_the_child_as_output(client, family):
+    placement = family["translate-chat"].placement
+
+    run = client.get_run(placement.run_id)
+
+    parents = [family["translate"].placement.model_id, family["chat"].placement.model_id]
+    assert sorted(each.model_id for each in run.inputs.model_inputs) == sorted(parents)
+    assert [each.model_id for each in run.outputs.model_outputs] == [placement.model_id]
+    assert run.data.params["parents"] == "translate:v1, chat:v1"
+    assert run.data.params["weights"] == "0.6, 0.4"
+    assert run.data.params["method"] == "cat"
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "merge translate-chat:v1")
+
+
+def test_the_page_of_a_parent_leads_to_the_merge_run_by_a_metric(client, family):
+    metrics = client.get_logged_model(family["chat"].placement.model_id).metrics
+
+    assert [(m.key, m.value, m.run_id) for m in metrics] == [
+        ("merge_weight", 0.4, family["translate-chat"].placement.run_id)
+    ]
+
+
+def test_metrics_of_the_caller_stand_on_the_run_and_on_the_model_without_commas(client, family):
+    placement = family["translate"].placement
+
+    on_run = client.get_run(placement.run_id).data.metrics
+    on_model = {m.key: m.value for m in client.get_logged_model(placement.model_id).metrics}
+
+    assert on_run["chrf_none"] == on_model["chrf_none"] == 41.5
+
+
+def test_numbers_of_the_receipt_become_metrics_and_the_receipt_an_artifact(client, family):
+    run = client.get_run(family["translate-chat"].placement.run_id)
+
+    folder = Path(client.download_artifacts(run.info.run_id, ""))
+
+    assert run.data.metrics["receipt/loss"] == 0.25
+    assert "receipt/identity" not in run.data.metrics
+    assert json.loads((folder / "receipt.json").read_text()) == {"loss": 0.25, "identity": True}
+
+
+def test_the_dataset_of_a_version_is_an_input_of_its_run(client, family):
+    inputs = client.get_run(family["translate"].placement.run_id).inputs.dataset_inputs
+
+    assert [each.dataset.name for each in inputs] == ["gettext catalogues"]
+    assert {tag.key: tag.value for tag in inputs[0].tags} == {"mlflow.data.context": "training"}
+
+
+def test_children_are_found_by_the_parent_tag_of_their_version(client, family):
+    found = client.search_model_versions("tags.`adapterctl.parent.1` = 'chat:v1'")
+
+    assert [(each.name, each.version) for each in found] == [("translate-chat", 1)]
+
+
+def test_a_version_has_six_tags_at_most_with_two_parents(client, family):
+    tags = client.get_model_version("translate-chat", "1").tags
+
+    assert len(tags) == 6
+
+
+def test_registered_models_can_be_filtered_by_base(client, family):
+    found = client.search_registered_models("tags.base_model = 'tiny/base'")
+
+    assert [each.name for each in found] == ["chat", "translate", "translate-chat"]
+
+
+def test_the_lineage_record_of_a_run_names_parents_weights_and_digests(client, family):
+    run_id = family["translate-chat"].placement.run_id
+
+    record = json.loads(Path(client.download_artifacts(run_id, "lineage/lineage.json")).read_text())
+
+    assert record["version_id"] == family["translate-chat"].id
+    assert [(p["ref"], p["weight"], p["content_digest"]) for p in record["parents"]] == [
+        (f"{name}:v1", weight, family[name].spec.content_digest) for name, weight in (("translate", 0.6), ("chat", 0.4))
+    ]
+
+
+def test_training_on_a_parent_links_it_without_a_weight(client, put: Put):
+    first = put("translate", "one")
+    second = put("translate", "two", [Parent(first)], kind="train")
+
+    run = client.get_run(second.placement.run_id)
+    metrics = client.get_logged_model(first.placement.model_id).metrics
+
+    assert [each.model_id for each in run.inputs.model_inputs] == [first.placement.model_id]
+    assert [(m.key, m.value) for m in metrics] == [("trained_from", 1.0)]
+    assert client.get_model_version("translate", "2").description.startswith("Trained from translate:v1.")
+
+
+def test_one_version_may_be_a_parent_twice(client, put: Put):
+    parent = put("translate", "t")
+    child = put("double", "d", [Parent(parent, 0.5), Parent(parent, 0.5)], kind="merge", recipe={"method": "cat"})
+
+    metrics = client.get_logged_model(parent.placement.model_id).metrics
+
+    assert child.number == 1
+    assert sorted((m.key, m.value, m.step) for m in metrics) == [("merge_weight", 0.5, 0), ("merge_weight", 0.5, 1)]
+
+
+def test_a_name_with_a_dot_is_stored(client, put: Put):
+    version = put("llama-3.1-translate", "t")
+
+    assert client.get_model_version("llama-3.1-translate", "1").run_id == version.placement.run_id
+
+
+def test_the_tracking_uri_of_the_program_is_left_alone(put: Put, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking.example:5000")
+    mlflow.set_tracking_uri("http://tracking.example:5000")
+
+    put("translate", "t")
+
+    assert mlflow.get_tracking_uri() == os.environ["MLFLOW_TRACKING_URI"] == "http://tracking.example:5000"
+    mlflow.set_tracking_uri(None)
+
+
+# bytes
+
+
+def test_the_files_of_a_version_are_those_of_its_manifest_and_read_only(store, family, mlflow_home):
+    version = family["translate-chat"]
+
+    with store.folder(version) as folder:
+        findings = verify_files(folder, version.placement.files)
+        modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+
+    assert findings == []
+    assert sorted(record.path for record in version.placement.files) == [
+        "MLmodel",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert modes == {0o444}
+    assert folder.is_relative_to(mlflow_home / "artifacts")
+    assert not list(mlflow_home.glob("stage-*"))
+
+
+def test_a_missing_folder_is_corrupt(store, family):
+    version = family["translate"]
+    shutil.rmtree(local_folder(version.placement.location))
+
+    with pytest.raises(Corrupt), store.folder(version):
+        pass
+
+
+def test_mlflow_downloads_the_files_by_stage(store, family, mlflow_home, tmp_path):
+    store.project_stage("translate-chat", "production", number=1, legacy={1: "Production"})
+    uri = embedded_uri(mlflow_home)
+    mlflow.set_registry_uri(uri)
+    mlflow.set_tracking_uri(uri)
+
+    for address in ("models:/translate-chat@production", "models:/translate-chat/Production"):
+        folder = mlflow.artifacts.download_artifacts(address, dst_path=str(tmp_path / address[-10:]))
+
+        assert Path(folder, "adapter_model.safetensors").read_text() == "m"
+
+    mlflow.set_registry_uri(None)
+    mlflow.set_tracking_uri(None)
+
+
+def test_a_source_is_read_from_a_run_and_from_a_model(store, family):
+    run_id = family["translate"].placement.run_id
+    store.project_stage("translate", "staging", number=1, legacy={})
+
+    with store.source_folder("run", f"{run_id}/lineage") as folder:
+        assert (folder / "lineage.md").is_file()
+    for location in ("translate/1", "translate@staging", family["translate"].placement.model_id):
+        with store.source_folder("model", location) as folder:
+            assert (folder / "adapter_model.safetensors").read_text() == "t"
+    with pytest.raises(NotFound), store.source_folder("model", "translate/7"):
+        pass
+
+
+# found, not made twice
+
+
+def test_the_same_key_gives_the_version_that_exists_and_leaves_the_stage_folder(store, put, spec_of, stage):
+    first = put("translate", "t")
+    staged = stage("t")
+
+    version_id, placement = store.place(
+        spec_of("translate", "t"),
+        adapter_id="id-of-translate",
+        version_id="another-id",
+        key="translate-t",
+        staged=staged,
+        parents=(),
+    )
+
+    assert (version_id, placement) == (first.id, first.placement)
+    assert staged.is_dir()
+
+
+PLACE = """
+import sys
+from pathlib import Path
+from adapterctl.registry.domain.version import NewVersion
+from adapterctl.registry.ports import Parent
+from adapterctl.registry.stores.mlflow_versions import MlflowVersions
+from adapterctl.registry.wire import from_json
+
+home, registry_id, spec, parents, staged = sys.argv[1:]
+store = MlflowVersions(None, Path(home), registry_id)
+store.ensure_adapter("crashed", "id-of-crashed", from_json(spec, NewVersion).base)
+store.place(
+    from_json(spec, NewVersion),
+    adapter_id="id-of-crashed",
+    version_id=sys.argv[5][-8:],
+    key="the-key",
+    staged=Path(staged),
+    parents=from_json(parents, tuple[Parent, ...]),
+)
+"""
+
+
+@pytest.mark.parametrize("point", ["run", "model", "files", "finalized", "linked", "version"])
+def test_a_process_killed_on_the_way_is_continued_to_one_run_one_model_and_one_version(
+    point, client, family, store, spec_of, stage, mlflow_home
+):
+    parents = (Parent(family["translate"], 0.6), Parent(family["chat"], 0.4))
+    spec = spec_of("crashed", "w", kind="merge", recipe={"method": "svd", "options": {}}, receipt={"loss": 0.1})
+    command = [sys.executable, "-c", PLACE, str(mlflow_home), REGISTRY_ID, to_json(spec), to_json(parents)]
+    killing = {**os.environ, "ADAPTERCTL_CRASH_AT": f"register.{point}"}
+
+    killed = subprocess.run([*command, str(stage("w"))], env=killing, check=False)
+    version_id, placement = store.place(
+        spec, adapter_id="id-of-crashed", version_id="second", key="the-key", staged=stage("w"), parents=parents
+    )
+
+    assert killed.returncode == -signal.SIGKILL
+    assert version_id != "second"
+    assert placement.number == 1
+    runs = runs_of(client, "tags.`adapterctl.key` = 'the-key'")
+    assert [(run.info.run_id, run.info.status) for run in runs] == [(placement.run_id, "FINISHED")]
+    assert len(runs[0].inputs.model_inputs) == 2
+    assert [each.model_id for each in runs[0].outputs.model_outputs] == [placement.model_id]
+    models = client.search_logged_models([runs[0].info.experiment_id], f"source_run_id = '{placement.run_id}'")
+    assert [(model.model_id, model.status) for model in models] == [(placement.model_id, "READY")]
+    assert {m.key: m.value for m in models[0].metrics} == {"receipt/loss": 0.1}
+    on_parent = client.get_logged_model(family["chat"].placement.model_id).metrics
+    assert [m.run_id for m in on_parent].count(placement.run_id) == 1
+    assert [each.version for each in client.search_model_versions("name = 'crashed'")] == [1]
+    assert verify_files(local_folder(placement.location), placement.files) == []
+
+
+# the registry that MLflow belongs to
+
+
+def test_mlflow_of_another_registry_is_refused_before_anything_is_written(client, family, mlflow_home):
+    other = MlflowVersions(None, mlflow_home, "another-registry")
+
+    with pytest.raises(Misconfigured, match="another-registry"):
+        other.check_identity()
+    with pytest.raises(Misconfigured):
+        other.ensure_adapter("new", "id-of-new", BASE)
+
+    assert [each.name for each in client.search_registered_models()] == ["chat", "translate", "translate-chat"]
+
+
+def test_checking_an_empty_mlflow_writes_nothing(client, store):
+    store.check_identity()
+
+    assert client.get_experiment_by_name("adapters") is None
+
+
+def test_a_registered_model_of_someone_else_is_refused(client, store):
+    client.create_registered_model("translate")
+
+    with pytest.raises(Refused, match="did not make"):
+        store.ensure_adapter("translate", "id-of-translate", BASE)
+
+
+def test_an_adapter_is_ensured_twice_and_by_its_own_id_only(store):
+    store.ensure_adapter("translate", "id-of-translate", BASE)
+    store.ensure_adapter("translate", "id-of-translate", BASE)
+
+    with pytest.raises(Refused):
+        store.ensure_adapter("translate", "another-id", BASE)
+
+
+# stages
+
+
+def test_a_stage_is_an_alias_and_a_legacy_stage_and_both_move(client, store, put):
+    put("chat", "one")
+    put("chat", "two")
+
+    store.project_stage("chat", "production", number=1, legacy={1: "Production"})
+    store.project_stage("chat", "production", number=2, legacy={2: "Production", 1: "Archived"})
+    store.project_stage("chat", "production", number=2, legacy={2: "Production", 1: "Archived"})
+
+    assert store.alias("chat", "production") == 2
+    assert client.get_model_version_by_alias("chat", "production").version == 2
+    assert [client.get_model_version("chat", str(n)).current_stage for n in (1, 2)] == ["Archived", "Production"]
+
+
+def test_an_emptied_stage_has_no_alias(client, store, put):
+    put("chat", "one")
+    store.project_stage("chat", "production", number=1, legacy={1: "Production"})
+
+    store.project_stage("chat", "production", number=None, legacy={1: "None"})
+    store.project_stage("chat", "production", number=None, legacy={1: "None"})
+
+    assert store.alias("chat", "production") is None
+    assert client.get_model_version("chat", "1").current_stage == "None"
+
+
+def test_a_version_left_in_the_legacy_stage_by_hand_is_archived(client, store, put):
+    put("chat", "one")
+    put("chat", "two")
+    with pytest.warns(FutureWarning):
+        client.transition_model_version_stage("chat", "1", "Production")
+
+    store.project_stage("chat", "production", number=2, legacy={2: "Production"})
+
+    assert client.get_model_version("chat", "1").current_stage == "Archived"
+
+
+def test_an_alias_of_an_unknown_adapter_is_none(store):
+    assert store.alias("nobody", "production") is None
+
+
+def test_a_stage_of_a_version_that_mlflow_lost_is_not_found(store, put):
+    put("chat", "one")
+
+    with pytest.raises(NotFound):
+        store.project_stage("chat", "production", number=9, legacy={})
+
+
+# evaluations
+
+
+@pytest.fixture
+def report(family) -> EvalReport:
+    return EvalReport(
+        key="k" * 64,
+        subject=family["translate-chat"].spec.content_digest,
+        base_id=BASE.id,
+        suite="translate",
+        suite_digest="d" * 64,
+        limit=20,
+        engine={"torch": "2.13.0"},
+        tasks=(TaskResult("fr-en", "nll", "lower", {"nll": 2.25, "chrf,none": 40.0}, ()),),
+        seconds=1.0,
+        outputs=({"prompt": "bon|jour", "output": "<script>alert(1)</script>"},),
+    )
+
+
+def test_a_report_is_a_nested_run_with_dataset_and_metrics_on_the_model(client, store, family, report):
+    version = family["translate-chat"]
+
+    store.log_report(version, report, dataset_digest="e" * 64)
+    store.log_report(version, report, dataset_digest="e" * 64)
+
+    (run,) = runs_of(client, "tags.`adapterctl.kind` = 'eval'")
+    assert run.data.tags["mlflow.parentRunId"] == version.placement.run_id
+    assert run.data.tags["adapterctl.dataset_digest"] == "e" * 64
+    assert [(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs] == [("translate", "e" * 32)]
+    model = client.get_logged_model(version.placement.model_id)
+    measured = [m for m in model.metrics if m.run_id == run.info.run_id]
+    assert sorted((m.key, m.value, m.dataset_name) for m in measured) == [
+        ("translate/fr-en/chrf_none", 40.0, "translate"),
+        ("translate/fr-en/nll", 2.25, "translate"),
+    ]
+
+
+def test_figures_of_a_report_stand_on_the_source_run_where_compare_reads_them(client, store, family, report):
+    store.log_report(family["translate-chat"], report, dataset_digest="e" * 64)
+
+    metrics = client.get_run(family["translate-chat"].placement.run_id).data.metrics
+
+    assert metrics["translate/fr-en/nll"] == 2.25
+
+
+def test_models_can_be_searched_by_a_metric_of_a_report(client, store, family, report):
+    store.log_report(family["translate-chat"], report, dataset_digest="e" * 64)
+    experiment = client.get_experiment_by_name("adapters").experiment_id
+
+    found = client.search_logged_models([experiment], "metrics.`translate/fr-en/nll` < 3")
+
+    assert [model.model_id for model in found] == [family["translate-chat"].placement.model_id]
+
+
+def test_outputs_of_a_report_are_text_on_their_page(client, store, family, report):
+    store.log_report(family["translate-chat"], report, dataset_digest="e" * 64)
+    (run,) = runs_of(client, "tags.`adapterctl.kind` = 'eval'")
+
+    page = Path(client.download_artifacts(run.info.run_id, "outputs.md")).read_text()
+
+    assert "| bon\\|jour | &lt;script&gt;alert\\(1\\)&lt;/script&gt; |" in page
+
+
+def test_metrics_are_added_later(client, store, family):
+    store.log_metrics(family["chat"], {"acc@1": 0.5})
+
+    assert client.get_run(family["chat"].placement.run_id).data.metrics["acc_1"] == 0.5
+
+
+# removal
+
+
+def test_a_removed_version_is_gone_with_its_files_and_runs_and_its_number_is_not_used_again(
+    client, store, family, put, report
+):
+    version = family["translate-chat"]
+    store.log_report(version, report, dataset_digest="e" * 64)
+
+    store.remove(version)
+    store.remove(version)
+    again = put("translate-chat", "m")
+
+    assert not local_folder(version.placement.location).exists()
+    assert [run.data.tags["adapterctl.version_id"] for run in runs_of(client)].count(version.id) == 1
+    assert again.number == 2
+    assert again.placement.run_id != version.placement.run_id
+
+
+def test_a_version_that_mlflow_made_anew_under_our_number_is_not_deleted(client, store, put):
+    ours = put("chat", "one")
+    client.delete_registered_model("chat")
+    put("chat", "other")
+
+    with pytest.raises(Refused, match="another version"):
+        store.remove(ours)
+
+    assert client.get_model_version("chat", "1").tags["adapterctl.version_id"] != ours.id
