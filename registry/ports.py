@@ -84,11 +84,13 @@ class Ledger(Protocol):
         *,
         created_by: str,
         job: tuple[str, int] | None = None,
+        then: Sequence[NewJob] = (),
     ) -> AdapterVersion:
         """Version, edges, metrics and the end of its job (id, attempt) in one fenced transaction. Idempotent by id.
 
-        The job ends as succeeded, with the version's id as `version_id` in its result. Raises
-        `Conflict` when the job is no longer running under that attempt, or the live-unique key is taken.
+        The job ends as succeeded with `version_id` in its result, and `jobs`: the ids of the jobs `then`, which are
+        queued in the same transaction, so that no crash can lose them. Raises `Conflict` when the job is no longer
+        running under that attempt, or the live-unique key is taken.
         """
         ...
 
@@ -147,8 +149,11 @@ class Ledger(Protocol):
         """Queue a failed or cancelled job again, with its full number of attempts. Raises `Conflict` otherwise."""
         ...
 
-    def reap(self) -> list[Job]:
-        """Queue again every running job whose lease expired; fail it when its attempts are used up."""
+    def reap(self, *, abandoned: bool = False) -> list[Job]:
+        """Queue again every running job whose lease expired; fail it when its attempts are used up.
+
+        `abandoned` says that no worker lives, whatever the leases say: only who knows it may say so.
+        """
         ...
 
     def record(self, job_id: str, kind: str, message: str) -> None: ...

@@ -7,13 +7,20 @@ must be safe to run again from the start, whatever was done by an attempt before
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..domain.job import Job
+from ..crashpoints import reached
+from ..domain.errors import InvalidInput, JobCancelled, JobFailed, NotFound, Refused, WaitTimedOut
+from ..domain.job import ENDED, LIVE, Job, JobState, NewJob
+from ..ports import Doorbell, Ledger
+
+# Between two looks at a followed row; a look costs 0.3 ms.
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,95 @@ class JobHandler(Protocol):
     def finish(self, job: Job, task: Task, result: Mapping[str, Any]) -> Mapping[str, Any]:
         """Record what the child answered; returns the job's result.
 
-        Passing `job=(job.id, job.attempt)` to `Ledger.add_version` ends the job in the same transaction; otherwise the
-        supervisor ends it with what is returned here.
+        Passing `job=(job.id, job.attempt)` to `Ledger.add_version` ends the job in the same transaction, and queues the
+        jobs that follow (`then`) in it too; the supervisor ends a job that is still running with what is returned here.
         """
         ...
+
+
+def find_job(ledger: Ledger, job_id: str) -> Job:
+    """The job, or `NotFound`."""
+    job = ledger.job(job_id)
+    if job is None:
+        raise NotFound(f"there is no job {job_id}", hint="adapterctl jobs ls")
+    return job
+
+
+def parse_states(text: str | None) -> tuple[JobState, ...]:
+    """States from `failed`, `queued,running`, `live` or `ended`; none for None."""
+    groups: dict[str, tuple[JobState, ...]] = {state.value: (state,) for state in JobState}
+    groups |= {"live": tuple(sorted(LIVE)), "ended": tuple(sorted(ENDED))}
+    words = [word.strip() for word in text.split(",")] if text else []
+    unknown = [word for word in words if word not in groups]
+    if unknown:
+        raise InvalidInput(f"job state {unknown[0]!r} is unknown", hint=f"known: {', '.join(groups)}")
+    return tuple(state for word in words for state in groups[word])
+
+
+def raise_for(job: Job) -> None:
+    """Raise what ended the job: `JobCancelled`, the refusal that it met, or `JobFailed`; nothing where it succeeded."""
+    if job.state is JobState.CANCELLED:
+        raise JobCancelled(f"job {job.id} was cancelled", hint=f"adapterctl jobs retry {job.id}")
+    if job.state is not JobState.FAILED:
+        return
+    error = job.error or {}
+    message, hint = error.get("message", "no reason was recorded"), error.get("hint", "")
+    refusal = next((kind for kind in _refusals() if kind.code == error.get("code")), None)
+    if refusal is not None:
+        raise refusal(message, hint=hint)
+    raise JobFailed(f"job {job.id} failed: {message}", hint=hint or f"adapterctl jobs logs {job.id}")
+
+
+def submit(ledger: Ledger, bell: Doorbell, new: NewJob) -> tuple[Job, bool]:
+    """Queue a job and wake a worker; or join the live job with the same key, and False.
+
+    The row is committed before anyone is told, so a lost ring delays the job and loses nothing.
+    """
+    job, created = ledger.submit(new)
+    reached("submit.committed")
+    bell.ring(job.id)
+    return job, created
+
+
+def retry(ledger: Ledger, bell: Doorbell, job_id: str) -> Job:
+    """Queue an ended job again and wake a worker."""
+    job = ledger.retry(job_id)
+    bell.ring(job.id)
+    return job
+
+
+def follow(
+    ledger: Ledger, bell: Doorbell, job_id: str, *, timeout_s: float | None = None, silence_s: float = 15.0
+) -> Iterator[Job]:
+    """Yield the job now and whenever it changes, the ended one last. Leaving early stops nothing.
+
+    A live job that shows no sign of life for `silence_s` has lost its worker, or its ring: then we ring again.
+    Raises `NotFound`, and `WaitTimedOut` after `timeout_s`.
+    """
+    started = changed = time.monotonic()
+    seen: Job | None = None
+    pause_s = _SHORTEST_PAUSE_S
+    while True:
+        job, now = find_job(ledger, job_id), time.monotonic()
+        if job != seen:
+            yield job
+            seen, changed, pause_s = job, now, _SHORTEST_PAUSE_S
+        if job.ended:
+            return
+        if timeout_s is not None and now - started >= timeout_s:
+            raise WaitTimedOut(
+                f"job {job_id} is {job.state} after {timeout_s:g} s", hint=f"it goes on: adapterctl jobs wait {job_id}"
+            )
+        if now - changed >= silence_s:
+            bell.ring(job_id)
+            changed = now
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
+
+
+def _refusals() -> Iterator[type[Refused]]:
+    waiting: list[type[Refused]] = [Refused]
+    while waiting:
+        kind = waiting.pop()
+        yield kind
+        waiting += kind.__subclasses__()

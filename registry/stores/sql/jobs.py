@@ -32,31 +32,11 @@ class JobRows:
         self._db = database
 
     def submit(self, new: NewJob) -> tuple[Job, bool]:
-        job_id = str(uuid6.uuid7())
-        row = {
-            "id": job_id,
-            "kind": new.kind,
-            "key": new.key,
-            "title": new.title,
-            "spec": wire.to_json(new.spec),
-            "state": JobState.QUEUED.value,
-            "attempt": 0,
-            "max_attempts": new.max_attempts,
-            "created_by": new.created_by,
-            "created_at": Now(),
-            "updated_at": Now(),
-            "cancel_requested": False,
-            "result": "{}",
-        }
-        same = (job.c.kind == new.kind) & (job.c.key == new.key) & job.c.state.in_(LIVE)
         while True:
             with self._db.write() as connection:
-                created = insert_once(connection, insert(job).values(row))
-                if created:
-                    _record(connection, job_id, "queued", f"by {new.created_by}")
-                found = connection.execute(select(job).where(same)).one_or_none()
-                if found is not None:  # else the job that was in the way ended just now
-                    return _job(found), created
+                found, created = queue_job(connection, new)
+            if found is not None:  # else the job that was in the way ended just now
+                return found, created
 
     def job(self, job_id: str) -> Job | None:
         with self._db.read() as connection:
@@ -161,8 +141,10 @@ class JobRows:
             _record(connection, job_id, "queued", "for another try")
             return moved
 
-    def reap(self) -> list[Job]:
-        expired = (job.c.state == JobState.RUNNING) & (job.c.lease_until < Now())
+    def reap(self, *, abandoned: bool = False) -> list[Job]:
+        expired = job.c.state == JobState.RUNNING
+        if not abandoned:
+            expired &= job.c.lease_until < Now()
         with self._db.read() as connection:
             if connection.execute(select(job.c.id).where(expired).limit(1)).first() is None:
                 return []
@@ -187,7 +169,7 @@ class JobRows:
             moved = end_job(connection, mine, JobState.FAILED, error=WORKER_LOST)
         else:
             moved = _update(connection, mine, **_UNHELD)
-            _record(connection, lost.id, "queued", f"the lease of attempt {lost.attempt} expired")
+            _record(connection, lost.id, "queued", f"attempt {lost.attempt} was lost")
         return moved or lost
 
     def _existing(self, connection: Connection, job_id: str) -> Job:
@@ -198,6 +180,32 @@ class JobRows:
 
 
 _UNHELD: Mapping[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_until": None, "progress": None}
+
+
+def queue_job(connection: Connection, new: NewJob) -> tuple[Job | None, bool]:
+    """Insert a queued job, or find the live one with its key."""
+    job_id = str(uuid6.uuid7())
+    row = {
+        "id": job_id,
+        "kind": new.kind,
+        "key": new.key,
+        "title": new.title,
+        "spec": wire.to_json(new.spec),
+        "state": JobState.QUEUED,
+        "attempt": 0,
+        "max_attempts": new.max_attempts,
+        "created_by": new.created_by,
+        "created_at": Now(),
+        "updated_at": Now(),
+        "cancel_requested": False,
+        "result": "{}",
+    }
+    created = insert_once(connection, insert(job).values(row))
+    if created:
+        _record(connection, job_id, "queued", f"by {new.created_by}")
+    same = (job.c.kind == new.kind) & (job.c.key == new.key) & job.c.state.in_(LIVE)
+    found = connection.execute(select(job).where(same)).one_or_none()
+    return None if found is None else _job(found), created
 
 
 def held(job_id: str, attempt: int) -> ColumnElement[bool]:

@@ -20,7 +20,7 @@ from ... import wire
 from ...crashpoints import reached
 from ...domain.errors import Conflict, HasDescendants, InvalidInput, NotFound, Refused, StageMoved
 from ...domain.evals import EvalReport
-from ...domain.job import JobState
+from ...domain.job import JobState, NewJob
 from ...domain.stage import GENESIS, StageAction, StageEvent
 from ...domain.version import (
     AdapterVersion,
@@ -34,7 +34,7 @@ from ...domain.version import (
     summarise,
 )
 from .engine import Database, Now, chunks, insert_once
-from .jobs import JobRows, end_job, held
+from .jobs import JobRows, end_job, held, queue_job
 from .tables import (
     adapter,
     adapter_suite,
@@ -223,6 +223,7 @@ class SqlLedger(JobRows):
         *,
         created_by: str,
         job: tuple[str, int] | None = None,
+        then: Sequence[NewJob] = (),
     ) -> AdapterVersion:
         with self._db.write() as connection:
             known = connection.execute(select(version.c.id).where(version.c.id == version_id)).first()
@@ -231,8 +232,9 @@ class SqlLedger(JobRows):
                 _insert_version(connection, version_id, adapter_id, spec, placement, created_by)
                 _insert_edges(connection, edges)
                 _insert_metrics(connection, version_id, spec.metrics, "register")
+            queued = [queue_job(connection, each)[0] for each in then]
             if job is not None:
-                result = {"version_id": version_id}
+                result = {"version_id": version_id, "jobs": [each.id for each in queued if each is not None]}
                 if end_job(connection, held(*job), JobState.SUCCEEDED, result=result) is None:
                     raise Conflict(
                         f"job {job[0]} is no longer running as attempt {job[1]}", hint=f"adapterctl jobs show {job[0]}"

@@ -1,0 +1,73 @@
+"""The doorbell of the embedded registry: starts the one supervisor of this home where none is at work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fcntl import LOCK_EX, LOCK_NB, flock
+from pathlib import Path
+
+from ..settings import Settings
+
+SUPERVISOR = "adapterctl.workers.supervisor"
+
+
+class SpawnBell:
+    """A supervisor has a session of its own, so that neither Ctrl-C nor the end of the command reaches it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._started: list[int] = []
+
+    def ring(self, job_id: str) -> None:
+        """Nothing is passed on: the supervisor looks for itself, and looks again after it has left (see `main` there).
+
+        That is also why a held lock is answer enough. The caller has committed its job before it rings, so whoever
+        holds the lock now will see it.
+        """
+        with only_one(self._settings.home) as nobody_at_work:
+            if not nobody_at_work:
+                return
+        self._forget_ended()
+        self._started.append(self._spawn())
+
+    def _spawn(self) -> int:
+        # Not `subprocess`: its Popen complains when the parent ends first, which here is the rule.
+        log = self._settings.home / "jobs" / "supervisor.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        to_log = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        return os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-m", SUPERVISOR],
+            {**os.environ, **self._settings.to_env()},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, str(log), to_log, 0o600),
+                (os.POSIX_SPAWN_OPEN, 2, str(log), to_log, 0o600),
+            ],
+            setsid=True,
+        )
+
+    def _forget_ended(self) -> None:
+        """A long-lived caller must not collect zombies."""
+        for pid in list(self._started):
+            with suppress(ChildProcessError):
+                if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    continue
+            self._started.remove(pid)
+
+
+@contextmanager
+def only_one(home: Path) -> Iterator[bool]:
+    """Hold the supervisor's lock of this home; False, without waiting, where another process holds it."""
+    file = home / "locks" / "supervisor.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as handle:
+        try:
+            flock(handle, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
