@@ -146,6 +146,8 @@ def _header_bytes(prefix: bytes, file_size: int) -> bytes:
         _refuse_by_magic(prefix)
     if len(prefix) < 8:
         _refuse("truncated", f"the file has {file_size} bytes, too few for a safetensors header", _DOWNLOAD_HINT)
+    if len(prefix) > 8 and prefix[8:9] != b"{":
+        _refuse("not_safetensors", "the file is not safetensors: its header does not begin with '{'", _CONVERT_HINT)
     if length > MAX_HEADER_BYTES:
         _refuse(
             "header_too_large",
@@ -153,8 +155,6 @@ def _header_bytes(prefix: bytes, file_size: int) -> bytes:
         )
     if 8 + length > file_size or len(prefix) < 8 + length:
         _refuse("truncated", f"the header needs {8 + length:,} bytes, the file has {file_size:,}", _DOWNLOAD_HINT)
-    if prefix[8:9] != b"{":
-        _refuse("not_safetensors", "the file is not safetensors: its header does not begin with '{'", _CONVERT_HINT)
     return prefix[8 : 8 + length]
 
 

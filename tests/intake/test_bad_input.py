@@ -1,0 +1,344 @@
+"""Files of strangers: whatever they hold, the answer is a clear refusal, fast, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import header_bytes, safetensors_bytes, write_tiny_adapter
+
+from adapterctl.registry.domain.errors import Corrupt, InvalidAdapter, NotFound, Unavailable
+from adapterctl.registry.domain.lora_config import FIELD_ROLES
+from adapterctl.registry.merging.tensors import measure
+from adapterctl.registry.services.register import CONFIG_FILE, WEIGHTS_FILE, Registration, inspect, register
+from adapterctl.registry.stores.sql.ledger import SqlLedger
+
+FUZZED = 2_500
+PATIENCE_S = 5.0
+
+
+def weights_are(data: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / WEIGHTS_FILE).write_bytes(data) and None
+
+
+def config_is(text: str | bytes) -> Callable[[Path], None]:
+    data = text if isinstance(text, bytes) else text.encode()
+    return lambda folder: (folder / CONFIG_FILE).write_bytes(data) and None
+
+
+def truncated(folder: Path) -> None:
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(data[: len(data) * 2 // 3])
+
+
+def with_trailing_bytes(folder: Path) -> None:
+    with (folder / WEIGHTS_FILE).open("ab") as file:
+        file.write(b"\0" * 8)
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
+
+
+def weights_are_a_link(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).rename(folder / "elsewhere")
+    (folder / WEIGHTS_FILE).symlink_to("elsewhere")
+
+
+def weights_are_a_pipe(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).unlink()
+    os.mkfifo(folder / WEIGHTS_FILE)
+
+
+def config_is_a_link_to_a_secret(folder: Path) -> None:
+    (folder / CONFIG_FILE).unlink()
+    (folder / CONFIG_FILE).symlink_to("/etc/passwd")
+
+
+def readme_is_a_link_to_a_secret(folder: Path) -> None:
+    (folder / "README.md").symlink_to("/etc/passwd")
+
+
+def readme_is_huge(folder: Path) -> None:
+    (folder / "README.md").write_bytes(b"\0" * (2**20 + 1))
+
+
+def config_is_huge(folder: Path) -> None:
+    text = (folder / CONFIG_FILE).read_text()
+    (folder / CONFIG_FILE).write_text(text + " " * 2**20)
+
+
+def rewritten(**options: object) -> Callable[[Path], None]:
+    return lambda folder: write_tiny_adapter(folder, **options) and None  # type: ignore[arg-type]
+
+
+def with_nan(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS_FILE).read_bytes())
+    data[-4:] = np.float32("nan").tobytes()
+    (folder / WEIGHTS_FILE).write_bytes(data)
+
+
+def without(suffix: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        key = f"base_model.model.model.layers.0.self_attn.q_proj.{suffix}"
+        half = {key: ("F32", np.ones((4, 16) if suffix.startswith("lora_A") else (16, 4), np.float32))}
+        (folder / WEIGHTS_FILE).write_bytes(safetensors_bytes(half))
+
+    return change
+
+
+ZERO = np.zeros((2, 2), np.float32)
+BAD = {
+    "truncated": (truncated, "truncated"),
+    "trailing bytes": (with_trailing_bytes, "bad_offsets"),
+    "empty file": (weights_are(b""), "truncated"),
+    "header bomb": (weights_are(header_bytes(b"{}", length=2**40)), "header_too_large"),
+    "deep nesting": (weights_are(header_bytes(b'{"a":' + b"[" * 1_000_000)), "bad_json"),
+    "text": (weights_are(b"hello, world: this is no adapter"), "not_safetensors"),
+    "pickle by another name": (weights_are(b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00cos\nsystem\n"), "pickle"),
+    "zip by another name": (weights_are(b"PK\x03\x04" + bytes(100)), "archive"),
+    "gzip by another name": (weights_are(b"\x1f\x8b" + bytes(100)), "archive"),
+    "only adapter_model.bin": (only_pickle, "pickle"),
+    "weights are a link": (weights_are_a_link, "not_a_file"),
+    "weights are a pipe": (weights_are_a_pipe, "not_a_file"),
+    "config links to a secret": (config_is_a_link_to_a_secret, "not_a_file"),
+    "readme links to a secret": (readme_is_a_link_to_a_secret, "not_a_file"),
+    "readme is huge": (readme_is_huge, "too_large"),
+    "config is huge": (config_is_huge, "too_large"),
+    "config is not JSON": (config_is("{"), "bad_json"),
+    "config is a list": (config_is("[]"), "bad_json"),
+    "config is no UTF-8": (config_is(b"\xff\xfe{}"), "bad_json"),
+    "config repeats a key": (config_is('{"peft_type":"LORA","peft_type":"LORA"}'), "duplicate_key"),
+    "config holds NaN": (config_is('{"peft_type":"LORA","lora_alpha":NaN}'), "bad_json"),
+    "config holds infinity": (config_is('{"peft_type":"LORA","lora_alpha":1e999}'), "bad_json"),
+    "config is deep": (config_is('{"a":' + "[" * 500_000), "bad_json"),
+    "config is empty": (config_is("{}"), "not_lora"),
+    "NaN weights": (with_nan, "not_finite"),
+    "no lora_B": (without("lora_A.weight"), "missing_lora_b"),
+    "no lora_A": (without("lora_B.weight"), "missing_lora_a"),
+    "no tensors": (weights_are(safetensors_bytes({})), "no_tensors"),
+    "lm_head of the base": (rewritten(extra={"lm_head.weight": ZERO}), "unknown_tensors"),
+    "another weight of the base": (
+        rewritten(extra={"base_model.model.model.layers.0.mlp.gate_proj.weight": ZERO}),
+        "unknown_tensors",
+    ),
+    "the targeted weight of the base": (
+        rewritten(extra={"base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight": ZERO}),
+        "unknown_tensors",
+    ),
+    "modules_to_save": (
+        rewritten(
+            config={"modules_to_save": ["lm_head"]}, extra={"base_model.model.lm_head.modules_to_save.weight": ZERO}
+        ),
+        "modules_to_save",
+    ),
+    "pissa": (rewritten(config={"init_lora_weights": "pissa"}), "unconverted_init"),
+    "olora": (rewritten(config={"init_lora_weights": "olora"}), "unconverted_init"),
+    "huge rank": (rewritten(config={"r": 10**6}), "bad_rank"),
+    "path in a name": (rewritten(extra={"../../etc/passwd": ZERO}), "bad_tensor_name"),
+    "NUL in a name": (rewritten(extra={"base_model.model.x\0.lora_A.weight": ZERO}), "bad_tensor_name"),
+    "bidi mark in the base": (rewritten(config={"base_model_name_or_path": "me\u202egnp"}), "bad_config"),
+    "exponential pattern with look-ahead": (rewritten(config={"rank_pattern": {"(?=(a+)+$)a": 4}}), "bad_pattern"),
+    "foreign Python module": (rewritten(config={"megatron_core": "os"}), "megatron"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_adapter_is_refused_by_name_at_once_and_leaves_nothing_behind(case, tmp_path, home, sql_ledger):
+    change, code = BAD[case]
+    folder = write_tiny_adapter(tmp_path / "source")
+    change(folder)
+    before = sorted(path.name for path in home.iterdir())
+    began = time.perf_counter()
+
+    with pytest.raises(InvalidAdapter) as caught:
+        take_in(sql_ledger, home, folder)
+
+    assert time.perf_counter() - began < PATIENCE_S
+    assert code in {problem.code for problem in caught.value.problems}
+    assert caught.value.message
+    assert sql_ledger.adapter_names() == []
+    assert sql_ledger.bases() == []
+    assert sorted(path.name for path in home.iterdir() if path.name != "staging") == before
+    assert not (home / "staging").exists() or list((home / "staging").iterdir()) == []
+
+
+def test_a_pickle_under_any_name_is_never_run(tmp_path, home, sql_ledger):
+    marker = tmp_path / "was-run"
+    payload = b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR."
+    for name in (WEIGHTS_FILE, "adapter_model.bin"):
+        folder = write_tiny_adapter(tmp_path / name)
+        (folder / WEIGHTS_FILE).unlink()
+        (folder / name).write_bytes(payload)
+
+        with pytest.raises(InvalidAdapter):
+            take_in(sql_ledger, home, folder)
+
+    assert not marker.exists()
+
+
+def test_half_a_million_empty_tensors_are_refused_within_seconds(tmp_path):
+    entry = '"%x":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    folder = write_tiny_adapter(tmp_path)
+    header = "{" + ",".join(entry % i for i in range(500_000)) + "}"
+    (folder / WEIGHTS_FILE).write_bytes(header_bytes(header.encode()))
+    began = time.perf_counter()
+
+    with pytest.raises(InvalidAdapter) as caught:
+        inspect(folder)
+
+    assert caught.value.problems[0].code == "header_too_large"
+    assert time.perf_counter() - began < PATIENCE_S
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+(a+)+(a+)+b", "(.*)*(.*)*(.*)*x", "(a|a)*b", "(a|aa)+b", "(?:(?:a+)+)+b", "([a-z]+)*1"]
+)
+def test_an_exploding_pattern_is_answered_within_a_tenth_of_a_second(tmp_path, pattern):
+    name = "a" * 200 + ".q_proj"
+    config = {"rank_pattern": {pattern: 4}, "alpha_pattern": {pattern: 8}}
+    folder = write_tiny_adapter(tmp_path, linear={name: (4, 4)}, config=config)
+    inspect(folder)  # loads RE2
+    began = time.perf_counter()
+
+    inspect(folder)
+
+    assert time.perf_counter() - began < 0.1
+
+
+def test_a_missing_folder_and_a_folder_without_an_adapter_say_what_to_give(tmp_path, home, sql_ledger):
+    write_tiny_adapter(tmp_path / "parent" / "default")
+
+    with pytest.raises(NotFound, match="is not there"):
+        take_in(sql_ledger, home, tmp_path / "none")
+    with pytest.raises(InvalidAdapter) as caught:
+        take_in(sql_ledger, home, tmp_path / "parent")
+
+    assert caught.value.problems[0].code == "missing_file"
+    assert "default" in caught.value.hint
+
+
+def test_a_full_disk_is_told_and_the_stage_folder_is_gone(tmp_path, home, sql_ledger):
+    folder = write_tiny_adapter(tmp_path / "source", linear={f"l{i}.q_proj": (512, 512) for i in range(8)}, rank=64)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit fails as on a full disk
+
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        with pytest.raises(Unavailable):
+            take_in(sql_ledger, home, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+
+    assert list((home / "staging").iterdir()) == []
+    assert sql_ledger.adapter_names() == []
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> bytes:
+    """A valid file with something wrong: bits, cuts, doubled pieces, foreign pieces, a false length."""
+    data = bytearray(VALID)
+    header_end = 8 + int.from_bytes(VALID[:8], "little")
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, header_end - 1))
+        kind = draw(st.sampled_from(["flip", "cut", "insert", "double", "token", "length", "end"]))
+        if kind == "flip" and at < len(data):
+            data[at] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "cut":
+            del data[at : at + draw(st.integers(1, 40))]
+        elif kind == "insert":
+            data[at:at] = draw(st.binary(min_size=1, max_size=8))
+        elif kind == "double":
+            data[at:at] = data[at : at + draw(st.integers(1, 80))]
+        elif kind == "token":
+            data[at:at] = draw(st.sampled_from(TOKENS))
+        elif kind == "length":
+            data[:8] = draw(st.integers(0, 2**64 - 1) | st.integers(0, 2 * header_end)).to_bytes(8, "little")
+        else:
+            del data[draw(st.integers(0, len(data))) :]
+    return bytes(data)
+
+
+@settings(max_examples=FUZZED, suppress_health_check=list(HealthCheck))
+@given(data=mutations())
+def test_no_mutated_file_crashes_or_hangs_the_intake(fuzz_folder, data):
+    path = fuzz_folder / WEIGHTS_FILE
+    path.write_bytes(data)
+    began = time.perf_counter()
+
+    refusal = refusal_of(lambda: measure(path, inspect(fuzz_folder)))
+
+    assert time.perf_counter() - began < PATIENCE_S
+    assert refusal is None or isinstance(refusal, Corrupt) or refusal.problems
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
+@given(fields=st.dictionaries(st.sampled_from(sorted(FIELD_ROLES)), JSON, min_size=1, max_size=4))
+def test_no_config_crashes_the_intake(fuzz_folder, fields):
+    (fuzz_folder / WEIGHTS_FILE).write_bytes(VALID)
+    config = {**json.loads((fuzz_folder / "good_config.json").read_text()), **fields}
+    (fuzz_folder / CONFIG_FILE).write_text(json.dumps(config))
+
+    refusal = refusal_of(lambda: inspect(fuzz_folder))
+
+    assert refusal is None or refusal.problems
+    assert refusal or all(np.isfinite(m.scaling) and m.scaling for m in inspect(fuzz_folder).modules)
+
+
+def refusal_of(read: Callable[[], object]) -> InvalidAdapter | Corrupt | None:
+    """The refusal, or None where it was accepted; any other error fails the test."""
+    try:
+        read()
+    except (InvalidAdapter, Corrupt) as refusal:
+        return refusal
+    return None
+
+
+@pytest.fixture(scope="module")
+def fuzz_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_tiny_adapter(tmp_path_factory.mktemp("fuzz"))
+    shutil.copy(folder / CONFIG_FILE, folder / "good_config.json")
+    return folder
+
+
+def take_in(ledger: SqlLedger, home: Path, folder: Path) -> None:
+    """Register `folder`; opening MLflow for it is a failure of the test, since nothing bad may get that far."""
+    register(
+        ledger,
+        Registration(source=str(folder), name="victim"),
+        open_versions=lambda: pytest.fail("MLflow was opened for a bad adapter"),
+        open_hub=lambda source: pytest.fail("the hub was asked"),
+        home=home,
+        created_by="tester",
+    )
+
+
+TOKENS = [
+    b"null", b"true", b"NaN", b"-1", b"1e999", b"[", b"]", b"{", b"}", b'"', b",", b":", b"0", b"99999999999999999999",
+    b"F64", b"BF16", b"\xff", b"\x00", b"\\u202e", b"lora_A", b"lora_B", b".bias", b'"dtype":"F32",', b'"shape":[],',
+]  # fmt: skip
+VALID = safetensors_bytes(
+    {
+        f"base_model.model.layers.{layer}.q_proj.lora_{side}.weight": ("F32", np.ones(shape, np.float32))
+        for layer in range(2)
+        for side, shape in (("A", (4, 3)), ("B", (3, 4)))
+    }
+)

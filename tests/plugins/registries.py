@@ -1,0 +1,44 @@
+"""A registry on this machine for one test: the real ledger on SQLite, the real MLflow beside it, in the test's home.
+
+The schemas are made once a session and copied, for migrating costs a second each time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from adapterctl.migrations import migrate
+from adapterctl.registry.ports import VersionStore
+from adapterctl.registry.stores.sql.engine import Database, sqlite_url
+from adapterctl.registry.stores.sql.ledger import SqlLedger
+
+
+@pytest.fixture(scope="session")
+def ledger_schema(tmp_path_factory: pytest.TempPathFactory, clean_environment: None) -> Path:
+    """An empty database of ours."""
+    home = tmp_path_factory.mktemp("ledger-schema")
+    migrate(sqlite_url(home))
+    return home / "registry.db"
+
+
+@pytest.fixture
+def sql_ledger(home: Path, ledger_schema: Path) -> Iterator[SqlLedger]:
+    """The ledger of an empty registry in `home`."""
+    shutil.copy(ledger_schema, home / "registry.db")
+    ledger = SqlLedger(Database(sqlite_url(home)))
+    ledger.establish("embedded")
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def version_store(home: Path, sql_ledger: SqlLedger, mlflow_schema: Path) -> VersionStore:
+    """The MLflow of that registry."""
+    from adapterctl.registry.stores.mlflow_versions import MlflowVersions  # deferred: MLflow takes three seconds
+
+    shutil.copy(mlflow_schema, home / "mlflow.db")
+    return MlflowVersions(None, home, sql_ledger.registry_id)
