@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from .adapter import AdapterFacts, LoraModule, ModuleKind, TensorEntry
 from .errors import Problem
+from .header import DTYPE_BYTES
 from .recipe import Recipe
 
 
@@ -48,6 +50,12 @@ class MergePlan:
     config: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     max_loss: float | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the output's tensors, without header and biases."""
+        values = sum(prod(module.a_shape) + prod(module.b_shape) for module in self.modules)
+        return values * DTYPE_BYTES[self.recipe.dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..domain.adapter import AdapterFacts, LoraModule
-from ..domain.header import DTYPE_BYTES
-from ..domain.plan import Forecast, Pair, Part
+from ..domain.adapter import AdapterFacts
+from ..domain.plan import Forecast, MergePlan, Pair, Part
 from .core import spectrum
-from .grams import Array, Grams, block_products, exact_squared_norm, overlap
-from .method import methods, output_dtype, sum_of_ranks
+from .grams import Array, Grams, block_products, overlap
+from .method import methods
 from .stack import load_stack
 from .tensors import TensorReader
 
@@ -39,31 +38,22 @@ class _Tally:
 
 
 def forecast(
-    facts: Sequence[AdapterFacts],
-    files: Sequence[Path],
-    weights: Sequence[float],
-    labels: Sequence[str],
-    *,
-    ranks: Sequence[int] = (),
-    dtype: str | None = None,
+    plan: MergePlan, files: Sequence[Path], labels: Sequence[str]
 ) -> tuple[tuple[Forecast, ...], tuple[Pair, ...]]:
     """The loss of every method and rank worth considering, and one `Pair` for every two parents.
 
     Args:
-        files: the weights file of each parent. weights: of each parent. labels: what to call each one.
-        ranks: further ranks to forecast, e.g. the one that was asked for.
-        dtype: safetensors name of the output type; None is the widest parent's.
+        plan: of the merge that was asked for; its rank is among the forecasts.
+        files: the weights file of each parent. labels: what to call each one.
     """
-    full_rank = sum_of_ranks(facts)
+    full_rank = max(sum(part.rank for part in module.parts) for module in plan.modules)
     tally = _Tally(np.zeros(full_rank))
+    signs = np.sign([parent.weight for parent in plan.recipe.parents])
     with ExitStack() as stack:
         readers = [stack.enter_context(TensorReader(path)) for path in files]
-        for parts in _modules(facts, weights):
-            _count(tally, load_stack(parts, readers).grams(), np.sign(weights))
-    width = DTYPE_BYTES[dtype or output_dtype([d for f in facts for d in f.dtypes])]
-    row_bytes = width * sum(m.d_in + m.d_out for m in {m.name: m for f in facts for m in f.modules}.values())
-    default = max(f.max_rank for f in facts)
-    return _forecasts(tally.energy, full_rank, default, row_bytes, ranks), _pairs(tally, labels)
+        for module in plan.modules:
+            _count(tally, load_stack(module.parts, readers).grams(), signs)
+    return _forecasts(tally.energy, plan), _pairs(tally, labels)
 
 
 def compare(first: AdapterFacts, first_file: Path, second: AdapterFacts, second_file: Path) -> tuple[float, float]:
@@ -71,28 +61,29 @@ def compare(first: AdapterFacts, first_file: Path, second: AdapterFacts, second_
 
     Biases are left out. Where `first` is zero the distance is ||second||.
     """
-    product = first_square = second_square = difference = 0.0
+    squares = [0.0, 0.0]
+    product = difference = 0.0
     with TensorReader(first_file) as one, TensorReader(second_file) as other:
-        for parts in _modules((first, second), (1.0, -1.0)):
-            grams = load_stack(parts, (one, other)).grams()
-            products = dict(zip(((b.parent) for b in grams.blocks), block_products(grams).diagonal(), strict=True))
-            first_square += products.get(0, 0.0)
-            second_square += products.get(1, 0.0)
-            difference += exact_squared_norm(grams)
-            if len(grams.blocks) == 2:
-                product -= float(block_products(grams)[0, 1])
-    size = math.sqrt(first_square * second_square)
-    distance = math.sqrt(difference)
-    return (product / size if size > 0 else 0.0), (distance / math.sqrt(first_square) if first_square > 0 else distance)
+        for parts in _differences(first, second):
+            products = block_products(load_stack(parts, (one, other)).grams())
+            for place, part in enumerate(parts):
+                squares[part.parent] += float(products[place, place])
+            if len(parts) == 2:
+                product -= float(products[0, 1])
+            difference += float(products.sum())
+    sizes = [math.sqrt(max(0.0, square)) for square in squares]
+    distance = math.sqrt(max(0.0, difference))
+    cosine = product / (sizes[0] * sizes[1]) if sizes[0] * sizes[1] > 0 else 0.0
+    return cosine, (distance / sizes[0] if sizes[0] > 0 else distance)
 
 
-def _modules(facts: Sequence[AdapterFacts], weights: Sequence[float]) -> Iterator[list[Part]]:
-    shares: dict[str, list[tuple[int, LoraModule]]] = {}
-    for parent, adapter in enumerate(facts):
-        for module in adapter.modules:
-            shares.setdefault(module.name, []).append((parent, module))
-    for name in sorted(shares):
-        yield [Part(i, m.rank, weights[i] * m.scaling, m.a, m.b, m.bias) for i, m in shares[name]]
+def _differences(first: AdapterFacts, second: AdapterFacts) -> Iterator[list[Part]]:
+    """The parts of `first - second`, module by module."""
+    modules: dict[str, list[Part]] = {}
+    for place, (adapter, sign) in enumerate(((first, 1.0), (second, -1.0))):
+        for m in adapter.modules:
+            modules.setdefault(m.name, []).append(Part(place, m.rank, sign * m.scaling, m.a, m.b))
+    return iter(modules.values())
 
 
 def _count(tally: _Tally, grams: Grams, signs: Array) -> None:
@@ -109,15 +100,11 @@ def _count(tally: _Tally, grams: Grams, signs: Array) -> None:
             tally.pairs.setdefault(pair, []).append((overlap(grams.a, first, second), overlap(grams.b, first, second)))
 
 
-def _forecasts(
-    energy: Array, full_rank: int, default: int, row_bytes: int, ranks: Sequence[int]
-) -> tuple[Forecast, ...]:
-    losses = _losses(energy)
+def _forecasts(energy: Array, plan: MergePlan) -> tuple[Forecast, ...]:
+    losses, full_rank, row_bytes = _losses(energy), len(energy), plan.size_bytes // plan.recipe.rank
     enough = int(np.argmax(losses <= SMALL_LOSS)) + 1
-    notes: dict[int, str] = {}
-    for rank in (*USUAL_RANKS, *ranks):
-        if 0 < rank < full_rank:
-            notes[rank] = ""
+    default = max(part.rank for module in plan.modules for part in module.parts)
+    notes = {rank: "" for rank in (*USUAL_RANKS, plan.recipe.rank) if rank < full_rank}
     if enough < full_rank:
         notes[enough] = f"smallest rank that loses at most {SMALL_LOSS:.0%}"
     if default < full_rank:
