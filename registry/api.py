@@ -176,9 +176,12 @@ class RetentionRow:
 
 @dataclass(frozen=True, slots=True)
 class RetentionView:
+    """`missing` names what has to be evaluated first, `notes` where figures came from that were not computed here."""
+
     ref: str
     rows: tuple[RetentionRow, ...]
     missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,10 @@ PROJECT_FILE = "adapterctl.toml"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`home` holds the embedded registry. `mlflow_uri` is only read when a registry is made."""
+    """`home` holds the embedded registry. `mlflow_uri` is only read when a registry is made.
+
+    `base_paths` says where base models lie, each as NAME=FOLDER; `eval_device` is auto, cpu, cuda or mps.
+    """
 
     home: Path
     mlflow_uri: str | None = None
@@ -29,6 +32,7 @@ class Settings:
     idle_s: float = 10.0
     job_timeout_s: float = 3600.0
     base_paths: tuple[str, ...] = ()
+    eval_device: str = "auto"
     actor: str = ""
     mlflow_ui: str = "http://127.0.0.1:5000"
 

@@ -8,6 +8,7 @@ transformers, peft and lm_eval.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -150,6 +151,8 @@ class _RecordingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         loaded = TaskManager(include_defaults=False).load(parts)
         done = evaluate(lm=self, task_dict=loaded, bootstrap_iters=0, log_samples=True)["samples"]
         scores = [sample["resps"][0][0][0] for sample in _in_order(done["likelihood"])]
+        if not all(map(math.isfinite, scores)):
+            raise JobFailed(f"the likelihood on {task.name} is not finite", hint="the adapter's weights are broken")
         samples: list[dict[str, float]] = [
             {"nll": -score, "tokens": tokens, "bytes": len(row.target.encode())}
             for score, tokens, row in zip(scores, self._target_tokens, rows, strict=True)

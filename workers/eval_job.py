@@ -14,6 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..examples.base import BASE_NAME, build_base
 from ..registry.domain.errors import JobCancelled
 from ..registry.domain.eval_plan import EvalPlan, Pair
 from ..registry.domain.evals import EvalReport, task_result
@@ -46,7 +47,7 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
     plan, out = from_builtins(task["plan"], EvalPlan), Path(task["out"])
     progress = _Progress(plan.samples, emit, should_stop)
     engine = Engine(
-        Path(plan.base_folder),
+        _base(Path(plan.base_folder)),
         device=plan.engine["device"],
         batch_size=int(plan.engine["batch_size"]),
         threads=task.get("threads", 0),
@@ -62,6 +63,11 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
                 files.append(_write(out, _evaluate(engine, plan, pair)))
     engine.check_base()
     return {"reports": files}
+
+
+def _base(folder: Path) -> Path:
+    """The base model; the one of the examples is made where it is not there yet."""
+    return build_base(folder) if folder.name == BASE_NAME else folder
 
 
 def _evaluate(engine: Engine, plan: EvalPlan, pair: Pair) -> EvalReport:

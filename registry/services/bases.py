@@ -48,7 +48,7 @@ def base_of(ledger: Ledger, facts: AdapterFacts, named: str | None) -> tuple[Bas
     if named is None and not facts.base_name:
         raise InvalidInput("the config names no base model", hint="say which one: --base ORG/MODEL")
     revision = facts.base_revision if named is None and facts.base_revision != "main" else None
-    name = _checked(facts.base_name if named is None else named)
+    name = _checked(named or facts.base_name)
     spelling = f"{name}@{revision}" if revision else name
     known = ledger.find_base(spelling)
     if known is not None:
@@ -107,7 +107,7 @@ def known_base(ledger: Ledger, spelling: str) -> Base:
     )
 
 
-def fingerprints(folder: Path) -> dict[str, str]:
+def fingerprints(folder: Path, *, weights: bool = True) -> dict[str, str]:
     """Digests of a model folder: `config_digest`, and of weights (safetensors) and tokenizer where they are there.
 
     The folder is the caller's own; links in it are followed, as the hub's cache is made of links.
@@ -116,8 +116,8 @@ def fingerprints(folder: Path) -> dict[str, str]:
     if not config.is_file():
         raise InvalidInput(f"{folder} holds no config.json", hint="give the folder of a model that transformers saved")
     found = {"config_digest": _config_digest(config)}
-    if weights := sorted(folder.glob("*.safetensors")):
-        found["weights_digest"] = _files_digest(weights)
+    if weights and (files := sorted(folder.glob("*.safetensors"))):
+        found["weights_digest"] = _files_digest(files)
     if tokenizer := [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]:
         found["tokenizer_digest"] = _files_digest(tokenizer)
     return found

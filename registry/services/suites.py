@@ -5,12 +5,14 @@ The file is untrusted: YAML's safe loader, no key twice, data only from the suit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from ..domain.errors import InvalidInput, NotFound
 from ..domain.suite import Suite, check_suite
+from ..domain.version import AdapterVersion
 from ..ports import Ledger
 from ..wire import from_json, to_json
 
@@ -35,13 +37,46 @@ def load_suite(path: Path) -> Suite:
     return check_suite(value, read)
 
 
-def set_suites(ledger: Ledger, adapter_id: str, suites: Sequence[Suite]) -> None:
-    """Make these the suites that judge the adapter and everything merged from it. The content is kept, not a path."""
-    ledger.set_suites(adapter_id, [(suite.name, suite.digest, to_json(suite)) for suite in suites])
+def add_suite(ledger: Ledger, adapter_id: str, suite: Suite) -> None:
+    """Let `suite` judge the adapter and everything merged from it; one of the same name is replaced.
+
+    The content is kept, not the path: a file that changes later changes nothing here.
+    """
+    others = [row for row in ledger.suites(adapter_id) if row[0] != suite.name]
+    ledger.set_suites(adapter_id, [*others, (suite.name, suite.digest, to_json(suite))])
 
 
-def own_suites(ledger: Ledger, adapter_id: str) -> list[Suite]:
-    return [from_json(body, Suite) for _, _, body in ledger.suites(adapter_id)]
+def suites_of(ledger: Ledger, version: AdapterVersion) -> list[Suite]:
+    """The suites that judge a version: its adapter's own, or else those of the versions it was merged from."""
+    own = ledger.suites(version.adapter_id)
+    if own:
+        return [from_json(body, Suite) for _, _, body in own]
+    edges = ledger.parent_edges([version.id]).get(version.id, ())
+    parents = ledger.versions_by_id([edge.parent_id for edge in edges])
+    found = [suite for edge in edges for suite in suites_of(ledger, parents[edge.parent_id])]
+    return list({suite.digest: suite for suite in found}.values())
+
+
+def keep_suite(home: Path, suite: Suite) -> str:
+    """Store the suite under its digest, where a job finds it whatever became of its file; returns the digest."""
+    path = _kept(home, suite.digest)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(to_json(suite), encoding="utf-8")
+        partial.replace(path)
+    return path.stem
+
+
+def find_suite(home: Path, text: str) -> Suite:
+    """The suite that `text` names: the digest of a kept one, or the path of a YAML file."""
+    if re.fullmatch("[0-9a-f]{64}", text) and _kept(home, text).is_file():
+        return from_json(_kept(home, text).read_bytes(), Suite)
+    return load_suite(Path(text))
+
+
+def _kept(home: Path, digest: str) -> Path:
+    return home / "suites" / f"{digest}.json"
 
 
 def _read(path: Path, limit: int, *, shown: str = "") -> bytes:

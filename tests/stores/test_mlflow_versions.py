@@ -18,8 +18,7 @@ from adapterctl.registry.domain.errors import Corrupt, Misconfigured, NotFound, 
 from adapterctl.registry.domain.evals import EvalReport, TaskResult
 from adapterctl.registry.domain.version import AdapterVersion, Base
 from adapterctl.registry.ports import Parent
-from adapterctl.registry.services.pull import damage
-from adapterctl.registry.stores.artifacts import local_folder
+from adapterctl.registry.stores.artifacts import local_folder, verify_files
 from adapterctl.registry.stores.mlflow_server import embedded_uri
 from adapterctl.registry.stores.mlflow_versions import MlflowVersions
 from adapterctl.registry.wire import to_json
@@ -177,7 +176,7 @@ def test_the_files_of_a_version_are_those_of_its_manifest_and_read_only(store, f
     version = family["translate-chat"]
 
     with store.folder(version) as folder:
-        findings = damage(folder, version.placement.files)
+        findings = verify_files(folder, version.placement.files)
         modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
 
     assert findings == []
@@ -297,7 +296,7 @@ def test_a_process_killed_on_the_way_is_continued_to_one_run_one_model_and_one_v
     on_parent = client.get_logged_model(family["chat"].placement.model_id).metrics
     assert [m.run_id for m in on_parent].count(placement.run_id) == 1
     assert [each.version for each in client.search_model_versions("name = 'crashed'")] == [1]
-    assert damage(local_folder(placement.location), placement.files) == []
+    assert verify_files(local_folder(placement.location), placement.files) == []
 
 
 # the registry that MLflow belongs to

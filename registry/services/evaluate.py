@@ -1,0 +1,326 @@
+"""An evaluation from request to figures: which reports are missing, what the child is told, where its answers go.
+
+Reports are cached by a key over everything that decides them, so only missing pairs of subject and suite are computed,
+and an evaluation that was killed goes on where it stopped. The model itself runs in the child alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version as installed_version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..domain.digest import json_digest
+from ..domain.errors import Corrupt, InvalidInput, Refused, Unavailable
+from ..domain.eval_plan import BASE, EvalPlan, Pair, Subject, report_key
+from ..domain.evals import EvalReport
+from ..domain.job import Job, NewJob
+from ..domain.refs import Ref
+from ..domain.suite import Suite
+from ..domain.version import AdapterVersion, Base
+from ..ports import Doorbell, Ledger, VersionStore
+from ..settings import Settings
+from ..wire import from_builtins, from_json, to_builtins
+from .locate_base import locate_base
+from .resolve import resolve
+from .schedule import Done, Task, submit
+from .suites import find_suite, keep_suite, suites_of
+
+EXTRA = "pip install 'adapterctl[eval]'"
+ENGINE_PACKAGES = ("lm_eval", "torch", "transformers", "peft")
+DTYPE = "float32"
+BATCH_SIZE = 8
+#: Provenance of reports that came with a file instead of being computed here.
+IMPORTED = "committed result"
+
+Folders = Callable[[AdapterVersion], AbstractContextManager[Path]]
+
+
+def request_evaluation(
+    ledger: Ledger,
+    bell: Doorbell,
+    refs: Sequence[Ref],
+    *,
+    suites: Sequence[str] = (),
+    limit: int | None = None,
+    settings: Settings,
+    made_on_demand: Collection[str] = (),
+) -> Job:
+    """Queue the evaluation of versions of one base; a merged version brings its parents and their suites along.
+
+    `suites` are paths of YAML files or digests of kept suites; without any, the versions' own are taken.
+
+    Raises `InvalidInput` without a suite or with several bases, `Unavailable` when the extra or the base is not here.
+    """
+    check_installed()
+    if limit is not None and limit < 1:
+        raise InvalidInput(f"--limit {limit} is not a number of samples", hint="give 1 or more")
+    versions = list({version.id: version for version in (resolve(ledger, ref) for ref in refs)}.values())
+    given = [find_suite(settings.home, text) for text in suites]
+    chosen = _choose_suites(ledger, versions, given)
+    locate(ledger, _one_base(versions), settings, made_on_demand)
+    labels = ", ".join(version.label for version in versions)
+    new = _new_job([version.id for version in versions], labels, chosen, limit=limit, settings=settings)
+    return submit(ledger, bell, new)[0]
+
+
+def evaluation_of_merge(
+    ledger: Ledger, job: Job, version_id: str, *, settings: Settings, made_on_demand: Collection[str] = ()
+) -> list[NewJob]:
+    """The evaluation that follows a merge job: on the suites that it names and those that its parents carry.
+
+    None where there is no suite. Where only the parents carry one, a machine that cannot evaluate merges all the same.
+    """
+    parents = ledger.versions_by_id(job.spec["parents"])
+    given = [from_builtins(body, Suite) for body in job.spec["suites"]]
+    inherited = [suite for i in job.spec["parents"] for suite in suites_of(ledger, parents[i])]
+    suites = list({suite.digest: suite for suite in [*inherited, *given]}.values())
+    base = parents[job.spec["parents"][0]].spec.base
+    if not suites or not (given or _can_evaluate(ledger, base, settings, made_on_demand)):
+        return []
+    return [_new_job([version_id], job.spec["into"], suites, limit=None, settings=settings)]
+
+
+def check_installed() -> None:
+    """Raises `Unavailable` unless the extra `eval` is there. Imports none of it."""
+    missing = [name for name in ENGINE_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise Unavailable(f"evaluation needs {', '.join(missing)}, which is not installed", hint=EXTRA)
+
+
+def _can_evaluate(ledger: Ledger, base: Base, settings: Settings, made_on_demand: Collection[str]) -> bool:
+    try:
+        check_installed()
+        locate(ledger, base, settings, made_on_demand)
+    except (Refused, Unavailable):
+        return False
+    return True
+
+
+def locate(ledger: Ledger, base: Base, settings: Settings, made_on_demand: Collection[str]) -> Path:
+    spellings = [spelling for spelling, base_id in ledger.base_aliases().items() if base_id == base.id]
+    return locate_base(
+        base, spellings, home=settings.home, base_paths=settings.base_paths, made_on_demand=made_on_demand
+    )
+
+
+def engine_facts(settings: Settings) -> dict[str, str]:
+    """Settings and versions that a report depends on, read without importing anything."""
+    # the part after "+" names a build of the same release: 2.13.0+cpu
+    versions = {name: installed_version(name).partition("+")[0] for name in ENGINE_PACKAGES}
+    return {"device": _device(settings), "dtype": DTYPE, "batch_size": str(BATCH_SIZE), **versions}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a job asks for: every subject (None is the bare base) on every suite, each under its key."""
+
+    base: Base
+    subjects: Mapping[str, AdapterVersion | None]
+    suites: Mapping[str, Suite]
+    limit: int | None
+    engine: Mapping[str, str]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [
+            Pair(subject, suite, report_key(subject, self.base, suite, self.limit, self.engine))
+            for subject in self.subjects
+            for suite in self.suites
+        ]
+
+
+class EvalHandler:
+    """Evaluation for the supervisor: see `JobHandler`. Reports are kept one by one, as the child finishes them."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        settings: Settings,
+        *,
+        open_versions: Callable[[], VersionStore],
+        folders: Folders,
+        made_on_demand: Collection[str] = (),
+    ) -> None:
+        self._ledger = ledger
+        self._settings = settings
+        self._open_versions = open_versions
+        self._folders = folders
+        self._made_on_demand = made_on_demand
+
+    @contextmanager
+    def begin(self, job: Job) -> Iterator[Task | Done]:
+        """The missing pairs as a task; what an earlier attempt finished before it died is taken in first."""
+        root = self._settings.home / "evaluations"
+        for left in sorted(root.glob(f"{job.id}-*")):
+            self._take_in(left)
+        wanted = self._wanted(job)
+        known = self._ledger.reports([pair.key for pair in wanted.pairs])
+        missing = [pair for pair in wanted.pairs if pair.key not in known]
+        if not missing:
+            yield Done(self._record(wanted))
+            return
+        out = root / f"{job.id}-{job.attempt}"
+        out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.callback(self._take_in, out)
+            body = {
+                "kind": "eval",
+                "plan": to_builtins(self._plan(wanted, missing, stack)),
+                "out": str(out),
+                "threads": self._settings.threads,
+            }
+            yield Task(body, out)
+
+    def finish(self, job: Job, task: Task, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Store the reports and show their figures on the versions. `result` is not needed: the files say all."""
+        self._take_in(task.out)
+        return self._record(self._wanted(job))
+
+    def _wanted(self, job: Job) -> Wanted:
+        known = self._ledger.versions_by_id(job.spec["refs"])
+        versions = [known[version_id] for version_id in job.spec["refs"]]
+        subjects: dict[str, AdapterVersion | None] = {BASE: None}
+        merged = [version for version in versions if version.spec.kind == "merge"]
+        for version in [*(parent for child in merged for parent in parents_of(self._ledger, child)), *versions]:
+            subjects[version.spec.content_digest] = version
+        return Wanted(
+            base=_one_base(versions),
+            subjects=subjects,
+            suites={digest: find_suite(self._settings.home, digest) for digest in job.spec["suites"]},
+            limit=job.spec["limit"],
+            engine=engine_facts(self._settings),
+        )
+
+    def _plan(self, wanted: Wanted, missing: Sequence[Pair], stack: ExitStack) -> EvalPlan:
+        subjects = []
+        for digest in dict.fromkeys(pair.subject for pair in missing):
+            version = wanted.subjects[digest]
+            folder = str(stack.enter_context(self._folders(version))) if version is not None else None
+            subjects.append(Subject(digest, version.label if version is not None else BASE, folder))
+        return EvalPlan(
+            base_id=wanted.base.id,
+            base_folder=str(locate(self._ledger, wanted.base, self._settings, self._made_on_demand)),
+            subjects=tuple(subjects),
+            suites={digest: wanted.suites[digest] for digest in dict.fromkeys(pair.suite for pair in missing)},
+            pairs=tuple(missing),
+            limit=wanted.limit,
+            engine=wanted.engine,
+        )
+
+    def _take_in(self, folder: Path) -> None:
+        """Put every finished report into the ledger; then the folder is no longer needed."""
+        for path in sorted(folder.glob("*.json")):
+            self._ledger.put_report(from_json(path.read_bytes(), EvalReport))
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _record(self, wanted: Wanted) -> Mapping[str, Any]:
+        """Show the figures on each version, here and in MLflow; what is there already stays as it is."""
+        pairs = wanted.pairs
+        reports = self._ledger.reports([pair.key for pair in pairs])
+        lost = [pair for pair in pairs if pair.key not in reports]
+        if lost:
+            raise Corrupt(f"the evaluation ended without {len(lost)} of its {len(pairs)} reports", hint="run it again")
+        for pair in pairs:
+            version = wanted.subjects[pair.subject]
+            if version is not None and version.state == "live":
+                self._show(version, reports[pair.key], wanted.suites[pair.suite])
+        return {"reports": [pair.key for pair in pairs]}
+
+    def _show(self, version: AdapterVersion, report: EvalReport, suite: Suite) -> None:
+        show_metrics(self._ledger, version, report)
+        self._open_versions().log_report(version, report, dataset_digest=suite.data_digest)
+
+
+def show_metrics(ledger: Ledger, version: AdapterVersion, report: EvalReport) -> None:
+    """Put the report's figures among the version's metrics, unless they stand there already."""
+    current = ledger.metrics([version.id]).get(version.id, {})
+    fresh = {name: value for name, value in report.metrics.items() if current.get(name) != value}
+    if fresh:
+        ledger.set_metrics(version.id, fresh, source=report.engine.get("source", f"suite {report.suite}"))
+
+
+def parents_of(ledger: Ledger, version: AdapterVersion) -> list[AdapterVersion]:
+    """The versions that this one was merged or trained from, in the recipe's order."""
+    edges = ledger.parent_edges([version.id]).get(version.id, ())
+    ids = [edge.parent_id for edge in edges if edge.kind in ("merge", "trained_from")]
+    known = ledger.versions_by_id(ids)
+    return [known[version_id] for version_id in ids]
+
+
+def import_reports(ledger: Ledger, folder: Path, settings: Settings) -> int:
+    """Take in reports that came as files, where this registry knows their base; returns how many were taken.
+
+    They get the keys that an evaluation here would give them, so that it need not be run, and say where they are from.
+    A file names its subject, suite and limit by content; it means nothing for an adapter with other bytes.
+    """
+    versions = engine_facts(settings)
+    taken = 0
+    for path in sorted(folder.glob("*.json")):
+        for report in from_json(path.read_bytes(), list[EvalReport]):
+            base = ledger.find_base(report.base_id)
+            if base is None:
+                continue
+            here = {**versions, **{name: report.engine[name] for name in ("device", "dtype", "batch_size")}}
+            key = report_key(report.subject, base, report.suite_digest, report.limit, here)
+            report = replace(report, key=key, base_id=base.id, engine={**report.engine, "source": IMPORTED})
+            ledger.put_report(report)
+            for version in ledger.versions_by_digest(report.subject) if report.subject != BASE else []:
+                show_metrics(ledger, version, report)
+            taken += 1
+    return taken
+
+
+def _new_job(
+    ids: Sequence[str], labels: str, suites: Sequence[Suite], *, limit: int | None, settings: Settings
+) -> NewJob:
+    digests = [keep_suite(settings.home, suite) for suite in suites]
+    return NewJob(
+        kind="eval",
+        key=json_digest([sorted(ids), sorted(digests), limit]),
+        title=f"evaluate {labels} on {', '.join(suite.name for suite in suites)}",
+        spec={"refs": list(ids), "suites": digests, "limit": limit},
+        created_by=settings.actor,
+    )
+
+
+def _choose_suites(ledger: Ledger, versions: Sequence[AdapterVersion], given: Sequence[Suite]) -> list[Suite]:
+    """The given suites, else the versions' own; and always those of the parents of a merge."""
+    own = [] if given else [suite for version in versions for suite in suites_of(ledger, version)]
+    inherited = [
+        suite
+        for version in versions
+        if version.spec.kind == "merge"
+        for parent in parents_of(ledger, version)
+        for suite in suites_of(ledger, parent)
+    ]
+    chosen = {suite.digest: suite for suite in [*inherited, *given, *own]}
+    if not chosen:
+        raise InvalidInput(
+            f"{', '.join(version.label for version in versions)} has no evaluation suite",
+            hint="give one: --suite FILE; docs/evaluation.md shows how it is written",
+        )
+    return list(chosen.values())
+
+
+def _one_base(versions: Sequence[AdapterVersion]) -> Base:
+    bases = {version.spec.base.id: version.spec.base for version in versions}
+    if len(bases) != 1:
+        raise InvalidInput(
+            f"these versions apply to {len(bases)} bases: {', '.join(base.name for base in bases.values())}",
+            hint="evaluate the versions of one base at a time",
+        )
+    return next(iter(bases.values()))
+
+
+def _device(settings: Settings) -> str:
+    if settings.eval_device != "auto":
+        return settings.eval_device
+    # without importing torch: a build for CUDA, and the driver's control device
+    cuda = "+cpu" not in installed_version("torch") and Path("/dev/nvidiactl").exists()
+    return "cuda" if cuda else "cpu"

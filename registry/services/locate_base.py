@@ -1,0 +1,97 @@
+"""Where the files of a base model are on this machine. Looks at folders only: nothing is downloaded or imported."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from ..domain.errors import InvalidInput, Refused, Unavailable
+from ..domain.version import Base
+from . import bases
+
+_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+
+
+def locate_base(
+    base: Base, spellings: Sequence[str], *, home: Path, base_paths: Sequence[str], made_on_demand: Collection[str] = ()
+) -> Path:
+    """The folder of `base` under any of its spellings.
+
+    In this order: the setting `base_paths`, `home/bases/NAME`, the Hugging Face cache. A base that can be made on
+    demand has its place in the home, whether it is there yet or not.
+
+    Raises `Unavailable` when it is nowhere, `Refused` when the folder holds another model than the pins say.
+    """
+    names = list(dict.fromkeys([base.name, *spellings]))
+    folder = _configured(names, base_paths) or _in_home(names, home) or _in_hub_cache(names, base.revision)
+    if folder is not None:
+        _check_pins(base, folder)
+        return folder
+    if base.name in made_on_demand:
+        return home / "bases" / base.name
+    raise Unavailable(
+        f"the files of the base {base.name} are not on this machine",
+        hint=f"say where: ADAPTERCTL_BASE_PATHS='{base.name}=FOLDER', or put them into the Hugging Face cache",
+    )
+
+
+def remember_base(home: Path, name: str, folder: Path) -> None:
+    """Let evaluations find `name` in `folder`, by a link in the home; a link that is there already is turned."""
+    if not _NAME.fullmatch(name):
+        return  # a spelling such as a path; `base_paths` serves those
+    link = home / "bases" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_symlink() or not link.exists():
+        fresh = link.with_name(f".{link.name}.{os.getpid()}")
+        fresh.symlink_to(folder.resolve(), target_is_directory=True)
+        fresh.replace(link)
+
+
+def _configured(names: Sequence[str], base_paths: Sequence[str]) -> Path | None:
+    for entry in base_paths:
+        name, equals, folder = entry.rpartition("=")
+        if not equals:
+            raise InvalidInput(f"base_paths holds {entry!r}", hint="write NAME=FOLDER")
+        if name in names:
+            return Path(folder).expanduser()
+    return None
+
+
+def _in_home(names: Sequence[str], home: Path) -> Path | None:
+    folders = (home / "bases" / name for name in names if _NAME.fullmatch(name))
+    return next(filter(_is_model, folders), None)
+
+
+def _in_hub_cache(names: Sequence[str], revision: str | None) -> Path | None:
+    """The layout is documented: https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
+    hub = os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(hub, "hub"))
+    for name in names:
+        repository, _, commit = name.partition("@")
+        if not _NAME.fullmatch(repository):
+            continue
+        folder = cache / f"models--{repository.replace('/', '--')}"
+        commit = commit or revision or "main"
+        pointer = folder / "refs" / commit
+        if _NAME.fullmatch(commit) and pointer.is_file():
+            commit = pointer.read_text().strip()
+        if _NAME.fullmatch(commit) and _is_model(folder / "snapshots" / commit):
+            return folder / "snapshots" / commit
+    return None
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _check_pins(base: Base, folder: Path) -> None:
+    """Config and tokenizer only: hashing the weights of a large model would take longer than some evaluations."""
+    found = bases.fingerprints(folder, weights=False)
+    contrary = [pin for pin, digest in found.items() if getattr(base, pin) and getattr(base, pin) != digest]
+    if contrary:
+        raise Refused(
+            f"{folder} is not the base {base.name}: {', '.join(contrary).replace('_', ' ')} differ",
+            hint="correct ADAPTERCTL_BASE_PATHS, or register the folder under another name",
+        )

@@ -1,0 +1,133 @@
+"""What a merged or further trained version kept of its parents: their own suites, on base, parents and child.
+
+Reads reports that are stored already. Figures are compared only where limit, device and dtype are the same for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..api import RetentionRow, RetentionView
+from ..domain.eval_plan import BASE
+from ..domain.evals import MEASURES, EvalReport, Metric, TaskResult, behaviour_note, kept
+from ..domain.version import AdapterVersion
+from ..ports import Ledger
+from .evaluate import parents_of
+from .suites import suites_of
+
+#: What must be equal before two reports on one suite are compared.
+Setting = tuple[int | None, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """The reports of one suite under one setting: base, parents in order, child."""
+
+    base: EvalReport
+    parents: tuple[EvalReport, ...]
+    child: EvalReport
+
+
+def retention_view(ledger: Ledger, version: AdapterVersion) -> RetentionView:
+    """One row for each metric of each task of the parents' suites; suites without reports are named as missing."""
+    parents = parents_of(ledger, version)
+    if not parents:
+        return RetentionView(version.label, ())
+    base_id = version.spec.base.id
+    subjects = [BASE, *(parent.spec.content_digest for parent in parents), version.spec.content_digest]
+    reports = {subject: _by_suite(ledger.reports_for(subject, base_id)) for subject in dict.fromkeys(subjects)}
+    owners, names = _suite_owners(ledger, version, parents)
+    for digest, found in reports[version.spec.content_digest].items():
+        names.setdefault(digest, next(iter(found.values())).suite)
+    rows: list[RetentionRow] = []
+    missing, imported = [], []
+    for digest, name in names.items():
+        compared = _compare([reports[subject].get(digest, {}) for subject in subjects])
+        if compared is None:
+            missing.append(name)
+            continue
+        rows += _rows(compared, [parent.label for parent in parents], owners.get(digest, range(len(parents))))
+        labels = dict(zip(subjects, [BASE, *(p.label for p in parents), version.label], strict=True))
+        imported += [
+            f"{labels[report.subject]} on {name}: {report.engine['source']}"
+            for report in (compared.base, *compared.parents, compared.child)
+            if "source" in report.engine
+        ]
+    return RetentionView(version.label, tuple(rows), tuple(missing), tuple(dict.fromkeys(imported)))
+
+
+def _suite_owners(
+    ledger: Ledger, version: AdapterVersion, parents: Sequence[AdapterVersion]
+) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Which parents (by position) each suite belongs to, and the suites' names, in the order they are shown."""
+    owners: dict[str, list[int]] = {}
+    names: dict[str, str] = {}
+    for position, parent in enumerate(parents):
+        for suite in suites_of(ledger, parent):
+            owners.setdefault(suite.digest, []).append(position)
+            names[suite.digest] = suite.name
+    for suite in suites_of(ledger, version):
+        names.setdefault(suite.digest, suite.name)
+    return owners, names
+
+
+def _by_suite(reports: Sequence[EvalReport]) -> dict[str, dict[Setting, EvalReport]]:
+    """The newest report of each suite under each setting."""
+    found: dict[str, dict[Setting, EvalReport]] = {}
+    for report in reports:
+        setting = (report.limit, report.engine["device"], report.engine["dtype"])
+        found.setdefault(report.suite_digest, {})[setting] = report
+    return found
+
+
+def _compare(found: Sequence[Mapping[Setting, EvalReport]]) -> _Compared | None:
+    """Reports of all subjects under the setting with the most samples that all of them have."""
+    shared = [setting for setting in found[-1] if all(setting in reports for reports in found)]
+    if not shared:
+        return None
+    setting = max(shared, key=lambda s: (math.inf if s[0] is None else s[0], s[1:]))
+    base, *parents, child = (reports[setting] for reports in found)
+    return _Compared(base, tuple(parents), child)
+
+
+def _rows(compared: _Compared, labels: Sequence[str], owners: Sequence[int]) -> list[RetentionRow]:
+    rows: list[RetentionRow] = []
+    suite = compared.child.suite
+    for position, child in enumerate(compared.child.tasks):
+        base = compared.base.tasks[position]
+        parents = [report.tasks[position] for report in compared.parents]
+        owner = labels[_best(parents, owners)]
+        by_label = dict(zip(labels, parents, strict=True))
+        metrics = [metric for name, metric in MEASURES.items() if name in child.metrics]
+        rows += [_row(suite, metric, base, by_label, owner, child) for metric in metrics]
+    return rows
+
+
+def _row(
+    suite: str, metric: Metric, base: TaskResult, parents: Mapping[str, TaskResult], owner: str, child: TaskResult
+) -> RetentionRow:
+    result = kept(metric, base.samples, parents[owner].samples, child.samples)
+    notes = [result.note, behaviour_note(parents[owner].metrics, child.metrics) if metric.generated else ""]
+    assert metric.direction is not None
+    return RetentionRow(
+        suite=suite,
+        task=child.task,
+        metric=metric.name,
+        direction=metric.direction,
+        owner=owner,
+        samples=len(child.samples),
+        base=base.metrics[metric.name],
+        parents={label: task.metrics[metric.name] for label, task in parents.items()},
+        child=child.metrics[metric.name],
+        retention=result.retention,
+        gain_kept=result.gain_kept,
+        note="; ".join(filter(None, notes)),
+    )
+
+
+def _best(parents: Sequence[TaskResult], owners: Sequence[int]) -> int:
+    """The owner that does best by the primary metric: a child is measured against the best it could have kept."""
+    sign = 1 if parents[0].direction == "higher" else -1
+    return max(owners, key=lambda position: sign * parents[position].metrics[parents[position].primary])

@@ -1,0 +1,329 @@
+"""Evaluation as a use case: from request to figures on versions, on a real ledger, a real MLflow and a tiny model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from adapterctl.migrations import migrate
+from adapterctl.registry.domain.errors import InvalidInput, JobCancelled, Refused, Unavailable
+from adapterctl.registry.domain.eval_plan import BASE
+from adapterctl.registry.domain.job import Job, NewJob
+from adapterctl.registry.domain.refs import parse_ref
+from adapterctl.registry.domain.version import AdapterVersion, NewVersion
+from adapterctl.registry.ports import Parent
+from adapterctl.registry.services import evaluate
+from adapterctl.registry.services.register import Registration, inspect, publish, register
+from adapterctl.registry.services.retain import retention_view
+from adapterctl.registry.services.schedule import Done, Task
+from adapterctl.registry.services.suites import add_suite, load_suite, suites_of
+from adapterctl.registry.settings import Settings
+from adapterctl.registry.stores.artifacts import local_folder
+from adapterctl.registry.stores.mlflow_versions import MlflowVersions
+from adapterctl.registry.stores.sql.engine import Database, sqlite_url
+from adapterctl.registry.stores.sql.ledger import SqlLedger
+from adapterctl.registry.wire import to_json
+from adapterctl.workers import eval_job
+
+TASK = "tasks:\n  - {name: t, data: rows.jsonl, metrics: [nll, chrf], max_new_tokens: 8}\n"
+
+
+class Silence:
+    def ring(self, job_id: str) -> None: ...
+
+
+@dataclass
+class World:
+    """One registry with two adapters and their merge, and a supervisor reduced to what it does with a handler."""
+
+    settings: Settings
+    ledger: SqlLedger
+    versions: MlflowVersions
+    computed: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def folder(self, version: AdapterVersion) -> Iterator[Path]:
+        folder = local_folder(version.placement.location)
+        assert folder is not None
+        yield folder
+
+    def request(self, *refs: str, suites: tuple[str, ...] = (), limit: int | None = None) -> Job:
+        parsed = [parse_ref(ref) for ref in refs]
+        return evaluate.request_evaluation(
+            self.ledger, Silence(), parsed, suites=suites, limit=limit, settings=self.settings
+        )
+
+    def handler(self) -> evaluate.EvalHandler:
+        return evaluate.EvalHandler(
+            self.ledger, self.settings, open_versions=lambda: self.versions, folders=self.folder
+        )
+
+    def work(self, should_stop: Callable[[Path], bool] = lambda out: False) -> None:
+        job = self.ledger.claim("test", 60.0, kinds=("eval",))
+        assert job is not None
+        handler = self.handler()
+        with handler.begin(job) as task:
+            if isinstance(task, Task):
+                body = task.body
+                labels = {subject["digest"]: subject["label"] for subject in body["plan"]["subjects"]}
+                self.computed += [labels[pair["subject"]] for pair in body["plan"]["pairs"]]
+                result = eval_job.run(body, lambda message: None, lambda: should_stop(task.out))
+                handler.finish(job, task, result)
+
+
+@pytest.fixture
+def world(home: Path, mlflow_schema: Path, tiny_base: Path) -> World:
+    shutil.copy(mlflow_schema, home / "mlflow.db")
+    migrate(sqlite_url(home))
+    ledger = SqlLedger(Database(sqlite_url(home)))
+    ledger.establish(f"sqlite:///{home / 'mlflow.db'}")
+    settings = Settings(home, threads=1, eval_device="cpu", actor="me", base_paths=(f"tiny/base={tiny_base}",))
+    return World(settings, ledger, MlflowVersions(None, home, ledger.registry_id))
+
+
+@pytest.fixture
+def family(world: World, tiny_adapters: tuple[Path, Path], write_suite: Callable[..., Path], tmp_path: Path) -> World:
+    """translate:v1 and chat:v1, each with a suite of its own, and translate-chat:v1, whose weights are chat's."""
+    first, second = tiny_adapters
+    translate, chat = (_register(world, name, folder) for name, folder in (("translate", first), ("chat", second)))
+    add_suite(world.ledger, translate.adapter_id, load_suite(write_suite(TASK, name="one")))
+    add_suite(world.ledger, chat.adapter_id, load_suite(write_suite(TASK.replace("name: t", "name: u"), name="two")))
+    staged = shutil.copytree(second, tmp_path / "staged")
+    spec = NewVersion(
+        adapter="translate-chat",
+        kind="merge",
+        content_digest=chat.spec.content_digest,
+        base=chat.spec.base,
+        facts=inspect(staged),
+        recipe_digest="ab" * 32,
+        recipe={"method": "cat", "seed": None, "options": {}},
+        receipt={"loss": 0.1},
+    )
+    parents = [Parent(translate, 0.0), Parent(chat, 1.0)]
+    publish(
+        world.ledger, world.versions, spec, staged, parents=parents, edge_kind="merge", key="merge:1", created_by="me"
+    )
+    return world
+
+
+def _register(world: World, name: str, folder: Path) -> AdapterVersion:
+    registered = register(
+        world.ledger,
+        Registration(source=str(folder), name=name, base="tiny/base"),
+        open_versions=lambda: world.versions,
+        open_hub=lambda source: pytest.fail("no hub in this test"),
+        home=world.settings.home,
+        created_by="me",
+    )
+    version = world.ledger.version(registered.version.id)
+    assert version is not None
+    return version
+
+
+def _version(world: World, name: str) -> AdapterVersion:
+    version = world.ledger.version_by_number(name, 1)
+    assert version is not None
+    return version
+
+
+def test_a_merge_is_judged_on_its_parents_suites_beside_base_and_parents(family: World):
+    family.request("translate-chat")
+    family.work()
+
+    # the merge has chat's weights here, so both are one subject: three subjects on two suites
+    assert sorted(family.computed) == sorted(["base", "translate:v1", "translate-chat:v1"] * 2)
+    view = retention_view(family.ledger, _version(family, "translate-chat"))
+    assert [(row.suite, row.task, row.metric, row.owner) for row in view.rows] == [
+        ("one", "t", "nll", "translate:v1"),
+        ("one", "t", "chrf", "translate:v1"),
+        ("two", "u", "nll", "chat:v1"),
+        ("two", "u", "chrf", "chat:v1"),
+    ]
+    identity = next(row for row in view.rows if row.owner == "chat:v1" and row.metric == "nll")
+    assert identity.retention is not None
+    assert (identity.retention.value, identity.retention.low, identity.retention.high) == (1.0, 1.0, 1.0)
+    assert identity.child == identity.parents["chat:v1"]
+    assert identity.parents["translate:v1"] != identity.child
+    assert (view.missing, view.notes) == ((), ())
+
+
+def test_figures_stand_on_the_version_and_in_mlflow_with_the_dataset(family: World):
+    family.request("translate")
+    family.work()
+
+    version = _version(family, "translate")
+    (suite,) = suites_of(family.ledger, version)
+    (report,) = family.ledger.reports_for(version.spec.content_digest, version.spec.base.id)
+    assert family.ledger.metrics([version.id])[version.id] == pytest.approx(report.metrics)
+    model = family.versions._client.get_logged_model(version.placement.model_id)
+    logged = {metric.key: metric for metric in model.metrics}
+    assert logged["one/t/nll"].value == pytest.approx(report.metrics["t/nll"])
+    assert logged["one/t/nll"].dataset_digest == suite.data_digest[: len(logged["one/t/nll"].dataset_digest)]
+
+
+def test_nothing_is_computed_twice(family: World):
+    family.request("translate-chat")
+    family.work()
+    family.computed.clear()
+
+    family.request("chat", suites=tuple(s.digest for s in suites_of(family.ledger, _version(family, "translate"))))
+    job = family.ledger.claim("test", 60.0)
+    assert job is not None
+    with family.handler().begin(job) as task:
+        assert isinstance(task, Done)
+        assert len(task.result["reports"]) == 2
+
+    assert "t/nll" in family.ledger.metrics([_version(family, "chat").id])[_version(family, "chat").id]
+
+
+def test_another_limit_is_another_report(family: World):
+    for limit in (2, 3):
+        family.request("translate", limit=limit)
+        family.work()
+
+    version = _version(family, "translate")
+    reports = family.ledger.reports_for(version.spec.content_digest, version.spec.base.id)
+
+    assert [(report.limit, len(report.tasks[0].samples)) for report in reports] == [(2, 2), (3, 3)]
+
+
+def test_a_stopped_evaluation_goes_on_where_it_stopped(family: World):
+    job = family.request("translate-chat")
+    with pytest.raises(JobCancelled):
+        family.work(should_stop=lambda out: len(list(out.glob("*.json"))) == 3)
+    assert family.ledger.give_back(job.id, 1)
+    family.computed.clear()
+
+    family.work()
+
+    assert len(family.computed) == 3  # of six
+    assert not list((family.settings.home / "evaluations").iterdir())
+    assert len(retention_view(family.ledger, _version(family, "translate-chat")).rows) == 4
+
+
+def test_reports_of_a_supervisor_that_was_killed_are_taken_in(family: World):
+    job = family.request("translate")
+    claimed = family.ledger.claim("killed", 60.0)
+    assert claimed is not None
+    attempt = family.handler().begin(claimed)  # never left: its process is killed, and its folder stays
+    task = attempt.__enter__()
+    assert isinstance(task, Task)
+    with pytest.raises(JobCancelled):
+        eval_job.run(task.body, lambda message: None, lambda: any(task.out.glob("*.json")))
+    assert family.ledger.give_back(job.id, 1)
+
+    family.work()
+
+    assert family.computed == ["translate:v1"]  # the base was finished before the kill
+
+
+def test_a_merge_job_is_followed_by_its_evaluation(family: World):
+    merge = _merge_job(family, "translate", "chat")
+    child = _version(family, "translate-chat")
+
+    (new,) = evaluate.evaluation_of_merge(family.ledger, merge, child.id, settings=family.settings)
+    family.ledger.submit(new)
+    family.work()
+
+    assert new.title == "evaluate translate-chat on one, two"
+    assert len(retention_view(family.ledger, child).rows) == 4
+
+
+def _merge_job(world: World, *parents: str) -> Job:
+    spec = {"parents": [_version(world, name).id for name in parents], "suites": [], "into": "translate-chat"}
+    return world.ledger.submit(NewJob("merge", "key", "a merge", spec, "me"))[0]
+
+
+def test_a_merge_whose_base_is_elsewhere_is_merged_without_evaluation(family: World):
+    merge = _merge_job(family, "chat")
+    nowhere = replace(family.settings, base_paths=())
+
+    assert evaluate.evaluation_of_merge(family.ledger, merge, "id", settings=nowhere) == []
+
+
+def test_retention_names_what_is_not_evaluated_yet(family: World):
+    view = retention_view(family.ledger, _version(family, "translate-chat"))
+
+    assert (view.rows, view.missing) == ((), ("one", "two"))
+
+
+def test_committed_results_spare_the_computation_and_say_so(family: World, tmp_path: Path, mlflow_schema: Path):
+    family.request("translate")
+    family.work()
+    version = _version(family, "translate")
+    base_id = version.spec.base.id
+    reports = [r for s in (BASE, version.spec.content_digest) for r in family.ledger.reports_for(s, base_id)]
+    foreign = [replace(r, key=f"foreign-{i}", engine={**r.engine, "torch": "1.0"}) for i, r in enumerate(reports)]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "tiny.json").write_text(to_json(foreign))
+    fresh = _another_registry(family, tmp_path, mlflow_schema)
+
+    taken = evaluate.import_reports(fresh.ledger, tmp_path / "results", fresh.settings)
+    fresh.request("translate")
+    fresh.work()
+
+    assert (taken, fresh.computed) == (2, [])
+    (report,) = fresh.ledger.reports_for(version.spec.content_digest, base_id)
+    assert (report.engine["source"], report.engine["torch"]) == ("committed result", "1.0")
+
+
+def _another_registry(family: World, tmp_path: Path, mlflow_schema: Path) -> World:
+    """A new home with the same adapter and suite, and nothing evaluated."""
+    home = tmp_path / "fresh"
+    home.mkdir()
+    shutil.copy(mlflow_schema, home / "mlflow.db")
+    migrate(sqlite_url(home))
+    ledger = SqlLedger(Database(sqlite_url(home)))
+    ledger.establish(f"sqlite:///{home / 'mlflow.db'}")
+    fresh = World(replace(family.settings, home=home), ledger, MlflowVersions(None, home, ledger.registry_id))
+    old = _version(family, "translate")
+    with family.folder(old) as folder:
+        version = _register(fresh, "translate", folder)
+    for suite in suites_of(family.ledger, old):
+        add_suite(ledger, version.adapter_id, suite)
+    return fresh
+
+
+def test_a_version_without_a_suite_asks_for_one(world: World, tiny_adapters: tuple[Path, Path]):
+    _register(world, "plain", tiny_adapters[0])
+
+    with pytest.raises(InvalidInput) as refusal:
+        world.request("plain")
+
+    assert "--suite" in refusal.value.hint
+
+
+def test_a_base_that_is_nowhere_is_unavailable_before_anything_is_queued(family: World):
+    family.settings = replace(family.settings, base_paths=())
+
+    with pytest.raises(Unavailable) as refusal:
+        family.request("translate")
+
+    assert "ADAPTERCTL_BASE_PATHS" in refusal.value.hint
+    assert family.ledger.jobs() == []
+
+
+def test_a_folder_with_another_model_than_the_pins_say_is_refused(family: World, tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    base = replace(_version(family, "chat").spec.base, config_digest="00" * 32)
+
+    with pytest.raises(Refused):
+        evaluate.locate(
+            family.ledger, base, replace(family.settings, base_paths=(f"tiny/base={tmp_path / 'other'}",)), ()
+        )
+
+
+def test_a_missing_extra_is_told_with_the_command_that_installs_it(family: World, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evaluate, "ENGINE_PACKAGES", ("torch", "not_installed_anywhere"))
+
+    with pytest.raises(Unavailable) as refusal:
+        family.request("translate")
+
+    assert "not_installed_anywhere" in refusal.value.message
+    assert refusal.value.hint == "pip install 'adapterctl[eval]'"

@@ -1,0 +1,88 @@
+"""Where a base model is looked for, and in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adapterctl.registry.domain.errors import InvalidInput, Unavailable
+from adapterctl.registry.domain.version import Base
+from adapterctl.registry.services.locate_base import locate_base, remember_base
+
+BASE = Base("org/model", "org/model")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub" / "models--org--model"
+
+
+def _model(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def _find(home: Path, base: Base = BASE, spellings: tuple[str, ...] = (), paths: tuple[str, ...] = ()) -> Path:
+    return locate_base(base, spellings, home=home, base_paths=paths, made_on_demand=("made",))
+
+
+def test_the_setting_wins_over_the_home_and_the_home_over_the_cache(home: Path, cache: Path, tmp_path: Path):
+    cached = _model(cache / "snapshots" / "c0ffee")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("c0ffee")
+    assert _find(home) == cached
+
+    own = _model(home / "bases" / "org" / "model")
+    assert _find(home) == own
+
+    configured = _model(tmp_path / "configured")
+    assert _find(home, paths=(f"org/model={configured}",)) == configured
+
+
+def test_a_pinned_revision_is_not_replaced_by_the_newest(home: Path, cache: Path):
+    _model(cache / "snapshots" / "newer")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("newer")
+
+    with pytest.raises(Unavailable):
+        _find(home, Base("org/model@older", "org/model@older", revision="older"))
+
+    pinned = _model(cache / "snapshots" / "older")
+    assert _find(home, Base("org/model@older", "org/model@older", revision="older")) == pinned
+
+
+def test_an_alias_leads_to_the_folder_too(home: Path, cache: Path):
+    own = _model(home / "bases" / "short-name")
+
+    assert _find(home, spellings=("short-name",)) == own
+
+
+def test_a_remembered_folder_is_found_and_can_be_turned(home: Path, cache: Path, tmp_path: Path):
+    first, second = _model(tmp_path / "first"), _model(tmp_path / "second")
+
+    remember_base(home, "org/model", first)
+    assert _find(home).resolve() == first
+
+    remember_base(home, "org/model", second)
+    assert _find(home).resolve() == second
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc", "a/b/c", "..", "a/.."])
+def test_a_name_is_never_a_way_out_of_the_home(home: Path, cache: Path, name: str):
+    _model(home / "b")
+    (home / "config.json").write_text("{}")
+
+    with pytest.raises(Unavailable):
+        _find(home / "b", Base(name, name))
+
+
+def test_a_base_that_is_made_on_demand_has_its_place(home: Path, cache: Path):
+    assert _find(home, Base("made", "made")) == home / "bases" / "made"
+
+
+def test_a_setting_that_is_no_pair_is_refused(home: Path, cache: Path):
+    with pytest.raises(InvalidInput):
+        _find(home, paths=("/some/folder",))
