@@ -228,7 +228,10 @@ class VersionStore(Protocol):
 
     def alias(self, name: str, alias: str) -> int | None: ...
     def project_stage(self, name: str, stage: str, *, number: int | None, legacy: Mapping[int, str]) -> None:
-        """Make alias `stage` point at `number` (None deletes it), then set the legacy stage of each version listed."""
+        """Set the legacy stage of each version listed, then make alias `stage` point at `number` (None deletes it).
+
+        The alias comes last, so that a projection that was cut short shows as a difference to the ledger.
+        """
         ...
 
     def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None: ...

@@ -9,6 +9,7 @@
     │   ├── InvalidAdapter      intake: the files are not an adapter that we can prove
     │   ├── IncompatibleParents preflight: these parents cannot be merged exactly
     │   ├── LossTooHigh         the merge would lose more than --max-loss
+    │   ├── ReceiptFailed       what a merge wrote is not what it should have written
     │   ├── StageMoved          the stage is not where the caller (or the ledger) says
     │   └── HasDescendants      deletion of a version that others descend from
     ├── Conflict                another writer was first; try again
@@ -78,6 +79,10 @@ class IncompatibleParents(Refused):
 
 class LossTooHigh(Refused):
     code = "loss_too_high"
+
+
+class ReceiptFailed(Refused):
+    code = "receipt_failed"
 
 
 class StageMoved(Refused):

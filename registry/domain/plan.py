@@ -4,11 +4,14 @@ reason why it cannot be merged exactly. Pure: reads no file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from .adapter import ModuleKind, TensorEntry
+from .adapter import AdapterFacts, LoraModule, ModuleKind, TensorEntry
+from .errors import Problem
+from .header import DTYPE_BYTES
 from .recipe import Recipe
 
 
@@ -48,6 +51,12 @@ class MergePlan:
     warnings: tuple[str, ...] = ()
     max_loss: float | None = None
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the output's tensors, without header and biases."""
+        values = sum(prod(module.a_shape) + prod(module.b_shape) for module in self.modules)
+        return values * DTYPE_BYTES[self.recipe.dtype]
+
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
@@ -62,7 +71,9 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """How two parents meet, averaged over shared modules: cosine of the deltas, overlap of row and column spaces."""
+    """How two parents meet: `cosine` and `norm_ratio` (first / second, at their weights) over all modules, overlap of
+    row and column spaces (0..1) as an average over the shared ones.
+    """
 
     first: str
     second: str
@@ -71,3 +82,159 @@ class Pair:
     row_overlap: float
     column_overlap: float
     norm_ratio: float
+
+
+def check_parents(facts: Sequence[AdapterFacts], labels: Sequence[str]) -> list[Problem]:
+    """Every reason why these adapters have no exact sum in one adapter; empty when they have.
+
+    Whether they share a base is decided by base ids, above this floor.
+    """
+    problems = []
+    for label, adapter in zip(labels[1:], facts[1:], strict=True):
+        if adapter.fan_in_fan_out != facts[0].fan_in_fan_out:
+            problems.append(
+                Problem(
+                    "orientation_differs",
+                    f"fan_in_fan_out is {adapter.fan_in_fan_out} in {label}, the opposite in {labels[0]}",
+                    "they were trained on layers that store their weights differently, so their bases differ",
+                )
+            )
+    for name, shares in sorted(_by_module(facts).items()):
+        place, first = shares[0]
+        for parent, module in shares[1:]:
+            problems += _module_problems(name, first, labels[place], module, labels[parent])
+    if any(m.bias for f in facts for m in f.modules) and any(m.kind == "embedding" for f in facts for m in f.modules):
+        problems.append(
+            Problem(
+                "bias_with_embedding",
+                "one parent has lora_bias, one adapts an embedding; PEFT loads no adapter with both",
+                "merge parents of one sort",
+            )
+        )
+    return problems
+
+
+def build_plan(recipe: Recipe, facts: Sequence[AdapterFacts], labels: Sequence[str]) -> MergePlan:
+    """The merge, spelled out tensor by tensor. `facts` and `labels` are those of `recipe.parents`, in order.
+
+    Every output module has the recipe's rank; a module whose parents have less is filled with zeros, which is exact.
+    """
+    by_module = _by_module(facts)
+    with_bias = any(m.bias is not None for f in facts for m in f.modules)
+    modules = tuple(_module_plan(name, by_module[name], recipe, with_bias=with_bias) for name in sorted(by_module))
+    return MergePlan(recipe, modules, _config(recipe, facts, with_bias=with_bias), _warnings(facts, labels))
+
+
+def _by_module(facts: Sequence[AdapterFacts]) -> dict[str, list[tuple[int, LoraModule]]]:
+    """Module name to the parents that adapt it, in the order of the parents."""
+    shares: dict[str, list[tuple[int, LoraModule]]] = {}
+    for parent, adapter in enumerate(facts):
+        for module in adapter.modules:
+            shares.setdefault(module.name, []).append((parent, module))
+    return shares
+
+
+def _module_problems(name: str, one: LoraModule, label: str, other: LoraModule, other_label: str) -> list[Problem]:
+    if one.kind != other.kind:
+        text = f"{name} is {one.kind} in {label} and {other.kind} in {other_label}"
+        return [Problem("kind_differs", text, "their bases differ: pick parents of one base")]
+    theirs, ours = (other.d_out, *other.a.shape[1:]), (one.d_out, *one.a.shape[1:])
+    if theirs != ours:
+        text = f"{name} is (out, in...) {ours} in {label} and {theirs} in {other_label}"
+        return [Problem("shape_differs", text, "their bases differ: pick parents of one base")]
+    return []
+
+
+def _module_plan(name: str, shares: Sequence[tuple[int, LoraModule]], recipe: Recipe, *, with_bias: bool) -> ModulePlan:
+    first = shares[0][1]
+    stem = f"base_model.model.{name}"
+    embedding = first.kind == "embedding"
+    return ModulePlan(
+        name=name,
+        kind=first.kind,
+        a_key=f"{stem}.lora_embedding_A" if embedding else f"{stem}.lora_A.weight",
+        b_key=f"{stem}.lora_embedding_B" if embedding else f"{stem}.lora_B.weight",
+        a_shape=(recipe.rank, *first.a.shape[1:]),
+        b_shape=(first.d_out, recipe.rank, *first.b.shape[2:]),
+        parts=tuple(
+            Part(parent, m.rank, recipe.parents[parent].weight * m.scaling, m.a, m.b, m.bias) for parent, m in shares
+        ),
+        # PEFT gives every module a bias or none
+        bias_key=f"{stem}.lora_B.bias" if with_bias else None,
+    )
+
+
+def _config(recipe: Recipe, facts: Sequence[AdapterFacts], *, with_bias: bool) -> dict[str, Any]:
+    """adapter_config.json of the output: one rank, alpha = rank, nothing that a reader has to resolve.
+
+    vLLM reads `r`, `lora_alpha` and `use_rslora` and ignores patterns, so there are none.
+    """
+    revision = {f.base_revision for f in facts}
+    return {
+        "alpha_pattern": {},
+        "base_model_name_or_path": facts[0].base_name,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": facts[0].fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": recipe.rank,
+        "lora_bias": with_bias,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": recipe.rank,
+        "rank_pattern": {},
+        "revision": facts[0].base_revision if len(revision) == 1 else None,
+        "target_modules": _target_modules(facts),
+        "task_type": next((f.task_type for f in facts if f.task_type), None),
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _target_modules(facts: Sequence[AdapterFacts]) -> list[str]:
+    """Names that PEFT resolves to exactly the modules of the output, sorted.
+
+    PEFT selects a module whose path is a listed name or ends with `.` and one, and we do not see the base. The short
+    names of the parents are kept where they are known to be right: each parent selected by a plain list alone, and
+    each list, held against the modules of all parents, selects that parent's own modules and no other. Each list then
+    selects the same in the base, and the union selects the union. Else every module is listed by its full path.
+    """
+    everything = sorted({m.name for f in facts for m in f.modules})
+    short: set[str] = set()
+    for adapter in facts:
+        listed = adapter.config.get("target_modules")
+        narrowed = any(adapter.config.get(field) for field in ("exclude_modules", "modules_to_save", "layers_pattern"))
+        if not isinstance(listed, list) or narrowed or adapter.config.get("layers_to_transform") is not None:
+            return everything
+        names = {str(name) for name in listed}
+        own = {m.name for m in adapter.modules}
+        if any(_selects(names, name) != (name in own) for name in everything):
+            return everything
+        short |= names
+    return sorted(short)
+
+
+def _selects(listed: Collection[str], module: str) -> bool:
+    """PEFT's rule for a list (`check_target_module_exists`), by walking up the path instead of down the list."""
+    parts = module.split(".")
+    return any(".".join(parts[start:]) in listed for start in range(len(parts)))
+
+
+def _warnings(facts: Sequence[AdapterFacts], labels: Sequence[str]) -> tuple[str, ...]:
+    warnings = []
+    tasks = {f.task_type for f in facts if f.task_type}
+    if len(tasks) > 1:
+        listed = ", ".join(f"{label} {f.task_type}" for label, f in zip(labels, facts, strict=True))
+        warnings.append(f"the parents were trained for different task types: {listed}")
+    names = [{m.name for m in f.modules} for f in facts]
+    for i, label in enumerate(labels):
+        others = set().union(*(n for j, n in enumerate(names) if j != i))
+        if others and not names[i] & others:
+            warnings.append(f"{label} shares no module with another parent")
+    if len(set(labels)) < len(labels):
+        warnings.append("a parent is named twice: its weights add up")
+    return tuple(warnings)

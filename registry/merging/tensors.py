@@ -1,4 +1,4 @@
-"""Tensors of an adapter as arrays, read from an open file at known places; and what one pass over them tells.
+"""Tensors of an adapter as arrays, read from and written to files at known places; and what one pass over them tells.
 
 The file is opened once and read with `preadv`: a file that was cut short is a clean `Corrupt` instead of the bus error
 that a memory map gives, any number of threads may read at once, and memory does not grow with the number of modules.
@@ -7,24 +7,29 @@ that a memory map gives, any number of threads may read at once, and memory does
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..domain.adapter import AdapterFacts, LoraModule, TensorEntry, canonical_name
 from ..domain.digest import content_digest
-from ..domain.errors import Corrupt, InvalidAdapter, Problem
-from ..domain.header import open_plain_file
+from ..domain.errors import Corrupt, InvalidAdapter, Problem, Unavailable
+from ..domain.header import DTYPE_BYTES, open_plain_file
 
 Array = NDArray[np.floating]
 
-_STORED: Mapping[str, str] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+#: numpy type of the stored bytes; numpy has no bfloat16, so BF16 is the 16 bits as they are.
+STORED: Mapping[str, str] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
 class TensorReader:
@@ -79,7 +84,7 @@ class TensorReader:
 
 def decode(raw: memoryview | bytes, entry: TensorEntry) -> Array:
     """Stored little-endian bytes as a new float32 array (float64 for F64) in the tensor's shape."""
-    stored = np.frombuffer(raw, dtype=_STORED[entry.dtype]).reshape(entry.shape)
+    stored = np.frombuffer(raw, dtype=STORED[entry.dtype]).reshape(entry.shape)
     if entry.dtype == "BF16":  # the upper half of a float32
         widened: Array = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return widened
@@ -132,3 +137,124 @@ def _norm(module: LoraModule, a: Array, b: Array) -> float:
     squared = float(np.sum((wide_b.T @ wide_b) * (wide_a @ wide_a.T)))
     # rounding may leave a tiny negative sum where B·A is zero
     return abs(module.scaling) * float(np.sqrt(max(squared, 0.0)))
+
+
+class TensorWriter:
+    """A safetensors file of known layout, written at known places by any number of threads; it appears when complete.
+
+    Everything goes to a hidden neighbour of `path` whose space is reserved at once, so that a full disk is found before
+    the work. Leaving the context without an error makes the file durable and renames it into place; leaving with one
+    removes it. Bytes that nobody writes are zeros.
+    """
+
+    def __init__(
+        self, path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> None:
+        """`tensors`: key, safetensors dtype and shape of each, in file order."""
+        self.path = path
+        self._partial = path.with_name(f".{path.name}.partial")
+        header, self.entries = _layout(tensors, metadata)
+        size = max((entry.end for entry in self.entries.values()), default=len(header))
+        with _disk_errors(path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._descriptor = os.open(self._partial, flags, 0o644)
+        try:
+            with _disk_errors(path):
+                os.posix_fallocate(self._descriptor, 0, size)
+                _write_all(self._descriptor, memoryview(header), 0)
+        except BaseException:
+            self._discard()
+            raise
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._discard()
+            return
+        try:
+            with _disk_errors(self.path):
+                os.fsync(self._descriptor)
+                os.replace(self._partial, self.path)
+                sync_folder(self.path.parent)
+        except BaseException:
+            self._discard()
+            raise
+        os.close(self._descriptor)
+
+    def write(self, key: str, data: NDArray[Any] | memoryview, offset: int = 0) -> None:
+        """Store contiguous `data` at byte `offset` of the tensor. Raises `Unavailable` when the disk is full."""
+        entry = self.entries[key]
+        view = data.cast("B") if isinstance(data, memoryview) else data.data.cast("B")
+        if entry.begin + offset + len(view) > entry.end:
+            raise ValueError(f"{len(view)} bytes at {offset} do not fit into {key}")
+        with _disk_errors(self.path):
+            _write_all(self._descriptor, view, entry.begin + offset)
+
+    def _discard(self) -> None:
+        os.close(self._descriptor)
+        self._partial.unlink(missing_ok=True)
+
+
+def encode(array: Array, dtype: str) -> NDArray[Any]:
+    """Values as they are stored in `dtype` (contiguous, little-endian), rounded to nearest, ties to even."""
+    if dtype != "BF16":
+        return np.ascontiguousarray(array, dtype=STORED[dtype])
+    bits = np.ascontiguousarray(array, dtype="<f4").view(np.uint32)
+    # half of the last kept bit, less one unless that bit is odd; then the lower half falls off
+    rounded = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded += bits
+    rounded += np.uint32(0x7FFF)
+    rounded >>= np.uint32(16)
+    return rounded.astype("<u2")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _layout(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorEntry]]:
+    """Header bytes, padded with spaces to a multiple of 8 as the format asks, and where each tensor lies."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    place = 0
+    for key, dtype, shape in tensors:
+        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, place + size]}
+        place += size
+    body = json.dumps(header, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)
+    start = 8 + len(body)
+    entries = {
+        key: TensorEntry(
+            key, dtype, shape, start + header[key]["data_offsets"][0], start + header[key]["data_offsets"][1]
+        )
+        for key, dtype, shape in tensors
+    }
+    return len(body).to_bytes(8, "little") + body, entries
+
+
+def _write_all(descriptor: int, view: memoryview, place: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], place + done)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
+        raise Unavailable(
+            f"{path} cannot be written: {reason}", hint="free some space there, or move ADAPTERCTL_HOME"
+        ) from error

@@ -48,7 +48,7 @@ def base_of(ledger: Ledger, facts: AdapterFacts, named: str | None) -> tuple[Bas
     if named is None and not facts.base_name:
         raise InvalidInput("the config names no base model", hint="say which one: --base ORG/MODEL")
     revision = facts.base_revision if named is None and facts.base_revision != "main" else None
-    name = _checked(named or facts.base_name)
+    name = _checked(facts.base_name if named is None else named)
     spelling = f"{name}@{revision}" if revision else name
     known = ledger.find_base(spelling)
     if known is not None:

@@ -1,4 +1,4 @@
-"""Files of versions in folders of this machine: found, listed, checked and moved into place.
+"""Files of versions in folders of this machine: found, listed and moved into place.
 
 Knows nothing of MLflow, so that `pull` and `verify` of a local registry start without importing it. A manifest lists
 the files that we stored; what others add to the folder later (MLflow writes `registered_model_meta` there when it
@@ -11,7 +11,6 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -27,11 +26,6 @@ def local_folder(location: str) -> Path | None:
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return Path(unquote(parts.path))
     return Path(location) if location.startswith("/") else None
-
-
-def verify_files(folder: Path, files: Sequence[FileRecord]) -> list[str]:
-    """What differs between a folder and a manifest, a line a file; empty when every listed file is intact."""
-    return [finding for record in files for finding in _differences(folder / record.path, record)]
 
 
 def list_files(folder: Path) -> tuple[FileRecord, ...]:
@@ -70,15 +64,6 @@ def _on_same_filesystem(staged: Path, target: Path) -> Path:
     shutil.copytree(staged, copy)
     shutil.rmtree(staged)
     return copy
-
-
-def _differences(path: Path, record: FileRecord) -> Iterator[str]:
-    if path.is_symlink() or not path.is_file():
-        yield f"{record.path} is missing"
-    elif path.stat().st_size != record.size_bytes:
-        yield f"{record.path} has {path.stat().st_size} bytes, the manifest says {record.size_bytes}"
-    elif file_digest(path) != record.sha256:
-        yield f"{record.path} was changed: its SHA-256 is not the manifest's"
 
 
 def _files(folder: Path) -> list[Path]:

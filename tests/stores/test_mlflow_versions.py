@@ -18,7 +18,8 @@ from adapterctl.registry.domain.errors import Corrupt, Misconfigured, NotFound, 
 from adapterctl.registry.domain.evals import EvalReport, TaskResult
 from adapterctl.registry.domain.version import AdapterVersion, Base
 from adapterctl.registry.ports import Parent
-from adapterctl.registry.stores.artifacts import local_folder, verify_files
+from adapterctl.registry.services.pull import damage
+from adapterctl.registry.stores.artifacts import local_folder
 from adapterctl.registry.stores.mlflow_server import embedded_uri
 from adapterctl.registry.stores.mlflow_versions import MlflowVersions
 from adapterctl.registry.wire import to_json
@@ -176,7 +177,7 @@ def test_the_files_of_a_version_are_those_of_its_manifest_and_read_only(store, f
     version = family["translate-chat"]
 
     with store.folder(version) as folder:
-        findings = verify_files(folder, version.placement.files)
+        findings = damage(folder, version.placement.files)
         modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
 
     assert findings == []
@@ -296,7 +297,7 @@ def test_a_process_killed_on_the_way_is_continued_to_one_run_one_model_and_one_v
     on_parent = client.get_logged_model(family["chat"].placement.model_id).metrics
     assert [m.run_id for m in on_parent].count(placement.run_id) == 1
     assert [each.version for each in client.search_model_versions("name = 'crashed'")] == [1]
-    assert verify_files(local_folder(placement.location), placement.files) == []
+    assert damage(local_folder(placement.location), placement.files) == []
 
 
 # the registry that MLflow belongs to
@@ -415,8 +416,8 @@ def test_a_report_is_a_nested_run_with_dataset_and_metrics_on_the_model(client, 
     model = client.get_logged_model(version.placement.model_id)
     measured = [m for m in model.metrics if m.run_id == run.info.run_id]
     assert sorted((m.key, m.value, m.dataset_name) for m in measured) == [
-        ("fr-en/chrf_none", 40.0, "translate"),
-        ("fr-en/nll", 2.25, "translate"),
+        ("translate/fr-en/chrf_none", 40.0, "translate"),
+        ("translate/fr-en/nll", 2.25, "translate"),
     ]
 
 
@@ -425,14 +426,14 @@ def test_figures_of_a_report_stand_on_the_source_run_where_compare_reads_them(cl
 
     metrics = client.get_run(family["translate-chat"].placement.run_id).data.metrics
 
-    assert metrics["fr-en/nll"] == 2.25
+    assert metrics["translate/fr-en/nll"] == 2.25
 
 
 def test_models_can_be_searched_by_a_metric_of_a_report(client, store, family, report):
     store.log_report(family["translate-chat"], report, dataset_digest="e" * 64)
     experiment = client.get_experiment_by_name("adapters").experiment_id
 
-    found = client.search_logged_models([experiment], "metrics.`fr-en/nll` < 3")
+    found = client.search_logged_models([experiment], "metrics.`translate/fr-en/nll` < 3")
 
     assert [model.model_id for model in found] == [family["translate-chat"].placement.model_id]
 

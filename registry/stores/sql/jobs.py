@@ -116,7 +116,7 @@ class JobRows:
             if moved is not None:
                 _record(connection, job_id, "cancel", "was asked for")
                 return moved
-            raise Conflict(f"job {job_id} has {self._existing(connection, job_id).state} already")
+            raise Conflict(f"job {job_id} is {self._existing(connection, job_id).state} already")
 
     def retry(self, job_id: str) -> Job:
         ended = (job.c.id == job_id) & job.c.state.in_((JobState.FAILED, JobState.CANCELLED))
@@ -137,7 +137,7 @@ class JobRows:
                 error=None,
             )
             if moved is None:
-                raise Conflict(f"job {job_id} is {current.state}", hint="only a failed or cancelled job is retried")
+                raise Conflict(f"job {job_id} is {current.state}, only a failed or cancelled job is retried")
             _record(connection, job_id, "queued", "for another try")
             return moved
 

@@ -1,0 +1,146 @@
+"""What a merge would give, before it is made: the loss of each method and how the parents meet; and how far apart two
+adapters are. Reads the parents' factors once, keeps only Gram matrices, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from ..domain.adapter import AdapterFacts
+from ..domain.plan import Forecast, MergePlan, Pair, Part
+from .core import spectrum
+from .grams import Array, Grams, block_products, overlap
+from .method import methods
+from .stack import load_stack
+from .tensors import TensorReader
+
+#: Ranks that servers are commonly set up for (vLLM's max_lora_rank takes these); each is forecast while it is below R.
+USUAL_RANKS = (8, 16, 32, 64, 128, 256)
+#: A loss of which people say that nothing is lost: one percent.
+SMALL_LOSS = 0.01
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums over modules, filled module by module so that memory does not grow with their number."""
+
+    energy: Array
+    pairs: dict[tuple[int, int], list[tuple[float, float]]] = field(default_factory=dict)
+    products: dict[tuple[int, int], float] = field(default_factory=dict)
+    squares: dict[int, float] = field(default_factory=dict)
+
+
+def forecast(
+    plan: MergePlan, files: Sequence[Path], labels: Sequence[str]
+) -> tuple[tuple[Forecast, ...], tuple[Pair, ...]]:
+    """The loss of every method and rank worth considering, and one `Pair` for every two parents.
+
+    Args:
+        plan: of the merge that was asked for; its rank is among the forecasts.
+        files: the weights file of each parent. labels: what to call each one.
+    """
+    full_rank = max(sum(part.rank for part in module.parts) for module in plan.modules)
+    tally = _Tally(np.zeros(full_rank))
+    signs = np.sign([parent.weight for parent in plan.recipe.parents])
+    with ExitStack() as stack:
+        readers = [stack.enter_context(TensorReader(path)) for path in files]
+        for module in plan.modules:
+            _count(tally, load_stack(module.parts, readers).grams(), signs)
+    return _forecasts(tally.energy, plan), _pairs(tally, labels)
+
+
+def compare(first: AdapterFacts, first_file: Path, second: AdapterFacts, second_file: Path) -> tuple[float, float]:
+    """(cosine, distance) of two adapters over all modules: distance is ||first - second|| / ||first||, 0 when equal.
+
+    Biases are left out. Where `first` is zero the distance is ||second||.
+    """
+    squares = [0.0, 0.0]
+    product = difference = 0.0
+    with TensorReader(first_file) as one, TensorReader(second_file) as other:
+        for parts in _differences(first, second):
+            products = block_products(load_stack(parts, (one, other)).grams())
+            for place, part in enumerate(parts):
+                squares[part.parent] += float(products[place, place])
+            if len(parts) == 2:
+                product -= float(products[0, 1])
+            difference += float(products.sum())
+    sizes = [math.sqrt(max(0.0, square)) for square in squares]
+    distance = math.sqrt(max(0.0, difference))
+    cosine = product / (sizes[0] * sizes[1]) if sizes[0] * sizes[1] > 0 else 0.0
+    return cosine, (distance / sizes[0] if sizes[0] > 0 else distance)
+
+
+def _differences(first: AdapterFacts, second: AdapterFacts) -> Iterator[list[Part]]:
+    """The parts of `first - second`, module by module."""
+    modules: dict[str, list[Part]] = {}
+    for place, (adapter, sign) in enumerate(((first, 1.0), (second, -1.0))):
+        for m in adapter.modules:
+            modules.setdefault(m.name, []).append(Part(place, m.rank, sign * m.scaling, m.a, m.b))
+    return iter(modules.values())
+
+
+def _count(tally: _Tally, grams: Grams, signs: Array) -> None:
+    """Add one module. `signs` of the weights are taken out of the products: a pair describes the adapters."""
+    sigma = spectrum(grams)
+    tally.energy[: len(sigma)] += sigma**2
+    products = block_products(grams)
+    for j, second in enumerate(grams.blocks):
+        tally.squares[second.parent] = tally.squares.get(second.parent, 0.0) + float(products[j, j])
+        for i, first in enumerate(grams.blocks[:j]):
+            pair = (first.parent, second.parent)
+            product = float(products[i, j] * signs[first.parent] * signs[second.parent])
+            tally.products[pair] = tally.products.get(pair, 0.0) + product
+            tally.pairs.setdefault(pair, []).append((overlap(grams.a, first, second), overlap(grams.b, first, second)))
+
+
+def _forecasts(energy: Array, plan: MergePlan) -> tuple[Forecast, ...]:
+    losses, full_rank, row_bytes = _losses(energy), len(energy), plan.size_bytes // plan.recipe.rank
+    enough = int(np.argmax(losses <= SMALL_LOSS)) + 1
+    default = max(part.rank for module in plan.modules for part in module.parts)
+    notes = {rank: "" for rank in (*USUAL_RANKS, plan.recipe.rank) if rank < full_rank}
+    if enough < full_rank:
+        notes[enough] = f"smallest rank that loses at most {SMALL_LOSS:.0%}"
+    if default < full_rank:
+        notes[default] = "the largest parent rank, svd's default"
+    rows = [Forecast("cat", full_rank, full_rank * row_bytes, 0.0, "exact")]
+    rows += [Forecast("svd", rank, rank * row_bytes, float(losses[rank - 1]), notes[rank]) for rank in sorted(notes)]
+    rows += [
+        Forecast(method.name, default, default * row_bytes, None, "loss is not forecast")
+        for method in methods().values()
+        if method.name not in {"cat", "svd"} and method.form != "choice"
+    ]
+    return tuple(rows)
+
+
+def _losses(energy: Array) -> Array:
+    """Relative loss of the best adapter of uniform rank 1, 2, ... R."""
+    tails: Array = np.append(np.cumsum(energy[::-1])[::-1][1:], 0.0)
+    total = float(energy.sum())
+    losses: Array = np.sqrt(tails / total) if total > 0 else np.zeros_like(tails)
+    return losses
+
+
+def _pairs(tally: _Tally, labels: Sequence[str]) -> tuple[Pair, ...]:
+    rows = []
+    for i, j in combinations(range(len(labels)), 2):
+        overlaps = tally.pairs.get((i, j), [])
+        norms = [math.sqrt(max(0.0, tally.squares.get(parent, 0.0))) for parent in (i, j)]
+        rows.append(
+            Pair(
+                first=labels[i],
+                second=labels[j],
+                shared_modules=len(overlaps),
+                cosine=tally.products.get((i, j), 0.0) / (norms[0] * norms[1]) if norms[0] * norms[1] > 0 else 0.0,
+                row_overlap=float(np.mean([row for row, _ in overlaps])) if overlaps else 0.0,
+                column_overlap=float(np.mean([column for _, column in overlaps])) if overlaps else 0.0,
+                norm_ratio=norms[0] / norms[1] if norms[1] > 0 else 0.0,
+            )
+        )
+    return tuple(rows)

@@ -1,0 +1,149 @@
+"""The small matrices that say everything about a weighted sum of low-rank deltas.
+
+A module's sum is `B @ diag(c) @ A`: the parents' rows of A stacked (R, d_in), their columns of B stacked (d_out, R),
+and one coefficient a row. Norms, angles, spectra and errors of every such product follow from `A Aᵀ` and `Bᵀ B`
+alone, so once these two are known no question about a merge needs the large factors again. Everything is float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+#: A norm from Gram matrices is the root of a sum that cancels. float64 leaves about this much of the norms that cancel.
+GRAM_FLOOR = 1e-7
+#: A direction with less than this share of the largest eigenvalue is rounding, not signal (float64 leaves 1e-16 * R).
+ENERGY_FLOOR = 1e-14
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows `start:stop` of the stack belong to parent `parent` (its place in the recipe)."""
+
+    parent: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grams:
+    """`a` = A Aᵀ and `b` = Bᵀ B, both (R, R); `c` (R,) = weight * scaling of each row; `blocks` cover 0:R in order."""
+
+    a: Array
+    b: Array
+    c: Array
+    blocks: tuple[Block, ...]
+
+    @property
+    def rank(self) -> int:
+        """R, the sum of the parents' ranks."""
+        return len(self.c)
+
+
+@dataclass(frozen=True, slots=True)
+class Maps:
+    """What a method makes of a module: A' = a @ A and B' = B @ b, with a (r, R) and b (R, r).
+
+    `spectrum` holds the singular values of the exact sum, largest first, where the method found them on its way.
+    """
+
+    a: Array
+    b: Array
+    spectrum: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The factors are kept: row k of A times a[k], column k of B times b[k]. A scale of 1 copies bytes."""
+
+    a: Array
+    b: Array
+
+
+def gram(rows: npt.NDArray[np.floating]) -> Array:
+    """`rows @ rows.T` in float64, for rows of shape (R, d) in any memory order."""
+    wide = rows.astype(np.float64, order="K", copy=False)
+    return wide @ wide.T
+
+
+def inner(b: Array, a: Array) -> float:
+    """Frobenius inner product of X = B_x A_x and Y = B_y A_y, from `b` = B_xᵀ B_y and `a` = A_x A_yᵀ (same shape)."""
+    return float(np.sum(b * a))
+
+
+def squared_norm(grams: Grams, middle: Array) -> float:
+    """||B @ middle @ A||² for `middle` (R, R); never negative."""
+    return max(0.0, float(np.sum((grams.b @ middle @ grams.a) * middle)))
+
+
+def exact_squared_norm(grams: Grams) -> float:
+    """||B @ diag(c) @ A||², the exact sum's."""
+    return max(0.0, float(grams.c @ (grams.b * grams.a) @ grams.c))
+
+
+def error_squared(grams: Grams, maps: Maps) -> float:
+    """||B (b a - diag(c)) A||²: how far a method is from the exact sum before anything is rounded."""
+    return squared_norm(grams, maps.b @ maps.a - np.diag(grams.c))
+
+
+def parent_norms(grams: Grams) -> Array:
+    """||c_i B_i A_i|| of each block, in the order of `blocks`."""
+    weighted = grams.b * grams.a * np.outer(grams.c, grams.c)
+    squares = [float(np.sum(weighted[_of(block), _of(block)])) for block in grams.blocks]
+    return np.sqrt(np.maximum(squares, 0.0))
+
+
+def block_products(grams: Grams) -> Array:
+    """(parents, parents): <c_i B_i A_i, c_j B_j A_j> between the blocks."""
+    weighted = grams.b * grams.a * np.outer(grams.c, grams.c)
+    count = len(grams.blocks)
+    products = np.empty((count, count))
+    for i, first in enumerate(grams.blocks):
+        for j, second in enumerate(grams.blocks):
+            products[i, j] = np.sum(weighted[_of(first), _of(second)])
+    return products
+
+
+def overlap(square: Array, first: Block, second: Block) -> float:
+    """How far two blocks span the same space, 0..1: mean squared cosine of the principal angles.
+
+    Source: Björck & Golub 1973, https://doi.org/10.2307/2005662 (angles), from one Gram matrix.
+    """
+    left = _inverse_root(square[_of(first), _of(first)])
+    right = _inverse_root(square[_of(second), _of(second)])
+    dimensions = min(left.shape[0], right.shape[0])
+    if dimensions == 0:
+        return 0.0
+    return float(np.sum((left @ square[_of(first), _of(second)] @ right.T) ** 2) / dimensions)
+
+
+def retained(grams: Grams, block: Block, onto: Block) -> float:
+    """Share of a block's delta that lies in the row and column space of block `onto`: ||P_U D P_V|| / ||D||, 0..1."""
+    whole = inner(grams.b[_of(block), _of(block)], grams.a[_of(block), _of(block)])
+    kept = inner(_projected(grams.b, block, onto), _projected(grams.a, block, onto))
+    return min(1.0, float(np.sqrt(max(kept, 0.0) / whole))) if whole > 0 else 1.0
+
+
+def _projected(square: Array, block: Block, onto: Block) -> Array:
+    """Gram matrix of the block's vectors after projection onto the span of the other block's."""
+    seen = _inverse_root(square[_of(onto), _of(onto)]) @ square[_of(onto), _of(block)]
+    gram_of_seen: Array = seen.T @ seen
+    return gram_of_seen
+
+
+def _inverse_root(square: Array) -> Array:
+    """W (k, n) with W square Wᵀ = I on the k directions that carry energy."""
+    scale = np.sqrt(np.diag(square))
+    unit = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
+    values, vectors = np.linalg.eigh(square * np.outer(unit, unit))
+    kept = values > ENERGY_FLOOR * max(values[-1], 0.0)
+    roots: Array = (vectors[:, kept] / np.sqrt(values[kept])).T * unit
+    return roots
+
+
+def _of(block: Block) -> slice:
+    return slice(block.start, block.stop)

@@ -1,0 +1,306 @@
+"""How a merge method is written, found and asked for: one file, one function, its options are its keyword arguments.
+
+    @merge_method("svd", form="grams", rev=1, exact=False, ...)
+    def svd(grams: Grams, *, rank: int) -> Maps: ...
+
+Three forms. `factors` keeps the parents' factors and gives one scale a row; `grams` turns the small Gram matrices
+into two maps; `choice` picks another method and rank before the recipe is made, so that the recipe never names it.
+`rank` and `seed` are not options: they are fields of the recipe. Methods of others come in by the entry-point group
+`adapterctl.merge_methods`. The laws in tests/laws run over every method that is registered.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from ..domain.adapter import AdapterFacts
+from ..domain.errors import InvalidInput, Misconfigured, NotFound, Problem, Refused, raise_all
+from ..domain.recipe import MergeRequest, OptionValue, Recipe, RecipeParent
+
+ENTRY_POINTS = "adapterctl.merge_methods"
+#: What a method keeps unless it declares in `breaks` that it does not; tests/laws has one test for each.
+LAWS = (
+    "identity",  # one parent at weight 1 comes back
+    "parent_order",  # the order of parents does not matter
+    "gauge",  # (A, B) -> (G A, B G⁻¹) does not matter
+    "homogeneity",  # weights times t give the delta times t
+    "absent",  # a parent at weight 0 is as if it were not there
+    "cancellation",  # A - A = 0
+    "padding",  # rows of zeros in a parent do not matter
+    "monotone",  # a larger rank never loses more
+    "full_rank",  # at the sum of the ranks nothing is lost
+)
+
+Form = Literal["factors", "grams", "choice"]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+_FIELDS_OF_THE_RECIPE = frozenset({"rank", "seed"})
+_OPTION_TYPES: Mapping[type, str] = {float: "float", int: "int", str: "str", bool: "bool"}
+#: Safetensors name of every spelling that people use for an output type.
+_DTYPES: Mapping[str, str] = {
+    **dict.fromkeys(("f64", "fp64", "float64"), "F64"),
+    **dict.fromkeys(("f32", "fp32", "float32"), "F32"),
+    **dict.fromkeys(("f16", "fp16", "float16"), "F16"),
+    **dict.fromkeys(("bf16", "bfloat16"), "BF16"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OptionSpec:
+    """One option of a method, as its signature and docstring describe it."""
+
+    name: str
+    type: str
+    default: OptionValue
+    help: str
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSpec:
+    """A registered method. `rev` is part of every recipe and is raised only when the method's output changes."""
+
+    name: str
+    form: Form
+    rev: int
+    exact: bool
+    summary: str
+    when: str
+    cost: str
+    paper: str
+    function: Callable[..., Any]
+    options: tuple[OptionSpec, ...]
+    seeded: bool
+    breaks: frozenset[str]
+
+
+_registered: dict[str, MethodSpec] = {}
+
+
+def merge_method(
+    name: str,
+    *,
+    form: Form,
+    rev: int,
+    exact: bool,
+    when: str,
+    cost: str,
+    paper: str = "",
+    breaks: Sequence[str] = (),
+) -> Callable[[Method], Method]:
+    """Register the decorated function as merge method `name`; its docstring's first line becomes the summary.
+
+    Args:
+        exact: True when the result is the weighted sum itself, at every rank that the method accepts.
+        when: one sentence that says when to choose it.
+        cost: work a module, in d (width) and R (sum of the ranks).
+        paper: source of the formula.
+        breaks: laws of `LAWS` that the method does not keep.
+    """
+    unknown = sorted(set(breaks) - set(LAWS))
+    if unknown:
+        raise ValueError(f"method {name} declares unknown laws: {', '.join(unknown)}")
+
+    def register(function: Method) -> Method:
+        if name in _registered and _registered[name].function is not function:
+            raise Misconfigured(f"two merge methods are named {name}", hint="uninstall one of the two packages")
+        text = inspect.getdoc(function) or ""
+        keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        _registered[name] = MethodSpec(
+            name=name,
+            form=form,
+            rev=rev,
+            exact=exact,
+            summary=text.partition("\n")[0],
+            when=when,
+            cost=cost,
+            paper=paper,
+            function=function,
+            options=_options(function, keywords, text),
+            seeded=any(p.name == "seed" for p in keywords),
+            breaks=frozenset(breaks),
+        )
+        return function
+
+    return register
+
+
+@cache
+def methods() -> Mapping[str, MethodSpec]:
+    """Every registered method by name: ours (one file each in `methods/`) and those of installed packages."""
+    for file in sorted((Path(__file__).parent / "methods").glob("[a-z]*.py")):
+        import_module(f"{__package__}.methods.{file.stem}")
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        try:
+            entry.load()
+        except (ImportError, AttributeError) as error:
+            raise Misconfigured(
+                f"merge method {entry.name} of {entry.value} cannot be loaded: {error}",
+                hint="update or uninstall the package that provides it",
+            ) from error
+    return MappingProxyType(dict(sorted(_registered.items())))
+
+
+def find_method(name: str) -> MethodSpec:
+    """The method called `name`. Raises `Refused` for `linear`, `NotFound` with a suggestion for a name unknown."""
+    known = methods()
+    if name in known:
+        return known[name]
+    if name == "linear":
+        rule = " or peft_linear (PEFT's rule)" if "peft_linear" in known else ""
+        raise Refused(
+            "linear means two things: the weighted sum of deltas, and PEFT's sum of factors, which adds cross terms",
+            hint=f"use sum (exact){rule}",
+        )
+    close = difflib.get_close_matches(name, known, n=1)
+    raise NotFound(
+        f"there is no merge method {name!r}" + (f"; did you mean {close[0]}?" if close else ""),
+        hint=f"known methods: {', '.join(known)}; see `adapterctl methods`",
+    )
+
+
+def resolve(request: MergeRequest, facts: Sequence[AdapterFacts], digests: Sequence[str]) -> Recipe:
+    """Pin a request: every default filled in, every choice made, so that the recipe alone decides the output.
+
+    Args:
+        facts, digests: of the request's parents, in their order.
+
+    Raises `InvalidInput` with every problem of weights, rank, dtype, seed and options at once; `NotFound` or `Refused`
+    for the method.
+    """
+    spec = find_method(request.method)
+    problems = [*_weight_problems(request), *_rank_problems(request), *_option_problems(spec, request)]
+    dtype = _dtype(request.dtype, facts, problems)
+    raise_all(InvalidInput, "this merge cannot be planned:", problems)
+
+    full_rank = sum_of_ranks(facts)
+    rank = request.rank
+    if spec.form == "choice":
+        name, rank = spec.function(full_rank, request.rank)
+        spec = find_method(name)
+    if rank is None:
+        rank = full_rank if spec.form == "factors" else max(f.max_rank for f in facts)
+    if spec.form == "factors" and rank < full_rank:
+        raise InvalidInput(
+            f"{spec.name} keeps all {full_rank} ranks of the parents, --rank {rank} is less",
+            hint=f"use --method svd --rank {rank}, or leave --rank out",
+        )
+    return Recipe(
+        method=spec.name,
+        method_rev=spec.rev,
+        parents=tuple(
+            RecipeParent(digest, float(parent.weight)) for digest, parent in zip(digests, request.parents, strict=True)
+        ),
+        rank=min(rank, full_rank),
+        dtype=dtype,
+        seed=(request.seed or 0) if spec.seeded else None,
+        options={option.name: _typed(option, request.options) for option in spec.options},
+    )
+
+
+def sum_of_ranks(facts: Sequence[AdapterFacts]) -> int:
+    """R: the rank that holds the sum of these adapters exactly, the largest over all modules."""
+    ranks: dict[str, int] = defaultdict(int)
+    for adapter in facts:
+        for module in adapter.modules:
+            ranks[module.name] += module.rank
+    return max(ranks.values())
+
+
+def output_dtype(dtypes: Sequence[str]) -> str:
+    """The narrowest type that holds all of `dtypes`: bfloat16 and float16 together need float32."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    return "F64" if "F64" in dtypes else "F32"
+
+
+def _weight_problems(request: MergeRequest) -> list[Problem]:
+    problems = []
+    if len(request.parents) < 2:
+        problems.append(Problem("too_few_parents", "a merge needs at least two parents", "name two or more versions"))
+    problems += [
+        Problem(
+            "bad_weight",
+            f"weight {parent.weight} of {parent.ref} is not a finite number other than 0",
+            f"leave {parent.ref} out, or write {parent.ref}=0.6",
+        )
+        for parent in request.parents
+        if not math.isfinite(parent.weight) or parent.weight == 0
+    ]
+    return problems
+
+
+def _rank_problems(request: MergeRequest) -> list[Problem]:
+    problems = []
+    if request.rank is not None and request.rank < 1:
+        problems.append(Problem("bad_rank", f"rank {request.rank} is not a positive number", "try --rank 16"))
+    if request.max_loss is not None and not 0 <= request.max_loss <= 1:
+        problems.append(Problem("bad_max_loss", f"max-loss {request.max_loss} is not in 0..1", "try --max-loss 0.1"))
+    return problems
+
+
+def _option_problems(spec: MethodSpec, request: MergeRequest) -> list[Problem]:
+    problems = []
+    known = {option.name: option for option in spec.options}
+    takes = f"{spec.name} takes {', '.join(known) or 'no options'}"
+    for name, value in request.options.items():
+        if name not in known:
+            problems.append(Problem("unknown_option", f"{spec.name} has no option {name!r}", takes))
+        elif not _fits(value, known[name].type):
+            problems.append(Problem("bad_option", f"option {name} is {value!r}, expected {known[name].type}", takes))
+    if request.seed is not None and not spec.seeded:
+        problems.append(Problem("no_seed", f"{spec.name} is not random and takes no seed", "leave --seed out"))
+    return problems
+
+
+def _dtype(asked: str | None, facts: Sequence[AdapterFacts], problems: list[Problem]) -> str:
+    if asked is None:
+        return output_dtype([dtype for adapter in facts for dtype in adapter.dtypes])
+    dtype = _DTYPES.get(asked.lower())
+    if dtype is None:
+        problems.append(Problem("bad_dtype", f"dtype {asked!r} is unknown", "use bf16, f16, f32 or f64"))
+        return ""
+    return dtype
+
+
+def _fits(value: OptionValue, kind: str) -> bool:
+    if kind == "float":
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value).__name__ == kind
+
+
+def _typed(option: OptionSpec, given: Mapping[str, OptionValue]) -> OptionValue:
+    value = given.get(option.name, option.default)
+    return float(value) if option.type == "float" else value
+
+
+def _options(
+    function: Callable[..., Any], keywords: Sequence[inspect.Parameter], docstring: str
+) -> tuple[OptionSpec, ...]:
+    hints = get_type_hints(function)
+    options = []
+    for parameter in keywords:
+        if parameter.name in _FIELDS_OF_THE_RECIPE:
+            continue
+        kind = _OPTION_TYPES.get(hints[parameter.name])
+        if kind is None or parameter.default is parameter.empty:
+            raise TypeError(f"option {parameter.name} needs a default and one of the types float, int, str, bool")
+        options.append(OptionSpec(parameter.name, kind, parameter.default, _argument_text(docstring, parameter.name)))
+    return tuple(options)
+
+
+def _argument_text(docstring: str, name: str) -> str:
+    """What the `Args:` section says about `name`, joined to one line."""
+    match = re.search(rf"^ +{name}: (.*(?:\n {{8,}}.*)*)", docstring, re.MULTILINE)
+    return " ".join(match.group(1).split()) if match else ""

@@ -1,0 +1,234 @@
+"""Which version serves a stage: promote, rollback, demote, adopt, and the history of it.
+
+The ledger's row decides; MLflow's alias and legacy stage are its projection. So the ledger moves first, by
+compare-and-set on the holder that was seen when the verb began, and the projection follows from what the ledger says
+then. A process killed between the two leaves an alias that differs, and so does someone who moves it in MLflow's UI:
+either is noticed by the next verb, which names both sides and changes nothing until one of them is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..api import HistoryView, StageEventView
+from ..crashpoints import reached
+from ..domain.errors import InvalidInput, NotFound, Refused, StageMoved
+from ..domain.stage import GENESIS, LEGACY_STAGES, StageAction, StageEvent, legacy_stage, verify_chain
+from ..domain.version import AdapterVersion
+from ..ports import Ledger, VersionStore
+from .pull import check_intact
+from .resolve import known_adapter
+from .views import iso_time
+
+#: MLflow's word for a version that has left its stages.
+_LEFT = "Archived"
+
+
+def check_stage(ledger: Ledger, versions: VersionStore, name: str, stage: str) -> None:
+    """Raise `StageMoved` where MLflow's alias is not where the ledger says; for every verb that goes by a stage."""
+    holder = _holder(ledger, known_adapter(ledger, name), stage)
+    _check_alias(holder, versions.alias(name, stage), name, stage)
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The verbs that move a stage. `names` are the stages of the settings, `folders` opens the files of a version."""
+
+    ledger: Ledger
+    versions: VersionStore
+    folders: Callable[[AdapterVersion], AbstractContextManager[Path]]
+    names: Sequence[str]
+    actor: str
+
+    def promote(self, version: AdapterVersion, *, stage: str, reason: str = "") -> StageEventView:
+        """Let `version` hold `stage`. Its files are compared with the manifest first.
+
+        Promoting the holder again moves nothing in the ledger, adds no row, and sets MLflow right.
+
+        Raises:
+            StageMoved: another promotion came between, or the alias in MLflow differs.
+            Corrupt: the stored bytes are not those that were registered.
+        """
+        holder = self._begin(version.name, version.adapter_id, stage)
+        self._verify(version)
+        if holder is not None and holder.id == version.id:
+            return self._project_again(version.name, version.adapter_id, stage)
+        return self._move(version.name, version.adapter_id, stage, "promote", holder, version, reason)
+
+    def rollback(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
+        """Give `stage` back to the version that held it before the present one (or before it was emptied).
+
+        Rolling back twice therefore ends where it began.
+        """
+        adapter_id = known_adapter(self.ledger, name)
+        holder = self._begin(name, adapter_id, stage)
+        version = self._held_before(name, adapter_id, stage, holder)
+        self._verify(version)
+        return self._move(name, adapter_id, stage, "rollback", holder, version, reason)
+
+    def demote(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
+        """Empty `stage`. Where only MLflow has an alias of that name, it is removed, and the row says so."""
+        adapter_id = known_adapter(self.ledger, name)
+        holder = self._begin(name, adapter_id, stage)
+        if holder is None and self.versions.alias(name, stage) is None:
+            raise NotFound(f"nothing holds {stage} of {name}", hint=f"see `adapterctl history {name}`")
+        return self._move(name, adapter_id, stage, "demote", holder, None, reason, compare=holder is not None)
+
+    def adopt(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
+        """Accept where MLflow's alias points now as a change of the stage."""
+        adapter_id = known_adapter(self.ledger, name)
+        holder = self._begin(name, adapter_id, stage)
+        number = self.versions.alias(name, stage)
+        version = self.ledger.version_by_number(name, number) if number is not None else None
+        if number is not None and (version is None or version.state != "live"):
+            raise Refused(f"MLflow's {name}@{stage} is v{number}, no live version here", hint="promote another version")
+        if _number(version) == _number(holder):
+            raise Refused(f"{stage} of {name} is {_label(holder)} on both sides", hint="there is nothing to adopt")
+        if version is not None:
+            self._verify(version)
+        return self._move(name, adapter_id, stage, "adopt", holder, version, reason, compare=False)
+
+    def _begin(self, name: str, adapter_id: str, stage: str) -> AdapterVersion | None:
+        """The holder as the caller sees it now; what happens until the move is found by compare-and-set."""
+        if stage not in self.names:
+            raise InvalidInput(
+                f"{stage!r} is no stage", hint=f"stages are {', '.join(self.names)}; settings: ADAPTERCTL_STAGES"
+            )
+        return _holder(self.ledger, adapter_id, stage)
+
+    def _verify(self, version: AdapterVersion) -> None:
+        if version.state != "live":
+            raise Refused(f"{version.label} was removed", hint="promote another version")
+        with self.folders(version) as folder:
+            check_intact(version, folder)
+
+    def _held_before(self, name: str, adapter_id: str, stage: str, holder: AdapterVersion | None) -> AdapterVersion:
+        """The newest `previous` of the history that is not the present holder."""
+        present = holder.id if holder else None
+        for event in reversed(self.ledger.stage_history(adapter_id, stage)):
+            before = self.ledger.version(event.previous_id) if event.previous_id not in (None, present) else None
+            if before is not None:
+                return before
+        raise Refused(
+            f"nothing held {stage} of {name} before {_label(holder)}", hint=f"see `adapterctl history {name}`"
+        )
+
+    def _move(
+        self,
+        name: str,
+        adapter_id: str,
+        stage: str,
+        action: StageAction,
+        holder: AdapterVersion | None,
+        version: AdapterVersion | None,
+        reason: str,
+        *,
+        compare: bool = True,
+    ) -> StageEventView:
+        with self.ledger.exclusive(_lock(adapter_id)):
+            if compare and _number(_holder(self.ledger, adapter_id, stage)) == _number(holder):
+                _check_alias(holder, self.versions.alias(name, stage), name, stage)
+            event = self.ledger.move_stage(
+                adapter_id,
+                stage,
+                version_id=version.id if version else None,
+                expected=holder.id if holder else None,
+                action=action,
+                actor=self.actor,
+                reason=reason,
+            )
+            reached("stage.recorded")
+            self._project(name, event)
+        return _views(self.ledger, [event])[0]
+
+    def _project_again(self, name: str, adapter_id: str, stage: str) -> StageEventView:
+        with self.ledger.exclusive(_lock(adapter_id)):
+            event = self.ledger.stage_history(adapter_id, stage)[-1]
+            self._project(name, event)
+        return _views(self.ledger, [event])[0]
+
+    def _project(self, name: str, event: StageEvent) -> None:
+        """Make MLflow say what the ledger says after `event`, the last one of its stage. The caller holds the lock."""
+        legacy: dict[int, str] = {}
+        if event.stage in LEGACY_STAGES:
+            holders = self.ledger.stages().get(event.adapter_id, {})
+            ids = [each for each in (event.version_id, event.previous_id) if each is not None]
+            for version in self.ledger.versions_by_id(ids).values():
+                highest = legacy_stage([stage for stage, holder in holders.items() if holder == version.id])
+                legacy[version.number] = _LEFT if highest == "None" else highest
+        holder = self.ledger.version(event.version_id) if event.version_id else None
+        self.versions.project_stage(name, event.stage, number=_number(holder), legacy=legacy)
+
+
+def history(
+    ledger: Ledger, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
+) -> HistoryView:
+    """Every change of an adapter's stages, oldest first.
+
+    `verify` checks the whole chain, whatever `stage` shows of it. A history that was cut at its end or written anew
+    from its start has no broken link: it is found only against `head`, a hash that was kept elsewhere.
+    """
+    events = ledger.stage_history(known_adapter(ledger, name))
+    findings = None
+    if verify:
+        findings = verify_chain(events)
+        if head is not None and head not in [GENESIS, *(event.hash for event in events)]:
+            findings.append(f"no row has the hash {head} that was kept: the history was cut or written anew")
+    shown = [event for event in events if stage in (None, event.stage)]
+    return HistoryView(
+        name=name,
+        events=tuple(_views(ledger, shown)),
+        head=events[-1].hash if events else GENESIS,
+        findings=None if findings is None else tuple(findings),
+    )
+
+
+def _views(ledger: Ledger, events: Sequence[StageEvent]) -> list[StageEventView]:
+    ids = {each: None for event in events for each in (event.version_id, event.previous_id) if each is not None}
+    labels = {version_id: version.label for version_id, version in ledger.versions_by_id(list(ids)).items()}
+    return [
+        StageEventView(
+            seq=event.seq,
+            stage=event.stage,
+            action=event.action,
+            ref=labels[event.version_id] if event.version_id else None,
+            previous=labels[event.previous_id] if event.previous_id else None,
+            actor=event.actor,
+            reason=event.reason,
+            at=iso_time(event.at),
+            hash=event.hash,
+        )
+        for event in events
+    ]
+
+
+def _check_alias(holder: AdapterVersion | None, alias: int | None, name: str, stage: str) -> None:
+    if _number(holder) == alias:
+        return
+    there = f"v{alias}" if alias is not None else "gone"
+    keep = f"promote {holder.label} --to {stage}" if holder else f"demote {name} --stage {stage}"
+    raise StageMoved(
+        f"{stage} of {name} is {_label(holder)} in the ledger, but MLflow's alias is {there}",
+        hint=f"`adapterctl {keep}` sets MLflow right, `adapterctl adopt {name} --stage {stage}` accepts its alias",
+    )
+
+
+def _holder(ledger: Ledger, adapter_id: str, stage: str) -> AdapterVersion | None:
+    version_id = ledger.stage_holder(adapter_id, stage)
+    return ledger.version(version_id) if version_id else None
+
+
+def _lock(adapter_id: str) -> str:
+    """One mover of an adapter's stages at a time: between ledger and alias, another one would see a difference."""
+    return f"stages-{adapter_id}"
+
+
+def _label(version: AdapterVersion | None) -> str:
+    return version.label if version else "nothing"
+
+
+def _number(version: AdapterVersion | None) -> int | None:
+    return version.number if version else None

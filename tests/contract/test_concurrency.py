@@ -1,0 +1,47 @@
+"""Several processes on one registry: no command fails, no update is lost, no job is done twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from adapterctl.registry.domain.job import JobState
+from adapterctl.registry.domain.stage import verify_chain
+from adapterctl.registry.domain.version import AdapterVersion
+from adapterctl.registry.ports import Ledger
+
+PROCESSES, COMMANDS = 6, 200
+
+
+def test_six_processes_at_once_lose_nothing(ledger: Ledger, add_version: Callable[..., AdapterVersion], home: Path):
+    adapter_id = add_version().adapter_id
+    add_version()
+    script = Path(__file__).with_name("busy_process.py")
+    command = [sys.executable, str(script), str(home)]
+
+    processes = [
+        subprocess.Popen(
+            [*command, str(number), str(COMMANDS)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for number in range(PROCESSES)
+    ]
+    outputs = [process.communicate() for process in processes]
+
+    assert [(process.returncode, out[1]) for process, out in zip(processes, outputs, strict=True)] == [
+        (0, "")
+    ] * PROCESSES
+    jobs = ledger.jobs(limit=10_000)
+    own = [job for job in jobs if job.kind == "merge"]
+    assert len({job.key for job in own}) == len(own) == PROCESSES * COMMANDS // 4
+    live = Counter(job.key for job in jobs if job.state is JobState.QUEUED)
+    assert set(live.values()) == {1}
+    done = [job for job in jobs if job.state is JobState.SUCCEEDED]
+    assert len(done) == PROCESSES * COMMANDS // 4
+    assert {job.attempt for job in done} == {1}
+    history = ledger.stage_history(adapter_id)
+    assert verify_chain(history) == []
+    assert len(history) == sum(int(out) for out, _ in outputs)
+    assert ledger.stage_holder(adapter_id, "production") == history[-1].version_id

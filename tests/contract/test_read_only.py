@@ -1,0 +1,92 @@
+"""A home that cannot be written can be read, and refuses every write before it starts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from adapterctl.registry.domain.errors import Corrupt, NotAllowed, NotFound
+from adapterctl.registry.domain.job import NewJob
+from adapterctl.registry.domain.version import AdapterVersion
+from adapterctl.registry.ports import Ledger
+from adapterctl.registry.stores.sql.engine import Database, sqlite_url
+from adapterctl.registry.stores.sql.ledger import SqlLedger
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[Path]:
+    """A folder that other users can reach, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="adapterctl-") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("open_elsewhere", [False, True], ids=["closed", "in use"])
+def test_a_read_only_home_is_read_and_not_written(
+    ledger: Ledger, add_version: Callable[..., AdapterVersion], home: Path, shared: Path, open_elsewhere: bool
+):
+    version = add_version()
+    if not open_elsewhere:
+        ledger.close()
+    for file in home.glob("registry.db*"):
+        (shared / file.name).write_bytes(file.read_bytes())
+        (shared / file.name).chmod(0o444)
+    shared.chmod(0o555)
+    before = {file.name: file.stat().st_mtime_ns for file in shared.iterdir()}
+
+    assert as_somebody_else(lambda: _reads_but_cannot_write(shared, version)) == ""
+
+    assert {file.name: file.stat().st_mtime_ns for file in shared.iterdir()} == before
+
+
+def _reads_but_cannot_write(home: Path, version: AdapterVersion) -> None:
+    other = SqlLedger(Database(sqlite_url(home)))
+    assert other.versions() == [version]
+    with pytest.raises(NotAllowed, match="cannot be written"):
+        other.submit(NewJob("merge", "k", "t", {}, "ada"))
+    other.close()
+
+
+def as_somebody_else(check: Callable[[], None]) -> str:
+    """Run `check` in a process without the rights of root; returns what it raised, if anything.
+
+    A fork, because somebody else may not be able to read the files of this Python, which may be in root's home.
+    """
+    reader, writer = os.pipe()
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # 3.12: threads; the copy uses none
+        pid = os.fork()
+    if pid == 0:
+        said = ""
+        try:
+            if os.getuid() == 0:
+                os.setuid(NOBODY)
+            check()
+        except BaseException as error:  # noqa: BLE001  told to the parent
+            said = f"{type(error).__name__}: {error}"
+        os.write(writer, said.encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as stream:
+        said = stream.read()
+    os.waitpid(pid, 0)
+    return said
+
+
+def test_a_home_without_a_registry_is_said_to_be_empty(home: Path):
+    with pytest.raises(NotFound, match="no registry"):
+        SqlLedger(Database(sqlite_url(home))).versions()
+
+    assert list(home.iterdir()) == []
+
+
+def test_a_file_that_is_no_database_is_said_to_be_damaged(home: Path):
+    (home / "registry.db").write_bytes(b"not a database, but long enough to look like one" * 100)
+
+    with pytest.raises(Corrupt, match=r"registry\.db is damaged"):
+        SqlLedger(Database(sqlite_url(home))).versions()

@@ -1,0 +1,104 @@
+"""The migrations and the tables say the same, a registry is brought up to date once, and never by an older program."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+
+from adapterctl import migrations
+from adapterctl.migrations import HEAD_REVISION, VERSION_TABLE, check_schema, migrate, schema_state
+from adapterctl.registry.domain.errors import Misconfigured
+from adapterctl.registry.stores.sql.engine import Database, sqlite_url
+from adapterctl.registry.stores.sql.tables import metadata
+
+
+@pytest.fixture
+def url(home: Path) -> str:
+    return sqlite_url(home / "a home with spaces & 100% ?")
+
+
+def test_the_known_head_is_the_head_of_the_scripts():
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+
+    assert ScriptDirectory.from_config(config).get_heads() == [HEAD_REVISION]
+
+
+def test_an_empty_home_gets_all_tables_and_looks_like_tables_py(url: str):
+    assert schema_state(url) == "empty"
+
+    migrate(url)
+
+    assert schema_state(url) == "current"
+    with Database(url).read() as connection:
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+        assert compare_metadata(context, metadata) == []
+
+
+def test_looking_makes_no_file(url: str):
+    schema_state(url)
+    with pytest.raises(Misconfigured, match="no tables yet"):
+        check_schema(url)
+
+    assert not Database(url).folder.exists()
+
+
+def test_a_current_registry_costs_no_import_of_alembic(url: str):
+    migrate(url)
+    code = (
+        "import sys; from adapterctl.migrations import migrate; migrate(sys.argv[1]); print('alembic' in sys.modules)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code, url], check=True, capture_output=True, text=True)
+
+    assert done.stdout.strip() == "False"
+
+
+def test_two_first_commands_at_once_both_find_their_tables(url: str):
+    code = "import sys; from adapterctl.migrations import migrate; migrate(sys.argv[1])"
+    both = [subprocess.Popen([sys.executable, "-c", code, url], stderr=subprocess.PIPE) for _ in range(2)]
+
+    errors = [process.communicate()[1] for process in both]
+
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert schema_state(url) == "current"
+
+
+def test_a_registry_of_a_newer_program_is_refused_with_both_revisions(url: str):
+    migrate(url)
+    with Database(url).write() as connection:
+        connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
+
+    assert schema_state(url) == "newer"
+    for refuse in (migrate, check_schema):
+        with pytest.raises(Misconfigured, match=f"revision 9999, .* up to {HEAD_REVISION}") as caught:
+            refuse(url)
+        assert "pip install --upgrade" in caught.value.hint
+
+
+@pytest.mark.parametrize("table", ["base_assignment", "edge", "stage_history"])
+@pytest.mark.parametrize("statement", ["UPDATE {} SET rowid = rowid", "DELETE FROM {}"])
+def test_facts_of_record_can_neither_be_changed_nor_deleted(url: str, table: str, statement: str):
+    migrate(url)
+    database = Database(url)
+    values = {
+        column.name: 1 if column.type.python_type in (int, float) else "x" for column in metadata.tables[table].columns
+    }
+    names = ", ".join(values)
+    with database.write() as connection:
+        connection.execute(text("PRAGMA defer_foreign_keys = ON"))
+        connection.execute(text(f"INSERT INTO {table} ({names}) VALUES (:{', :'.join(values)})"), values)
+        with pytest.raises(IntegrityError, match=f"{table} is append-only"), connection.begin_nested():
+            connection.execute(text(statement.format(table)))
+        assert connection.execute(text(f"SELECT count(*) FROM {table}")).scalar_one() == 1
+        connection.rollback()
+    database.close()

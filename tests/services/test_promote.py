@@ -1,0 +1,412 @@
+"""Stages over the real ledger and the real MLflow: who serves, who served, and what happens when the two disagree."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from adapterctl.registry.domain.errors import Corrupt, InvalidInput, NotFound, Refused, StageMoved
+from adapterctl.registry.domain.refs import Ref
+from adapterctl.registry.domain.stage import GENESIS
+from adapterctl.registry.domain.version import AdapterVersion
+from adapterctl.registry.services.promote import Stages, check_stage, history
+from adapterctl.registry.services.register import Registration, register
+from adapterctl.registry.services.resolve import resolve
+from adapterctl.registry.stores.artifacts import local_folder
+
+STAGES = ("staging", "production", "canary")
+
+
+@contextmanager
+def folders(version: AdapterVersion) -> Iterator[Path]:
+    yield local_folder(version.placement.location)
+
+
+@pytest.fixture
+def chat(sql_ledger, version_store, tiny_adapter, home, tmp_path) -> Callable[[], AdapterVersion]:
+    """Register the next version of `chat`."""
+    seeds = iter(range(100))
+
+    def another() -> AdapterVersion:
+        seed = next(seeds)
+        source = tiny_adapter(tmp_path / f"adapter-{seed}", seed=seed)
+        registered = register(
+            sql_ledger,
+            Registration(source=str(source), name="chat"),
+            open_versions=lambda: version_store,
+            open_hub=no_hub,
+            home=home,
+            created_by="ada",
+        )
+        return resolve(sql_ledger, Ref("chat", number=registered.version.number))
+
+    return another
+
+
+def no_hub(source: Any) -> Any:
+    raise AssertionError("nothing here comes from a hub")
+
+
+@pytest.fixture
+def stages(sql_ledger, version_store) -> Stages:
+    return Stages(sql_ledger, version_store, folders, STAGES, "ada")
+
+
+def legacy_of(version_store, version: AdapterVersion) -> str:
+    return version_store._client.get_model_version(version.name, str(version.number)).current_stage
+
+
+# promote
+
+
+def test_a_promotion_is_recorded_and_mlflow_follows(stages, chat, sql_ledger, version_store):
+    version = chat()
+
+    event = stages.promote(version, stage="production", reason="best on both tasks")
+
+    assert (event.seq, event.action, event.ref, event.previous) == (1, "promote", "chat:v1", None)
+    assert (event.actor, event.reason) == ("ada", "best on both tasks")
+    assert sql_ledger.stage_holder(version.adapter_id, "production") == version.id
+    assert version_store.alias("chat", "production") == 1
+    assert legacy_of(version_store, version) == "Production"
+
+
+def test_the_version_that_served_is_archived_unless_it_holds_another_stage(stages, chat, version_store):
+    first, second, third = chat(), chat(), chat()
+    stages.promote(first, stage="production")
+    stages.promote(second, stage="staging")
+
+    stages.promote(second, stage="production")
+
+    assert [legacy_of(version_store, v) for v in (first, second)] == ["Archived", "Production"]
+    stages.promote(third, stage="production")
+    assert [legacy_of(version_store, v) for v in (second, third)] == ["Staging", "Production"]
+
+
+def test_a_stage_that_mlflow_does_not_know_is_an_alias_alone(stages, chat, version_store):
+    version = chat()
+
+    stages.promote(version, stage="canary")
+
+    assert version_store.alias("chat", "canary") == 1
+    assert legacy_of(version_store, version) == "None"
+
+
+def test_promoting_the_holder_again_adds_no_row(stages, chat, sql_ledger):
+    version = chat()
+    first = stages.promote(version, stage="production")
+
+    again = stages.promote(version, stage="production")
+
+    assert again == first
+    assert len(sql_ledger.stage_history(version.adapter_id)) == 1
+
+
+def test_an_unknown_stage_is_refused_with_those_that_exist(stages, chat):
+    with pytest.raises(InvalidInput) as refused:
+        stages.promote(chat(), stage="prod")
+
+    assert "staging, production, canary" in refused.value.hint
+
+
+def test_changed_bytes_are_not_promoted(stages, chat, sql_ledger):
+    version = chat()
+    weights = local_folder(version.placement.location) / "adapter_model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+
+    with pytest.raises(Corrupt, match=r"adapter_model\.safetensors"):
+        stages.promote(version, stage="production")
+
+    assert sql_ledger.stage_history(version.adapter_id) == []
+
+
+def test_a_removed_version_is_not_promoted(stages, chat, sql_ledger):
+    version = chat()
+    sql_ledger.remove_version(version.id, actor="ada", reason="a mistake")
+
+    with pytest.raises(Refused, match="was removed"):
+        stages.promote(sql_ledger.version(version.id), stage="production")
+
+
+def test_a_promotion_that_began_before_another_one_ended_is_refused(stages, chat, sql_ledger):
+    first, second = chat(), chat()
+
+    def overtaken(version: AdapterVersion) -> Any:
+        # between what this promotion saw and what it does, another one takes the stage
+        stages.promote(first, stage="production")
+        return folders(version)
+
+    with pytest.raises(StageMoved, match="chat:v1"):
+        replace(stages, folders=overtaken).promote(second, stage="production")
+
+    assert [event.version_id for event in sql_ledger.stage_history(first.adapter_id)] == [first.id]
+
+
+# when MLflow says something else
+
+
+def test_an_alias_that_was_moved_in_mlflow_is_named_with_both_ways_out(stages, chat, sql_ledger, version_store):
+    first, second, third = chat(), chat(), chat()
+    stages.promote(first, stage="production")
+    version_store.project_stage("chat", "production", number=2, legacy={})
+
+    with pytest.raises(StageMoved) as moved:
+        stages.promote(third, stage="production")
+    with pytest.raises(StageMoved):
+        stages.demote("chat", stage="production")
+    with pytest.raises(StageMoved):
+        check_stage(sql_ledger, version_store, "chat", "production")
+
+    assert moved.value.message == "production of chat is chat:v1 in the ledger, but MLflow's alias is v2"
+    assert "promote chat:v1 --to production" in moved.value.hint
+    assert "adopt chat --stage production" in moved.value.hint
+    assert version_store.alias("chat", "production") == second.number
+
+
+def test_promoting_the_holder_again_sets_mlflow_right(stages, chat, sql_ledger, version_store):
+    first, _ = chat(), chat()
+    stages.promote(first, stage="production")
+    version_store.project_stage("chat", "production", number=2, legacy={2: "Production"})
+
+    stages.promote(first, stage="production")
+
+    check_stage(sql_ledger, version_store, "chat", "production")
+    assert legacy_of(version_store, first) == "Production"
+
+
+def test_adopting_records_where_the_alias_points(stages, chat, sql_ledger, version_store):
+    first, second = chat(), chat()
+    stages.promote(first, stage="production")
+    version_store.project_stage("chat", "production", number=2, legacy={})
+
+    event = stages.adopt("chat", stage="production", reason="moved in the UI")
+
+    assert (event.action, event.ref, event.previous) == ("adopt", "chat:v2", "chat:v1")
+    assert [legacy_of(version_store, v) for v in (first, second)] == ["Archived", "Production"]
+    check_stage(sql_ledger, version_store, "chat", "production")
+
+
+def test_adopting_a_deleted_alias_empties_the_stage(stages, chat, sql_ledger, version_store):
+    version = chat()
+    stages.promote(version, stage="production")
+    version_store.project_stage("chat", "production", number=None, legacy={})
+
+    event = stages.adopt("chat", stage="production")
+
+    assert (event.ref, event.previous) == (None, "chat:v1")
+    assert sql_ledger.stage_holder(version.adapter_id, "production") is None
+
+
+def test_there_is_nothing_to_adopt_where_both_sides_agree(stages, chat):
+    stages.promote(chat(), stage="production")
+
+    with pytest.raises(Refused, match="on both sides"):
+        stages.adopt("chat", stage="production")
+
+
+def test_an_alias_that_only_mlflow_knows_is_removed_by_demote(stages, chat, version_store):
+    chat()
+    version_store.project_stage("chat", "production", number=1, legacy={})
+
+    event = stages.demote("chat", stage="production", reason="nobody promoted it")
+
+    assert (event.action, event.ref, event.previous) == ("demote", None, None)
+    assert version_store.alias("chat", "production") is None
+
+
+# back
+
+
+def test_rollback_returns_to_the_version_before_and_twice_ends_where_it_began(stages, chat, version_store):
+    first, second = chat(), chat()
+    stages.promote(first, stage="production")
+    stages.promote(second, stage="production")
+
+    back = stages.rollback("chat", stage="production", reason="worse in chat")
+    forth = stages.rollback("chat", stage="production")
+
+    assert (back.action, back.ref, back.previous) == ("rollback", "chat:v1", "chat:v2")
+    assert (forth.ref, forth.previous) == ("chat:v2", "chat:v1")
+    assert version_store.alias("chat", "production") == 2
+
+
+def test_rollback_of_an_emptied_stage_returns_to_what_it_held(stages, chat):
+    stages.promote(chat(), stage="production")
+    stages.demote("chat", stage="production")
+
+    assert stages.rollback("chat", stage="production").ref == "chat:v1"
+
+
+def test_rollback_without_a_version_before_is_refused(stages, chat):
+    stages.promote(chat(), stage="production")
+
+    with pytest.raises(Refused, match="nothing held production of chat before chat:v1"):
+        stages.rollback("chat", stage="production")
+
+
+def test_rollback_to_a_removed_version_is_refused(stages, chat, sql_ledger):
+    first, second = chat(), chat()
+    stages.promote(first, stage="production")
+    stages.promote(second, stage="production")
+    sql_ledger.remove_version(first.id, actor="ada", reason="leaked data")
+
+    with pytest.raises(Refused, match="chat:v1 was removed"):
+        stages.rollback("chat", stage="production")
+
+
+def test_demote_empties_a_stage_once(stages, chat, version_store):
+    version = chat()
+    stages.promote(version, stage="staging")
+
+    event = stages.demote("chat", stage="staging")
+
+    assert (event.ref, event.previous) == (None, "chat:v1")
+    assert version_store.alias("chat", "staging") is None
+    assert legacy_of(version_store, version) == "Archived"
+    with pytest.raises(NotFound):
+        stages.demote("chat", stage="staging")
+
+
+# history
+
+
+def test_history_shows_every_change_and_the_head_of_the_chain(stages, chat, sql_ledger):
+    stages.promote(chat(), stage="staging")
+    stages.promote(chat(), stage="production")
+
+    found = history(sql_ledger, "chat", verify=True)
+    of_production = history(sql_ledger, "chat", stage="production")
+
+    assert [(e.seq, e.stage, e.ref) for e in found.events] == [(1, "staging", "chat:v1"), (2, "production", "chat:v2")]
+    assert (found.head, found.findings) == (found.events[-1].hash, ())
+    assert [e.seq for e in of_production.events] == [2]
+    assert of_production.findings is None
+
+
+def test_history_of_an_adapter_without_stages_is_empty(chat, sql_ledger):
+    chat()
+
+    found = history(sql_ledger, "chat", verify=True)
+
+    assert (found.events, found.head, found.findings) == ((), GENESIS, ())
+
+
+def test_an_edited_row_is_found(stages, chat, sql_ledger):
+    stages.promote(chat(), stage="production", reason="honest")
+    with sql_ledger._db.write() as connection:
+        for name in connection.execute(text("select name from sqlite_master where type = 'trigger'")).scalars().all():
+            connection.execute(text(f"drop trigger {name}"))
+        connection.execute(text("update stage_history set reason = 'rewritten'"))
+
+    findings = history(sql_ledger, "chat", verify=True).findings
+
+    assert findings == ("row 1 was edited: its hash does not match its content",)
+
+
+def test_a_cut_history_is_found_only_with_a_head_that_was_kept(stages, chat, sql_ledger):
+    stages.promote(chat(), stage="production")
+    stages.promote(chat(), stage="production")
+    kept = history(sql_ledger, "chat").head
+    assert history(sql_ledger, "chat", verify=True, head=kept).findings == ()
+    with sql_ledger._db.write() as connection:
+        for name in connection.execute(text("select name from sqlite_master where type = 'trigger'")).scalars().all():
+            connection.execute(text(f"drop trigger {name}"))
+        connection.execute(text("delete from stage_history where seq = 2"))
+
+    assert history(sql_ledger, "chat", verify=True).findings == ()
+    assert "cut or written anew" in history(sql_ledger, "chat", verify=True, head=kept).findings[0]
+
+
+# several processes
+
+PROMOTE = """
+import sys, time
+from pathlib import Path
+from adapterctl.registry.domain.errors import StageMoved
+from adapterctl.registry.domain.refs import Ref
+from adapterctl.registry.services.promote import Stages
+from adapterctl.registry.services.resolve import resolve
+from adapterctl.registry.stores.artifacts import local_folder
+from adapterctl.registry.stores.mlflow_versions import MlflowVersions
+from adapterctl.registry.stores.sql.engine import Database, sqlite_url
+from adapterctl.registry.stores.sql.ledger import SqlLedger
+from contextlib import nullcontext
+
+home, number, go = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+ledger = SqlLedger(Database(sqlite_url(home)))
+versions = MlflowVersions(None, home, ledger.registry_id)
+versions.check_identity()
+folder = lambda version: nullcontext(local_folder(version.placement.location))
+stages = Stages(ledger, versions, folder, ("production",), f"process {number}")
+version = resolve(ledger, Ref("chat", number=number))
+print("ready", flush=True)
+while not go.exists():
+    time.sleep(0.005)
+for _ in range(3):
+    try:
+        print(stages.promote(version, stage="production").seq)
+    except StageMoved:
+        print("moved")
+"""
+
+
+def test_a_killed_promotion_is_seen_and_completed(stages, chat, sql_ledger, version_store, home, tmp_path):
+    first, second = chat(), chat()
+    (tmp_path / "go").touch()
+    killed = subprocess.run(
+        [sys.executable, "-c", PROMOTE, str(home), "1", str(tmp_path / "go")],
+        env={**os.environ, "ADAPTERCTL_CRASH_AT": "stage.recorded"},
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert version_store.alias("chat", "production") is None
+
+    with pytest.raises(StageMoved):
+        stages.promote(second, stage="production")
+    stages.promote(first, stage="production")
+
+    assert version_store.alias("chat", "production") == 1
+    assert legacy_of(version_store, first) == "Production"
+    assert len(sql_ledger.stage_history(first.adapter_id)) == 1
+
+
+def test_four_processes_promote_at_once_and_history_ledger_and_alias_agree(
+    chat, sql_ledger, version_store, home, tmp_path
+):
+    versions = [chat() for _ in range(4)]
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROMOTE, str(home), str(version.number), str(tmp_path / "go")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for version in versions
+    ]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+
+    (tmp_path / "go").touch()
+    answers = [line for racer in racers for line in racer.communicate()[0].split()]
+
+    events = sql_ledger.stage_history(versions[0].adapter_id)
+    assert [racer.returncode for racer in racers] == [0] * 4
+    assert len(answers) == 12
+    assert {int(line) for line in answers if line != "moved"} == set(range(1, len(events) + 1))
+    assert history(sql_ledger, "chat", verify=True).findings == ()
+    holder = sql_ledger.stage_holder(versions[0].adapter_id, "production")
+    assert holder == events[-1].version_id
+    assert version_store.alias("chat", "production") == sql_ledger.version(holder).number
+    assert [legacy_of(version_store, v) for v in versions].count("Production") == 1

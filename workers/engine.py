@@ -1,0 +1,294 @@
+"""Carries out a merge plan, module by module, from the parents' files to the files of the child.
+
+Needs no base model, no GPU and no torch. Memory holds one module a thread, whatever the number of modules; the bytes
+written do not depend on the number of threads, for each module is computed by one thread with a single-threaded BLAS.
+Writes `adapter_config.json`, `adapter_model.safetensors` and `README.md` into the folder it is given and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from ..registry.domain.digest import canonical_json
+from ..registry.domain.errors import JobCancelled
+from ..registry.domain.header import DTYPE_BYTES
+from ..registry.domain.plan import MergePlan, ModulePlan
+from ..registry.merging.grams import GRAM_FLOOR, Factors, Grams, Maps, error_squared, exact_squared_norm
+from ..registry.merging.method import MethodSpec, find_method
+from ..registry.merging.stack import Stack, blocks_of, coefficients, load_stack
+from ..registry.merging.tensors import STORED, TensorReader, TensorWriter, encode, sync_folder
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+README_FILE = "README.md"
+
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the method promised for one module, before anything was rounded.
+
+    `error_squared` is ||made - exact sum||²; `arithmetic` bounds what the floating-point products may add to the error.
+    """
+
+    error_squared: float
+    arithmetic: float
+
+
+def never() -> bool:
+    """The answer of a caller that never stops a merge."""
+    return False
+
+
+def silent(done: int, total: int) -> None:
+    """The progress report of a caller that wants none."""
+
+
+def merge(
+    plan: MergePlan,
+    parent_files: Sequence[Path],
+    out_dir: Path,
+    *,
+    threads: int = 1,
+    on_progress: Progress = silent,
+    should_stop: Stop = never,
+) -> dict[str, Outcome]:
+    """Write the child's three files into `out_dir`; return what was promised for each module.
+
+    Args:
+        parent_files: the weights file of each parent, in the recipe's order; checked by the caller.
+        on_progress: called with (modules done, modules in all), in this thread.
+        should_stop: asked between modules; when it says yes, no weights file is left and `JobCancelled` is raised.
+
+    Raises `Unavailable` when the disk is full, `Corrupt` when a parent's file ends too early.
+    """
+    method = find_method(plan.recipe.method)
+    with ExitStack() as files:
+        readers = [files.enter_context(TensorReader(path)) for path in parent_files]
+        writer = files.enter_context(TensorWriter(out_dir / WEIGHTS_FILE, output_tensors(plan), header_metadata(plan)))
+
+        def work(module: ModulePlan) -> Outcome:
+            return _merge_module(module, method, plan, readers, writer)
+
+        outcomes = for_each_module(plan, work, threads=threads, on_progress=on_progress, should_stop=should_stop)
+    _write_text(out_dir / CONFIG_FILE, json.dumps(dict(plan.config), indent=2, sort_keys=True) + "\n")
+    _write_text(out_dir / README_FILE, readme(plan))
+    sync_folder(out_dir)
+    return outcomes
+
+
+def predict_loss(
+    plan: MergePlan, parent_files: Sequence[Path], *, threads: int = 1, should_stop: Stop = never
+) -> float:
+    """||made - exact sum|| / ||exact sum|| over all modules before rounding, from Gram matrices; writes nothing."""
+    method = find_method(plan.recipe.method)
+    if method.form == "factors":
+        return 0.0
+    with ExitStack() as files:
+        readers = [files.enter_context(TensorReader(path)) for path in parent_files]
+
+        def work(module: ModulePlan) -> tuple[float, float]:
+            grams = load_stack(module.parts, readers, _arithmetic(plan.recipe.dtype)).grams()
+            return error_squared(grams, _maps(method, grams, plan)), exact_squared_norm(grams)
+
+        pairs = for_each_module(plan, work, threads=threads, should_stop=should_stop).values()
+    error, norm = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+    return float(np.sqrt(error / norm)) if norm > 0 else 0.0
+
+
+def for_each_module(
+    plan: MergePlan,
+    work: Callable[[ModulePlan], Result],
+    *,
+    threads: int = 1,
+    on_progress: Progress = silent,
+    should_stop: Stop = never,
+) -> dict[str, Result]:
+    """Results by module name, in the plan's order, computed by `threads` threads that each use one BLAS thread."""
+    results: dict[str, Result] = {}
+    with threadpool_limits(limits=1, user_api="blas"), _pool(threads) as pool:
+        names = {pool.submit(_quietly, work, module): module.name for module in plan.modules}
+        for done, future in enumerate(as_completed(names), start=1):
+            results[names[future]] = future.result()
+            on_progress(done, len(names))
+            if done < len(names) and should_stop():
+                raise JobCancelled(
+                    f"stopped after {done} of {len(names)} modules", hint="`adapterctl jobs retry` runs it again"
+                )
+    return {module.name: results[module.name] for module in plan.modules}
+
+
+def output_tensors(plan: MergePlan) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Key, dtype and shape of every tensor of the child, in file order."""
+    dtype = plan.recipe.dtype
+    tensors = []
+    for module in plan.modules:
+        tensors.append((module.a_key, dtype, module.a_shape))
+        tensors.append((module.b_key, dtype, module.b_shape))
+        if module.bias_key:
+            tensors.append((module.bias_key, dtype, module.b_shape[:1]))
+    return tensors
+
+
+def header_metadata(plan: MergePlan) -> dict[str, str]:
+    """Provenance inside the weights file: enough to find the parents and to run the recipe again."""
+    return {
+        "format": "pt",
+        "adapterctl.recipe": canonical_json(plan.recipe.to_json()).decode(),
+        "adapterctl.recipe_digest": plan.recipe.digest,
+    }
+
+
+def readme(plan: MergePlan) -> str:
+    """A model card that says what the recipe says; the same recipe gives the same text."""
+    recipe = plan.recipe
+    base = json.dumps(plan.config["base_model_name_or_path"], ensure_ascii=False)
+    rows = "".join(f"| {i} | {p.weight!r} | `sha256:{p.digest}` |\n" for i, p in enumerate(recipe.parents, start=1))
+    options = "".join(f"* {name}: {value}\n" for name, value in sorted(recipe.options.items()))
+    return f"""---
+base_model: {base}
+base_model_relation: adapter
+library_name: peft
+tags:
+- adapterctl
+- lora
+- merge
+---
+
+# Merged adapter
+
+{len(recipe.parents)} LoRA adapters of one base, merged from their files by adapterctl.
+
+* method: `{recipe.method}` (revision {recipe.method_rev})
+* rank: {recipe.rank}, dtype: {recipe.dtype}
+* recipe: `sha256:{recipe.digest}`
+{options}
+| parent | weight | content digest |
+|---|---|---|
+{rows}
+The recipe stands in full in the metadata of `{WEIGHTS_FILE}` under `adapterctl.recipe`.
+"""
+
+
+def _merge_module(
+    module: ModulePlan, method: MethodSpec, plan: MergePlan, readers: Sequence[TensorReader], writer: TensorWriter
+) -> Outcome:
+    if module.bias_key:
+        writer.write(module.bias_key, encode(_bias(module, readers), plan.recipe.dtype))
+    if method.form == "factors":
+        return _write_factors(module, method.function(coefficients(module.parts)), plan, readers, writer)
+    stack = load_stack(module.parts, readers, _arithmetic(plan.recipe.dtype))
+    grams = stack.grams()
+    maps = _maps(method, grams, plan)
+    _write_mapped(module, stack, maps, plan, writer)
+    return Outcome(error_squared(grams, maps), _product_error(grams, maps, float(np.finfo(stack.a.dtype).eps) / 2))
+
+
+def _maps(method: MethodSpec, grams: Grams, plan: MergePlan) -> Maps:
+    keywords: dict[str, Any] = dict(plan.recipe.options)
+    if method.seeded:
+        keywords["seed"] = plan.recipe.seed
+    maps: Maps = method.function(grams, rank=min(plan.recipe.rank, grams.rank), **keywords)
+    return maps
+
+
+def _write_factors(
+    module: ModulePlan, factors: Factors, plan: MergePlan, readers: Sequence[TensorReader], writer: TensorWriter
+) -> Outcome:
+    """Scale each parent's factors into their rows and columns; what has scale 1 and the right type moves as bytes."""
+    dtype = plan.recipe.dtype
+    row_bytes = math.prod(module.a_shape[1:]) * DTYPE_BYTES[dtype]
+    columns = np.zeros((module.b_shape[0], plan.recipe.rank), STORED[dtype])
+    for part, block in zip(module.parts, blocks_of(module.parts), strict=True):
+        reader, rows = readers[part.parent], slice(block.start, block.stop)
+        if part.a.dtype == dtype and np.all(factors.a[rows] == 1):
+            writer.write(module.a_key, reader.raw(part.a), block.start * row_bytes)
+        else:
+            scaled = _scaled(reader.read(part.a).reshape(part.rank, -1), factors.a[rows, None], dtype)
+            writer.write(module.a_key, scaled, block.start * row_bytes)
+        if part.b.dtype == dtype and np.all(factors.b[rows] == 1):
+            columns[:, rows] = np.frombuffer(reader.raw(part.b), columns.dtype).reshape(-1, part.rank)
+        else:
+            columns[:, rows] = _scaled(reader.read(part.b).reshape(-1, part.rank), factors.b[rows], dtype)
+    writer.write(module.b_key, columns)
+    return Outcome(error_squared=0.0, arithmetic=0.0)
+
+
+def _write_mapped(module: ModulePlan, stack: Stack, maps: Maps, plan: MergePlan, writer: TensorWriter) -> None:
+    dtype = plan.recipe.dtype
+    rank = maps.a.shape[0]
+    # rows beyond `rank` stay the zeros that the writer reserved
+    writer.write(module.a_key, encode(maps.a.astype(stack.a.dtype) @ stack.a, dtype))
+    columns = encode(stack.b @ maps.b.astype(stack.b.dtype), dtype)
+    if rank < plan.recipe.rank:
+        columns = np.pad(columns, ((0, 0), (0, plan.recipe.rank - rank)))
+    writer.write(module.b_key, columns)
+
+
+def _bias(module: ModulePlan, readers: Sequence[TensorReader]) -> NDArray[np.float64]:
+    """The sum of weight * scaling * bias: PEFT scales the bias of lora_B like the rest of its output."""
+    total = np.zeros(module.b_shape[0])
+    for part in module.parts:
+        if part.bias is not None:
+            total += part.coefficient * readers[part.parent].read(part.bias)
+    return total
+
+
+def _product_error(grams: Grams, maps: Maps, unit: float) -> float:
+    """Bound of what rounding inside a @ A and B @ b adds to B b a A, and inside the Grams to the promised error.
+
+    Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.13: |fl(XY) - XY| <= n u |X||Y|.
+    """
+    norm_a, norm_b = np.sqrt(np.diag(grams.a)), np.sqrt(np.diag(grams.b))
+    made = float((np.abs(maps.a) @ norm_a) @ (norm_b @ np.abs(maps.b)))
+    exact = float(np.sum(np.abs(grams.c) * norm_a * norm_b))
+    return (grams.rank + 2) * unit * 2 * made + GRAM_FLOOR * (made + exact)
+
+
+def _scaled(values: NDArray[np.floating], scale: NDArray[np.float64], dtype: str) -> NDArray[Any]:
+    """`values * scale` as stored in `dtype`."""
+    wide = _arithmetic(dtype)
+    return encode(values.astype(wide, copy=False) * scale.astype(wide), dtype)
+
+
+def _arithmetic(dtype: str) -> type[np.floating]:
+    """The type to compute in: always wider than the output, so that the output is rounded once."""
+    return np.float32 if dtype in {"BF16", "F16"} else np.float64
+
+
+def _quietly(work: Callable[[ModulePlan], Result], module: ModulePlan) -> Result:
+    """Overflow is no warning on stderr here: it becomes a value that is not finite, and the receipt fails."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return work(module)
+
+
+@contextmanager
+def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that forgets what was not begun as soon as something goes wrong."""
+    pool = ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="merge")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

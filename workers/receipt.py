@@ -1,0 +1,401 @@
+"""Proves a merge from what lies on the disk: reads the child again and holds it against the parents and the plan.
+
+The error is measured against the exact weighted sum without forming it: with the child's factors appended to the stack
+of the parents' at coefficient -1, the norm of the difference is one more norm from Gram matrices, in float64. A receipt
+fails when the measured error is further from the promised one than rounding to the output type can explain.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_info
+
+from .. import __version__
+from ..registry.domain.adapter import AdapterFacts, LoraModule, read_facts
+from ..registry.domain.errors import InvalidAdapter, Problem, ReceiptFailed, raise_all
+from ..registry.domain.header import Header, read_header, strict_json_object
+from ..registry.domain.plan import MergePlan, ModulePlan, Part
+from ..registry.merging.core import spectrum
+from ..registry.merging.grams import (
+    GRAM_FLOOR,
+    Array,
+    Grams,
+    block_products,
+    exact_squared_norm,
+    overlap,
+    retained,
+)
+from ..registry.merging.method import find_method
+from ..registry.merging.stack import Stack, coefficients, load_stack
+from ..registry.merging.tensors import TensorReader
+from .engine import CONFIG_FILE, WEIGHTS_FILE, Outcome, Stop, for_each_module, header_metadata, never, output_tensors
+
+#: Relative and absolute rounding error of one stored value (unit roundoff, half of the smallest subnormal number).
+ROUNDING: Mapping[str, tuple[float, float]] = {
+    "BF16": (2.0**-8, 2.0**-134),
+    "F16": (2.0**-11, 2.0**-25),
+    "F32": (2.0**-24, 2.0**-150),
+    "F64": (2.0**-53, 0.0),
+}
+ENERGY_SHARES = (0.9, 0.99, 0.999)
+
+
+Rows = NDArray[np.floating]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was found in one module; `error`, `norm` and `bound` are Frobenius norms of the delta, not relative."""
+
+    error: float
+    bound: float
+    norm: float
+    child_norm: float
+    sigma: Array
+    products: Array
+    parents: tuple[int, ...]
+    kept: tuple[float, ...]
+    rows: tuple[tuple[int, int, float], ...]
+    columns: tuple[tuple[int, int, float], ...]
+    problems: tuple[Problem, ...]
+
+
+def prove(
+    plan: MergePlan,
+    parent_files: Sequence[Path],
+    out_dir: Path,
+    outcomes: Mapping[str, Outcome],
+    *,
+    threads: int = 1,
+    should_stop: Stop = never,
+) -> tuple[dict[str, Any], AdapterFacts]:
+    """The receipt as plain JSON values, and the facts of the child as a stranger would read them.
+
+    Raises `ReceiptFailed` with everything that is wrong.
+    """
+    facts = _reread(plan, out_dir)
+    children = {module.name: module for module in facts.modules}
+    with ExitStack() as files:
+        readers = [files.enter_context(TensorReader(path)) for path in parent_files]
+        child = files.enter_context(TensorReader(out_dir / WEIGHTS_FILE))
+
+        def work(module: ModulePlan) -> Proof:
+            return _prove_module(module, children[module.name], outcomes[module.name], plan, [*readers, child])
+
+        proofs = for_each_module(plan, work, threads=threads, should_stop=should_stop)
+    problems = [problem for proof in proofs.values() for problem in proof.problems]
+    raise_all(
+        ReceiptFailed,
+        f"{len(problems)} checks of the merged files failed:",
+        problems[:20],
+        hint="nothing was registered; merge again with --dtype f32, and check the memory and disk of this machine",
+    )
+    return _receipt(plan, outcomes, proofs), facts
+
+
+def fingerprint() -> dict[str, Any]:
+    """What decides the last bits of the output besides the recipe: equal fingerprints give equal bytes."""
+    blas: Mapping[str, Any] = next((entry for entry in threadpool_info() if entry.get("user_api") == "blas"), {})
+    return {
+        "adapterctl": __version__,
+        "numpy": np.__version__,
+        "blas": f"{blas.get('internal_api', 'unknown')} {blas.get('version', '')}".strip(),
+        "blas_kernel": blas.get("architecture", "unknown"),
+        "cpu": _cpu_model(),
+        "machine": platform.machine(),
+        "device": "cpu",
+    }
+
+
+def _reread(plan: MergePlan, out_dir: Path) -> AdapterFacts:
+    """Facts of the child by the rules of intake; key set, shapes, types and provenance are those of the plan."""
+    try:
+        header = read_header(out_dir / WEIGHTS_FILE)
+        config = strict_json_object((out_dir / CONFIG_FILE).read_bytes(), what=CONFIG_FILE)
+        facts = read_facts(config, header)
+    except InvalidAdapter as error:
+        raise ReceiptFailed(f"the merged files do not read as an adapter: {error}", problems=error.problems) from error
+    raise_all(ReceiptFailed, "the merged files are not those of the plan:", _differences(plan, header, facts))
+    return facts
+
+
+def _differences(plan: MergePlan, header: Header, facts: AdapterFacts) -> list[Problem]:
+    expected = {key: (dtype, shape) for key, dtype, shape in output_tensors(plan)}
+    written = {entry.key: (entry.dtype, entry.shape) for entry in header.tensors}
+    problems = [
+        Problem("tensor_differs", f"{key} is {written.get(key)}, planned {expected.get(key)}")
+        for key in sorted(expected.keys() | written.keys())
+        if expected.get(key) != written.get(key)
+    ]
+    problems += [
+        Problem("metadata_differs", f"{key} in the header is not what the plan says")
+        for key, value in header_metadata(plan).items()
+        if header.metadata.get(key) != value
+    ]
+    problems += [
+        Problem("scaling_differs", f"{module.name} has scaling {module.scaling}, expected 1")
+        for module in facts.modules
+        if module.scaling != 1
+    ]
+    return problems
+
+
+def _prove_module(
+    module: ModulePlan, child: LoraModule, outcome: Outcome, plan: MergePlan, readers: Sequence[TensorReader]
+) -> Proof:
+    place = len(readers) - 1
+    stack = load_stack([*module.parts, Part(place, child.rank, -1.0, child.a, child.b)], readers)
+    grams = stack.grams()
+    rank = grams.rank - child.rank
+    exact = Grams(grams.a[:rank, :rank], grams.b[:rank, :rank], grams.c[:rank], grams.blocks[:-1])
+    error = math.sqrt(exact_squared_norm(grams))
+    promised = math.sqrt(outcome.error_squared)
+    bound = _bound(grams, outcome, plan, stack)
+    problems = _value_problems(module, stack, rank, plan)
+    if not problems and not abs(error - promised) <= bound:
+        problems.append(
+            Problem(
+                "error_differs",
+                f"{module.name} is {error:.3g} away from the exact sum, the method promised {promised:.3g}"
+                f" and rounding explains {bound:.3g}",
+            )
+        )
+    if module.bias_key:
+        problems += _bias_problems(module, child, plan, readers)
+    measured = not problems
+    sigma = spectrum(exact) if measured else np.zeros(rank)
+    products = block_products(grams) if measured else np.zeros((len(grams.blocks),) * 2)
+    pairs = [(i, j) for i in range(len(module.parts)) for j in range(i)] if measured else []
+    blocks = exact.blocks
+    return Proof(
+        error=error,
+        bound=bound,
+        norm=math.sqrt(exact_squared_norm(exact)),
+        child_norm=math.sqrt(max(0.0, products[-1, -1])),
+        sigma=sigma,
+        products=products,
+        parents=tuple(part.parent for part in module.parts),
+        kept=tuple(retained(grams, block, grams.blocks[-1]) for block in blocks) if measured else (),
+        rows=tuple((blocks[j].parent, blocks[i].parent, overlap(grams.a, blocks[j], blocks[i])) for i, j in pairs),
+        columns=tuple((blocks[j].parent, blocks[i].parent, overlap(grams.b, blocks[j], blocks[i])) for i, j in pairs),
+        problems=tuple(problems),
+    )
+
+
+def _bound(grams: Grams, outcome: Outcome, plan: MergePlan, stack: Stack) -> float:
+    """How far the measured error may be from the promised one: one rounding of each factor, the arithmetic before it,
+    and what float64 leaves of the measurement itself.
+    """
+    unit, tiny = ROUNDING[plan.recipe.dtype]
+    norm_a, norm_b = np.sqrt(np.diag(grams.a)), np.sqrt(np.diag(grams.b))
+    child = slice(grams.blocks[-1].start, None)
+    alpha, beta = norm_a[child], norm_b[child]
+    round_a = unit * alpha + tiny * math.sqrt(stack.a.shape[1])
+    round_b = unit * beta + tiny * math.sqrt(stack.b.shape[0])
+    rounding = float(np.sum(round_a * beta + round_b * alpha + round_a * round_b)) * (1 + 4 * unit)
+    return rounding + outcome.arithmetic + GRAM_FLOOR * float(np.sum(np.abs(grams.c) * norm_a * norm_b))
+
+
+def _value_problems(module: ModulePlan, stack: Stack, rank: int, plan: MergePlan) -> list[Problem]:
+    a, b = stack.a[rank:], stack.b[:, rank:]
+    for key, values in ((module.a_key, a), (module.b_key, b)):
+        if not np.isfinite(values).all():
+            hint = "its values are too large for the output type: use --dtype f32"
+            return [Problem("not_finite", f"{key} holds values that are not finite", hint)]
+    if np.any(a[rank:]) or np.any(b[:, rank:]):
+        return [Problem("padding_not_zero", f"{module.name} has values beyond the sum of its parents' ranks")]
+    if _touched(module, stack, a, b, plan):
+        return [Problem("copy_differs", f"{module.name}: factors that should be the parents' bytes are not")]
+    return []
+
+
+def _touched(module: ModulePlan, stack: Stack, a: Rows, b: Rows, plan: MergePlan) -> bool:
+    """Whether a method that keeps factors changed one that it should only have copied.
+
+    Values are compared, not bytes: reading into float64 is exact for every stored type.
+    """
+    method = find_method(plan.recipe.method)
+    if method.form != "factors":
+        return False
+    factors = method.function(coefficients(module.parts))
+    for part, block in zip(module.parts, stack.blocks, strict=False):
+        if plan.recipe.dtype not in {part.a.dtype, "F64"} or part.a.dtype != part.b.dtype:
+            continue
+        rows = np.arange(block.start, block.stop)
+        same_a, same_b = rows[factors.a[rows] == 1], rows[factors.b[rows] == 1]
+        if not np.array_equal(a[same_a], stack.a[same_a]) or not np.array_equal(b[:, same_b], stack.b[:, same_b]):
+            return True
+    return False
+
+
+def _bias_problems(
+    module: ModulePlan, child: LoraModule, plan: MergePlan, readers: Sequence[TensorReader]
+) -> list[Problem]:
+    assert child.bias is not None  # read_facts refuses a module without, where the config says lora_bias
+    exact = np.zeros(child.d_out)
+    size = np.zeros(child.d_out)
+    for part in module.parts:
+        if part.bias is not None:
+            share = part.coefficient * readers[part.parent].read(part.bias).astype(np.float64)
+            exact += share
+            size += np.abs(share)
+    unit, tiny = ROUNDING[plan.recipe.dtype]
+    difference = np.abs(readers[-1].read(child.bias) - exact)
+    if np.all(difference <= unit * np.abs(exact) + tiny + 1e-12 * size):
+        return []
+    return [Problem("bias_differs", f"{module.bias_key} is not the weighted sum of the parents' biases")]
+
+
+def _receipt(plan: MergePlan, outcomes: Mapping[str, Outcome], proofs: Mapping[str, Proof]) -> dict[str, Any]:
+    values = list(proofs.values())
+    norm = _root_sum(proof.norm for proof in values)
+    error = _root_sum(proof.error for proof in values)
+    promised = math.sqrt(math.fsum(outcome.error_squared for outcome in outcomes.values()))
+    return {
+        "v": 1,
+        "passed": True,
+        "loss": _short(relative(error, norm)),
+        "predicted_loss": _short(relative(promised, norm)),
+        "loss_bound": _short(relative(_root_sum(proof.bound for proof in values), norm)),
+        "norm": _short(norm),
+        "norm_ratio": _short(relative(_root_sum(proof.child_norm for proof in values), norm)),
+        "modules": len(values),
+        "rank": plan.recipe.rank,
+        "dtype": plan.recipe.dtype,
+        "checks": [
+            "key set, shapes and types are those of the plan",
+            "the recipe stands in the header",
+            "every module has scaling 1",
+            "every value is finite",
+            "padding is zero",
+            "factors that are only copied are unchanged",
+            "the measured error is the promised one within rounding, module by module",
+        ],
+        "parents": _parents(plan, values, norm),
+        "pairs": _pairs(plan, values),
+        "spectrum": _spectrum(plan, values),
+        "layers": {
+            "module": list(proofs),
+            "norm": [_short(proof.norm) for proof in values],
+            "loss": [_short(relative(proof.error, proof.norm)) for proof in values],
+            "stable_rank": [_short(_stable_rank(proof.sigma)) for proof in values],
+        },
+        "fingerprint": fingerprint(),
+    }
+
+
+def relative(error: float, norm: float) -> float:
+    """error / norm; where the parents cancel out and nothing is left to compare with, the error itself."""
+    return error / norm if norm > 0 else error
+
+
+def _parents(plan: MergePlan, proofs: Sequence[Proof], norm: float) -> list[dict[str, Any]]:
+    """How much of each parent is in the sum, and how much of it the child's row and column spaces still hold."""
+    rows = []
+    for place, parent in enumerate(plan.recipe.parents):
+        shares = [(proof, proof.parents.index(place)) for proof in proofs if place in proof.parents]
+        squares = [proof.products[i, i] for proof, i in shares]
+        with_child = math.fsum(proof.products[i, -1] for proof, i in shares)
+        child = _root_sum(proof.child_norm for proof in proofs)
+        whole = math.sqrt(max(0.0, math.fsum(squares)))
+        kept = math.sqrt(
+            math.fsum(square * proof.kept[i] ** 2 for square, (proof, i) in zip(squares, shares, strict=True))
+        )
+        rows.append(
+            {
+                "digest": parent.digest,
+                "weight": parent.weight,
+                "modules": len(shares),
+                "norm": _short(whole),
+                "share": _short(relative(whole, norm)),
+                # the child stands at coefficient -1 in the stack, hence the sign
+                "cosine": _short(-with_child / (whole * child)) if whole * child > 0 else 0.0,
+                "retention": _short(kept / whole) if whole > 0 else 1.0,
+            }
+        )
+    return rows
+
+
+def _pairs(plan: MergePlan, proofs: Sequence[Proof]) -> list[dict[str, Any]]:
+    """How parents meet: cosine over all their modules, overlap of spaces averaged over the shared ones."""
+    rows = []
+    signs = [math.copysign(1, parent.weight) for parent in plan.recipe.parents]
+    for first, second in combinations(range(len(signs)), 2):
+        shared = [p for p in proofs if first in p.parents and second in p.parents]
+        if not shared:
+            continue
+        rows.append(
+            {
+                "first": first,
+                "second": second,
+                "shared_modules": len(shared),
+                "cosine": _short(_cosine(first, second, proofs) * signs[first] * signs[second]),
+                "row_overlap": _short(_mean_overlap(first, second, [p.rows for p in shared])),
+                "column_overlap": _short(_mean_overlap(first, second, [p.columns for p in shared])),
+            }
+        )
+    return rows
+
+
+def _cosine(first: int, second: int, proofs: Sequence[Proof]) -> float:
+    """Of the weighted deltas, over all modules."""
+    product, squares = 0.0, [0.0, 0.0]
+    for proof in proofs:
+        places = [proof.parents.index(parent) if parent in proof.parents else None for parent in (first, second)]
+        for side, place in enumerate(places):
+            if place is not None:
+                squares[side] += proof.products[place, place]
+        if places[0] is not None and places[1] is not None:
+            product += proof.products[places[0], places[1]]
+    return product / math.sqrt(squares[0] * squares[1]) if squares[0] * squares[1] > 0 else 0.0
+
+
+def _mean_overlap(first: int, second: int, overlaps: Sequence[tuple[tuple[int, int, float], ...]]) -> float:
+    found = [value for rows in overlaps for i, j, value in rows if (i, j) == (first, second)]
+    return math.fsum(found) / len(found)
+
+
+def _spectrum(plan: MergePlan, proofs: Sequence[Proof]) -> dict[str, Any]:
+    """Energy of the exact sum that the best adapter of a uniform rank can hold, over all modules."""
+    width = max(len(proof.sigma) for proof in proofs)
+    energy = np.zeros(width)
+    for proof in proofs:
+        energy[: len(proof.sigma)] += proof.sigma**2
+    total = float(energy.sum())
+    held = np.cumsum(energy) / total if total > 0 else np.ones(width)
+    return {
+        "energy_at_rank": _short(float(held[min(plan.recipe.rank, width) - 1])),
+        "rank_for": {f"{share:g}": int(np.searchsorted(held, share * (1 - 1e-12)) + 1) for share in ENERGY_SHARES},
+        "stable_rank": _short(float(np.median([_stable_rank(proof.sigma) for proof in proofs]))),
+    }
+
+
+def _stable_rank(sigma: Array) -> float:
+    return float(np.sum(sigma**2) / sigma[0] ** 2) if sigma[0] > 0 else 0.0
+
+
+def _root_sum(norms: Iterable[float]) -> float:
+    return math.sqrt(math.fsum(norm**2 for norm in norms))
+
+
+def _short(value: float) -> float:
+    """Six digits: more would be noise, and receipts are stored with every merge."""
+    return float(f"{value:.6g}")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
