@@ -20,6 +20,8 @@ from ..ports import Parent
 
 #: MLflow's limit is 5,000 characters on PostgreSQL; on SQLite it is not enforced.
 DESCRIPTION_LIMIT = 4800
+#: Numbers of a receipt that are shown beside the metrics of the caller.
+HEADLINE = ("loss", "predicted_loss", "loss_bound", "norm_ratio")
 LOADER = "adapterctl.mlflow_flavor"
 
 _NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9_\-. /]+")
@@ -129,11 +131,9 @@ def mlmodel(spec: NewVersion, *, version_id: str, run_id: str, model_id: str, cr
 
 
 def figures(spec: NewVersion) -> dict[str, float]:
-    """The headline metrics of a version: the caller's own, and the numbers that a receipt opens with."""
+    """The headline metrics of a version: the caller's own, and the loss that a receipt promises and measures."""
     receipt = {
-        f"receipt/{key}": float(value)
-        for key, value in (spec.receipt or {}).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        f"receipt/{key}": spec.receipt[key] for key in HEADLINE if spec.receipt and spec.receipt.get(key) is not None
     }
     return {mlflow_key(key): float(value) for key, value in {**spec.metrics, **receipt}.items()}
 

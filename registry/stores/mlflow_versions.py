@@ -4,97 +4,57 @@ A version is a model version whose source is a LoggedModel; the LoggedModel hold
 run holds parameters, parents and artifacts. Nothing here is atomic across those, so `place` writes in an order that
 never shows a half version: run, LoggedModel, files, links, and the model version last. Everything is found by tag
 before it is created, so a killed attempt is continued, not repeated.
-
-MLflow is used through a client of our own, never through its fluent functions: those share one global state with the
-caller's program and would, for instance, make the merged model an input of the caller's active run.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import Lock
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 from ..crashpoints import reached
 from ..domain.digest import json_digest
-from ..domain.errors import Corrupt, Misconfigured, NotFound, Refused, Unavailable
+from ..domain.errors import Corrupt, NotFound, Refused
 from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion, Base, FileRecord, NewVersion, Placement
 from ..ports import Parent
 from ..wire import from_json, to_builtins, to_json
 from .artifacts import list_files, local_folder, move_into_place
-from .mlflow_pages import describe, figures, lineage_page, lineage_record, mlflow_key, mlmodel, outputs_page
-from .mlflow_server import ENVIRONMENT, artifact_root, embedded_uri
-
-for _name, _value in ENVIRONMENT.items():  # read by MLflow while it is imported
-    os.environ.setdefault(_name, _value)
-
-import mlflow  # noqa: E402
-from mlflow.entities import (  # noqa: E402
-    Dataset,
-    DatasetInput,
-    InputTag,
-    LoggedModel,
-    LoggedModelInput,
-    LoggedModelOutput,
-    Metric,
-    Param,
-    Run,
-    RunTag,
+from .mlflow_access import (
+    ADAPTER_ID,
+    EXISTS,
+    KEY,
+    KIND,
+    MISSING,
+    PARENT_RUN,
+    VERSION_ID,
+    Mlflow,
+    dataset_input,
+    in_our_words,
+    missing_is_fine,
 )
-from mlflow.entities.model_registry import ModelVersion  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
+from .mlflow_pages import describe, figures, lineage_page, lineage_record, mlflow_key, mlmodel
+from .mlflow_reports import log_report
 
-EXPERIMENT = "adapters"
-REGISTRY_ID = "adapterctl.registry_id"
-ADAPTER_ID = "adapterctl.adapter_id"
-VERSION_ID = "adapterctl.version_id"
-KEY = "adapterctl.key"
-KIND = "adapterctl.kind"
-REPORT = "adapterctl.report"
+# isort: split
+# after mlflow_access, which sets what MLflow reads while it is imported
+from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run, RunTag
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
 PARENT = "adapterctl.parent"
 MERGE_WEIGHT = "merge_weight"
 TRAINED_FROM = "trained_from"
 MANIFEST = "manifest.json"
-
 _NOTE = "mlflow.note.content"
-_PARENT_RUN = "mlflow.parentRunId"
-_MISSING = "RESOURCE_DOES_NOT_EXIST"
-_EXISTS = "RESOURCE_ALREADY_EXISTS"
 #: Two writers of one alias: MLflow wraps the integrity error of the loser in this code, as if the request were wrong.
 _RACE = "BAD_REQUEST"
 _RACE_TRIES = 8
-#: `log_inputs` takes no longer dataset digest; the whole one stands in a tag.
-_DATASET_DIGEST = 32
-
-P = ParamSpec("P")
-T = TypeVar("T")
-_global_uri = Lock()
-
-
-def _in_our_words(method: Callable[P, T]) -> Callable[P, T]:
-    """Let MLflow's and the disk's errors leave as `Unavailable`."""
-
-    @functools.wraps(method)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return method(*args, **kwargs)
-        except MlflowException as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise Unavailable(f"MLflow refused: {reason}", hint="run `adapterctl doctor`") from error
-        except OSError as error:
-            raise Unavailable(f"files of a version: {error}", hint="check the disk and its rights") from error
-
-    return call
 
 
 class MlflowVersions:
@@ -107,25 +67,21 @@ class MlflowVersions:
     """
 
     def __init__(self, tracking_uri: str | None, home: Path, registry_id: str) -> None:
-        self._uri = tracking_uri or embedded_uri(home)
-        self._home = home
-        self._registry_id = registry_id
-        self._remote = self._uri.startswith(("http://", "https://"))
-        self._client = mlflow.MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
-        self._experiment: str | None = None
+        self._mlflow = Mlflow(tracking_uri, home, registry_id)
+        self._client = self._mlflow.client
 
-    @_in_our_words
+    @in_our_words
     def check_identity(self) -> None:
         """Raise `Misconfigured` where MLflow belongs to another ledger. Writes nothing."""
-        self._find_experiment()
+        self._mlflow.find_experiment()
 
-    @_in_our_words
+    @in_our_words
     def ensure_adapter(self, name: str, adapter_id: str, base: Base) -> None:
-        self._experiment_id()  # an MLflow of another registry is refused before anything is written
+        _ = self._mlflow.experiment_id  # an MLflow of another registry is refused before anything is written
         try:
             model = self._client.get_registered_model(name)
         except MlflowException as error:
-            if error.error_code != _MISSING:
+            if error.error_code != MISSING:
                 raise
             model = self._create_adapter(name, adapter_id, base)
         if model.tags.get(ADAPTER_ID) != adapter_id:
@@ -134,7 +90,7 @@ class MlflowVersions:
                 hint="choose another name, or rename the model in MLflow; `adapterctl doctor` lists such models",
             )
 
-    @_in_our_words
+    @in_our_words
     def place(
         self,
         spec: NewVersion,
@@ -148,7 +104,7 @@ class MlflowVersions:
         """Write one version, or what is missing of it after a kill; see the head of this file for the order."""
         found = self._version_by_key(spec.adapter, key)
         if found is not None:
-            files = from_json(self._run_artifact(found.run_id, MANIFEST), tuple[FileRecord, ...])
+            files = from_json(self._mlflow.read_file(found.run_id, MANIFEST), tuple[FileRecord, ...])
         else:
             run = self._run_by_key(adapter_id, key) or self._create_run(spec, adapter_id, version_id, key)
             reached("register.run")
@@ -172,7 +128,7 @@ class MlflowVersions:
         location = version.placement.location
         local = local_folder(location)
         if local is None:
-            with self._download(location) as folder:
+            with self._mlflow.download(location) as folder:
                 yield folder
             return
         if not local.is_dir():
@@ -184,19 +140,19 @@ class MlflowVersions:
 
     @contextmanager
     def source_folder(self, kind: Literal["run", "model"], location: str) -> Iterator[Path]:
-        with self._download(self._source_uri(kind, location)) as folder:
+        with self._mlflow.download(self._mlflow.artifact_uri(kind, location)) as folder:
             yield folder
 
-    @_in_our_words
+    @in_our_words
     def alias(self, name: str, alias: str) -> int | None:
         try:
             return int(self._client.get_model_version_by_alias(name, alias).version)
         except MlflowException as error:
-            if error.error_code in (_MISSING, "INVALID_PARAMETER_VALUE"):  # the latter where only the alias is missing
+            if error.error_code in (MISSING, "INVALID_PARAMETER_VALUE"):  # the latter where only the alias is missing
                 return None
             raise
 
-    @_in_our_words
+    @in_our_words
     def project_stage(self, name: str, stage: str, *, number: int | None, legacy: Mapping[int, str]) -> None:
         for each, legacy_stage in sorted(legacy.items()):
             self._set_legacy_stage(name, each, legacy_stage)
@@ -205,38 +161,21 @@ class MlflowVersions:
             return
         self._set_alias(name, stage, number)
 
-    @_in_our_words
+    @in_our_words
     def log_metrics(self, version: AdapterVersion, metrics: Mapping[str, float]) -> None:
         now = _now()
         model_id = version.placement.model_id
         values = [Metric(mlflow_key(key), float(value), now, 0, model_id=model_id) for key, value in metrics.items()]
         self._client.log_batch(version.placement.run_id, metrics=values)
 
-    @_in_our_words
+    @in_our_words
     def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None:
-        """A nested run of the version's source run; the figures also on the source run, where Compare reads them."""
-        run = self._report_run(version, report, dataset_digest)
-        at = run.info.start_time
-        model_id = version.placement.model_id
-        dataset = {"dataset_name": report.suite, "dataset_digest": dataset_digest[:_DATASET_DIGEST]}
-        values = {
-            mlflow_key(f"{report.suite}/{task.task}/{key}"): float(value)
-            for task in report.tasks
-            for key, value in task.metrics.items()
-        }
-        self._client.log_inputs(run.info.run_id, datasets=[_dataset(report.suite, dataset_digest, "evaluation")])
-        self._add_model_inputs(run, [model_id])
-        self._log_files(run.info.run_id, _report_files(version, report))
-        self._client.log_batch(
-            run.info.run_id, metrics=[Metric(k, v, at, 0, model_id=model_id, **dataset) for k, v in values.items()]
-        )
-        self._client.log_batch(version.placement.run_id, metrics=[Metric(k, v, at, 0) for k, v in values.items()])
-        self._finish_run(run)
+        log_report(self._mlflow, version, report, dataset_digest=dataset_digest)
 
-    @_in_our_words
+    @in_our_words
     def remove(self, version: AdapterVersion) -> None:
         placement = version.placement
-        with _missing_is_fine():
+        with missing_is_fine():
             model_version = self._client.get_model_version(version.name, str(placement.number))
             if model_version.tags.get(VERSION_ID) != version.id:
                 raise Refused(
@@ -244,46 +183,14 @@ class MlflowVersions:
                     hint="run `adapterctl doctor`",
                 )
             self._client.delete_model_version(version.name, str(placement.number))
-        with _missing_is_fine():
+        with missing_is_fine():
             self._client.delete_logged_model(placement.model_id)
         if (local := local_folder(placement.location)) is not None:
             shutil.rmtree(local, ignore_errors=not local.exists())
-        for run in self._search_runs(f"tags.`{_PARENT_RUN}` = '{placement.run_id}'"):
+        for run in self._mlflow.runs(f"tags.`{PARENT_RUN}` = '{placement.run_id}'"):
             self._client.delete_run(run.info.run_id)
-        with _missing_is_fine():
+        with missing_is_fine():
             self._client.delete_run(placement.run_id)
-
-    # the registry that MLflow belongs to
-
-    def _experiment_id(self) -> str:
-        if self._experiment is None:
-            self._experiment = self._find_experiment() or self._create_experiment()
-        return self._experiment
-
-    def _find_experiment(self) -> str | None:
-        experiment = self._client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            return None
-        if experiment.lifecycle_stage != "active":
-            raise Misconfigured(f"MLflow's experiment {EXPERIMENT!r} was deleted", hint="restore it in MLflow")
-        owner = experiment.tags.get(REGISTRY_ID)
-        if owner != self._registry_id:
-            raise Misconfigured(
-                f"MLflow's experiment {EXPERIMENT!r} belongs to registry {owner}, the ledger is {self._registry_id}",
-                hint=f"{self._uri} was made with another home; use that one",
-            )
-        return str(experiment.experiment_id)
-
-    def _create_experiment(self) -> str:
-        # without a location of its own, MLflow would write to ./mlruns of whoever runs the command
-        location = None if self._remote else artifact_root(self._home)
-        try:
-            return str(self._client.create_experiment(EXPERIMENT, location, tags={REGISTRY_ID: self._registry_id}))
-        except MlflowException as error:
-            found = self._find_experiment() if error.error_code == _EXISTS else None
-            if found is None:
-                raise
-            return found
 
     def _create_adapter(self, name: str, adapter_id: str, base: Base) -> Any:
         try:
@@ -293,7 +200,7 @@ class MlflowVersions:
                 description=f"LoRA adapters on {base.name}, kept by adapterctl.",
             )
         except MlflowException as error:
-            if error.error_code != _EXISTS:  # another process was first
+            if error.error_code != EXISTS:  # another process was first
                 raise
             return self._client.get_registered_model(name)
 
@@ -304,21 +211,21 @@ class MlflowVersions:
         return found[0] if found else None
 
     def _run_by_key(self, adapter_id: str, key: str) -> Run | None:
-        return self._find_run(f"tags.`{KEY}` = '{key}' and tags.`{ADAPTER_ID}` = '{adapter_id}'")
+        return self._mlflow.find_run(f"tags.`{KEY}` = '{key}' and tags.`{ADAPTER_ID}` = '{adapter_id}'")
 
     def _create_run(self, spec: NewVersion, adapter_id: str, version_id: str, key: str) -> Run:
         tags = {KIND: spec.kind, KEY: key, ADAPTER_ID: adapter_id, VERSION_ID: version_id}
-        return self._client.create_run(self._experiment_id(), tags=tags, run_name=f"{spec.kind} {spec.adapter}")
+        return self._client.create_run(self._mlflow.experiment_id, tags=tags, run_name=f"{spec.kind} {spec.adapter}")
 
     def _model_of(self, run: Run) -> LoggedModel | None:
         found = self._client.search_logged_models(
-            [self._experiment_id()], f"source_run_id = '{run.info.run_id}'", max_results=1
+            [self._mlflow.experiment_id], f"source_run_id = '{run.info.run_id}'", max_results=1
         )
         return found[0] if found else None
 
     def _create_model(self, spec: NewVersion, run: Run) -> LoggedModel:
         return self._client.create_logged_model(
-            self._experiment_id(),
+            self._mlflow.experiment_id,
             name=spec.adapter.replace(".", "_"),  # MLflow takes no dot here
             source_run_id=run.info.run_id,
             tags={VERSION_ID: run.data.tags[VERSION_ID], "content_digest": spec.content_digest},
@@ -363,11 +270,11 @@ class MlflowVersions:
             tags=[RunTag(_NOTE, note), *(RunTag(f"tag.{mlflow_key(k)}", v[:5000]) for k, v in spec.tags.items())],
         )
         self._client.set_logged_model_tags(model.model_id, {_NOTE: note})
-        self._log_files(run_id, self._source_files(spec, run, model, parents, files))
+        self._mlflow.write_files(run_id, self._source_files(spec, run, model, parents, files))
         if spec.dataset:
             digest = json_digest(spec.dataset)  # of its name: that is all we were told
-            self._client.log_inputs(run_id, datasets=[_dataset(spec.dataset, digest, "training")])
-        self._add_model_inputs(run, [p.version.placement.model_id for p in parents])
+            self._client.log_inputs(run_id, datasets=[dataset_input(spec.dataset, digest, context="training")])
+        self._mlflow.link_inputs(run, [p.version.placement.model_id for p in parents])
         if model.model_id not in {output.model_id for output in _outputs(run)}:
             self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
 
@@ -380,7 +287,7 @@ class MlflowVersions:
         files: tuple[FileRecord, ...],
     ) -> dict[str, str]:
         version_id = run.data.tags[VERSION_ID]
-        page = lineage_page(spec, parents, experiment_id=self._experiment_id(), model_id=model.model_id)
+        page = lineage_page(spec, parents, experiment_id=self._mlflow.experiment_id, model_id=model.model_id)
         texts = {
             MANIFEST: to_json(files),
             "lineage/lineage.md": page,
@@ -400,7 +307,7 @@ class MlflowVersions:
             KEY: run.data.tags[KEY],
             **{f"{PARENT}.{position}": p.version.label for position, p in enumerate(parents)},
         }
-        with self._as_global_uri():
+        with self._mlflow.as_global_uri():
             return self._client.create_model_version(
                 spec.adapter,
                 source=f"models:/{model.model_id}",
@@ -424,34 +331,13 @@ class MlflowVersions:
         if values:
             self._client.log_batch(run.info.run_id, metrics=values)
         self._client.update_run(run.info.run_id, name=f"{spec.kind} {spec.adapter}:v{version.version}")
-        self._finish_run(run)
-
-    # evaluations
-
-    def _report_run(self, version: AdapterVersion, report: EvalReport, dataset_digest: str) -> Run:
-        found = self._find_run(f"tags.`{REPORT}` = '{report.key}' and tags.`{VERSION_ID}` = '{version.id}'")
-        if found is not None:
-            return found
-        tags = {
-            KIND: "eval",
-            REPORT: report.key,
-            VERSION_ID: version.id,
-            "adapterctl.dataset_digest": dataset_digest,
-            "adapterctl.suite_digest": report.suite_digest,
-            _PARENT_RUN: version.placement.run_id,
-        }
-        run = self._client.create_run(
-            self._experiment_id(), tags=tags, run_name=f"eval {version.label} on {report.suite}"
-        )
-        params = {"suite": report.suite, "limit": report.limit, **report.engine}
-        self._client.log_batch(run.info.run_id, params=[Param(mlflow_key(k), str(v)[:5000]) for k, v in params.items()])
-        return run
+        self._mlflow.finish_run(run)
 
     # stages
 
     def _set_legacy_stage(self, name: str, number: int, stage: str) -> None:
         exclusive = stage in ("Production", "Staging")
-        with warnings.catch_warnings(), _missing_is_fine():
+        with warnings.catch_warnings(), missing_is_fine():
             warnings.simplefilter("ignore", FutureWarning)  # stages are deprecated; some code still reads them
             self._client.transition_model_version_stage(name, str(number), stage, archive_existing_versions=exclusive)
 
@@ -461,94 +347,11 @@ class MlflowVersions:
                 self._client.set_registered_model_alias(name, alias, str(number))
                 return
             except MlflowException as error:
-                if error.error_code == _MISSING:
+                if error.error_code == MISSING:
                     raise NotFound(f"MLflow has no {name}:v{number}", hint="run `adapterctl doctor`") from error
                 if error.error_code != _RACE or attempt == _RACE_TRIES:
                     raise
                 time.sleep(0.02 * attempt)
-
-    # how we talk to MLflow
-
-    def _search_runs(self, condition: str) -> list[Run]:
-        return list(self._client.search_runs([self._experiment_id()], condition, order_by=["start_time ASC"]))
-
-    def _find_run(self, condition: str) -> Run | None:
-        found = self._search_runs(condition)
-        # read it again: a run in the answer of a search lacks its model inputs
-        return self._client.get_run(found[0].info.run_id) if found else None
-
-    def _add_model_inputs(self, run: Run, model_ids: Sequence[str]) -> None:
-        """Link inputs that are not linked yet: MLflow refuses the same link twice."""
-        known = {each.model_id for each in (run.inputs.model_inputs if run.inputs else None) or ()}
-        missing = [LoggedModelInput(each) for each in dict.fromkeys(model_ids) if each not in known]
-        if missing:
-            self._client.log_inputs(run.info.run_id, models=missing)
-
-    def _finish_run(self, run: Run) -> None:
-        if run.info.status != "FINISHED":
-            self._client.set_terminated(run.info.run_id, "FINISHED")
-
-    def _log_files(self, run_id: str, texts: Mapping[str, str]) -> None:
-        with TemporaryDirectory(prefix="adapterctl-") as folder:
-            for name, text in texts.items():
-                path = Path(folder, name)
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-            self._client.log_artifacts(run_id, folder)
-
-    def _run_artifact(self, run_id: str, name: str) -> bytes:
-        with TemporaryDirectory(prefix="adapterctl-") as folder:
-            return Path(self._client.download_artifacts(run_id, name, folder)).read_bytes()
-
-    def _source_uri(self, kind: Literal["run", "model"], location: str) -> str:
-        """The artifact location behind `runs:/` or `models:/`."""
-        try:
-            if kind == "run":
-                run_id, _, path = location.partition("/")
-                return f"{self._client.get_run(run_id).info.artifact_uri}/{path}"
-            name, at, alias = location.partition("@")
-            name, slash, number = (name, at, "") if at else location.partition("/")
-            if not slash:
-                return str(self._client.get_logged_model(name).artifact_location)
-            if at:
-                number = self._client.get_model_version_by_alias(name, alias).version
-            return str(self._client.get_model_version_download_uri(name, number))
-        except MlflowException as error:
-            raise NotFound(f"MLflow has no {kind} {location!r}", hint=f"looked at {self._uri}") from error
-
-    @contextmanager
-    def _download(self, uri: str) -> Iterator[Path]:
-        with TemporaryDirectory(prefix="adapterctl-") as folder:
-            yield self._download_to(uri, folder)
-
-    @_in_our_words
-    def _download_to(self, uri: str, folder: str) -> Path:
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=self._uri))
-
-    @contextmanager
-    def _as_global_uri(self) -> Iterator[None]:
-        """MLflow's SQL store looks up the LoggedModel of a new version through the global tracking URI, whatever the
-        client's own is; so that is ours for a moment, and what it was afterwards.
-        """
-        if self._remote:
-            yield
-            return
-        with _global_uri:
-            before = mlflow.get_tracking_uri() if mlflow.tracking.is_tracking_uri_set() else None
-            mlflow.set_tracking_uri(self._uri)
-            try:
-                yield
-            finally:
-                mlflow.set_tracking_uri(before)
-
-
-@contextmanager
-def _missing_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code != _MISSING:
-            raise
 
 
 def _params(spec: NewVersion) -> dict[str, str]:
@@ -575,25 +378,6 @@ def _parent_params(parents: Sequence[Parent]) -> dict[str, str]:
     weights = [parent.weight for parent in parents if parent.weight is not None]
     names = {"parents": ", ".join(parent.version.label for parent in parents)[:5000]}
     return names | ({"weights": ", ".join(f"{weight:g}" for weight in weights)[:5000]} if weights else {})
-
-
-def _dataset(name: str, digest: str, context: str) -> DatasetInput:
-    source = {"url": name} if name.startswith(("http://", "https://")) else {"uri": name}
-    dataset = Dataset(
-        name=name[:500],
-        digest=digest[:_DATASET_DIGEST],
-        source_type="http" if "url" in source else "local",
-        source=json.dumps(source),
-    )
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-
-
-def _report_files(version: AdapterVersion, report: EvalReport) -> dict[str, str]:
-    texts = {"report.json": to_json(report)}
-    if report.outputs:
-        texts["outputs.json"] = json.dumps(to_builtins(report.outputs), indent=2, ensure_ascii=False)
-        texts["outputs.md"] = outputs_page(f"{version.label} on {report.suite}", report.outputs)
-    return texts
 
 
 def _outputs(run: Run) -> Sequence[LoggedModelOutput]:

@@ -416,8 +416,8 @@ def test_a_report_is_a_nested_run_with_dataset_and_metrics_on_the_model(client, 
     model = client.get_logged_model(version.placement.model_id)
     measured = [m for m in model.metrics if m.run_id == run.info.run_id]
     assert sorted((m.key, m.value, m.dataset_name) for m in measured) == [
-        ("translate/fr-en/chrf_none", 40.0, "translate"),
-        ("translate/fr-en/nll", 2.25, "translate"),
+        ("fr-en/chrf_none", 40.0, "translate"),
+        ("fr-en/nll", 2.25, "translate"),
     ]
 
 
@@ -426,14 +426,14 @@ def test_figures_of_a_report_stand_on_the_source_run_where_compare_reads_them(cl
 
     metrics = client.get_run(family["translate-chat"].placement.run_id).data.metrics
 
-    assert metrics["translate/fr-en/nll"] == 2.25
+    assert metrics["fr-en/nll"] == 2.25
 
 
 def test_models_can_be_searched_by_a_metric_of_a_report(client, store, family, report):
     store.log_report(family["translate-chat"], report, dataset_digest="e" * 64)
     experiment = client.get_experiment_by_name("adapters").experiment_id
 
-    found = client.search_logged_models([experiment], "metrics.`translate/fr-en/nll` < 3")
+    found = client.search_logged_models([experiment], "metrics.`fr-en/nll` < 3")
 
     assert [model.model_id for model in found] == [family["translate-chat"].placement.model_id]
 

@@ -1,0 +1,204 @@
+"""One MLflow and the part of it that is ours: connection, identity, and the few questions that everything else asks.
+
+MLflow is used through a client of our own, never through its fluent functions: those share one global state with the
+caller's program and would, for instance, make a merged model an input of the caller's active run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+from typing import Literal, ParamSpec, TypeVar
+
+from ..domain.errors import Misconfigured, NotFound, Unavailable
+from .mlflow_server import ENVIRONMENT, artifact_root, embedded_uri
+
+for _name, _value in ENVIRONMENT.items():  # read by MLflow while it is imported
+    os.environ.setdefault(_name, _value)
+
+import mlflow  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Run  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+
+EXPERIMENT = "adapters"
+REGISTRY_ID = "adapterctl.registry_id"
+ADAPTER_ID = "adapterctl.adapter_id"
+VERSION_ID = "adapterctl.version_id"
+KEY = "adapterctl.key"
+KIND = "adapterctl.kind"
+PARENT_RUN = "mlflow.parentRunId"
+#: MLflow takes no longer digest of a dataset.
+DATASET_DIGEST = 32
+MISSING = "RESOURCE_DOES_NOT_EXIST"
+EXISTS = "RESOURCE_ALREADY_EXISTS"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_global_uri = Lock()
+
+
+def in_our_words(method: Callable[P, T]) -> Callable[P, T]:
+    """Let MLflow's and the disk's errors leave as `Unavailable`."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except MlflowException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise Unavailable(f"MLflow refused: {reason}", hint="run `adapterctl doctor`") from error
+        except OSError as error:
+            raise Unavailable(f"files of a version: {error}", hint="check the disk and its rights") from error
+
+    return call
+
+
+@contextmanager
+def missing_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != MISSING:
+            raise
+
+
+def dataset_input(name: str, digest: str, *, context: str) -> DatasetInput:
+    """A dataset as MLflow shows it with a run; an address on the web becomes a link there."""
+    on_the_web = name.startswith(("http://", "https://"))
+    dataset = Dataset(
+        name=name[:500],
+        digest=digest[:DATASET_DIGEST],
+        source_type="http" if on_the_web else "local",
+        source=json.dumps({"url" if on_the_web else "uri": name}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+class Mlflow:
+    """The experiment `adapters` of one MLflow, which carries the id of the ledger that it belongs to."""
+
+    def __init__(self, tracking_uri: str | None, home: Path, registry_id: str) -> None:
+        self.uri = tracking_uri or embedded_uri(home)
+        self.client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        self._home = home
+        self._registry_id = registry_id
+        self._remote = self.uri.startswith(("http://", "https://"))
+        self._experiment: str | None = None
+
+    @property
+    def experiment_id(self) -> str:
+        """Made when it is first needed."""
+        if self._experiment is None:
+            self._experiment = self.find_experiment() or self._create_experiment()
+        return self._experiment
+
+    def find_experiment(self) -> str | None:
+        """Raise `Misconfigured` where the experiment belongs to another registry. Writes nothing."""
+        experiment = self.client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            return None
+        if experiment.lifecycle_stage != "active":
+            raise Misconfigured(f"MLflow's experiment {EXPERIMENT!r} was deleted", hint="restore it in MLflow")
+        owner = experiment.tags.get(REGISTRY_ID)
+        if owner != self._registry_id:
+            raise Misconfigured(
+                f"MLflow's experiment {EXPERIMENT!r} belongs to registry {owner}, the ledger is {self._registry_id}",
+                hint=f"{self.uri} was made with another home; use that one",
+            )
+        return str(experiment.experiment_id)
+
+    def _create_experiment(self) -> str:
+        # without a location of its own, MLflow would write to ./mlruns of whoever runs the command
+        location = None if self._remote else artifact_root(self._home)
+        try:
+            return str(self.client.create_experiment(EXPERIMENT, location, tags={REGISTRY_ID: self._registry_id}))
+        except MlflowException as error:
+            found = self.find_experiment() if error.error_code == EXISTS else None
+            if found is None:
+                raise
+            return found
+
+    # runs
+
+    def runs(self, condition: str) -> list[Run]:
+        """Oldest first. A run in the answer of a search lacks its model inputs."""
+        return list(self.client.search_runs([self.experiment_id], condition, order_by=["start_time ASC"]))
+
+    def find_run(self, condition: str) -> Run | None:
+        found = self.runs(condition)
+        return self.client.get_run(found[0].info.run_id) if found else None
+
+    def link_inputs(self, run: Run, model_ids: Sequence[str]) -> None:
+        """Make LoggedModels inputs of a run that was just read; those that are linked already are left out."""
+        known = {each.model_id for each in (run.inputs.model_inputs if run.inputs else None) or ()}
+        missing = [LoggedModelInput(each) for each in dict.fromkeys(model_ids) if each not in known]
+        if missing:
+            self.client.log_inputs(run.info.run_id, models=missing)
+
+    def finish_run(self, run: Run) -> None:
+        if run.info.status != "FINISHED":
+            self.client.set_terminated(run.info.run_id, "FINISHED")
+
+    # files
+
+    def write_files(self, run_id: str, texts: Mapping[str, str]) -> None:
+        """Store texts as artifacts of a run, by path; a file that is there is replaced."""
+        with TemporaryDirectory(prefix="adapterctl-") as folder:
+            for name, text in texts.items():
+                path = Path(folder, name)
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            self.client.log_artifacts(run_id, folder)
+
+    def read_file(self, run_id: str, name: str) -> bytes:
+        with TemporaryDirectory(prefix="adapterctl-") as folder:
+            return Path(self.client.download_artifacts(run_id, name, folder)).read_bytes()
+
+    @contextmanager
+    def download(self, uri: str) -> Iterator[Path]:
+        """The artifacts at a location, in a temporary folder."""
+        with TemporaryDirectory(prefix="adapterctl-") as folder:
+            yield self._download_to(uri, folder)
+
+    @in_our_words
+    def _download_to(self, uri: str, folder: str) -> Path:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=self.uri))
+
+    def artifact_uri(self, kind: Literal["run", "model"], location: str) -> str:
+        """The artifact location behind `runs:/` or `models:/`. Raises `NotFound`."""
+        try:
+            if kind == "run":
+                run_id, _, path = location.partition("/")
+                return f"{self.client.get_run(run_id).info.artifact_uri}/{path}"
+            name, at, alias = location.partition("@")
+            name, slash, number = (name, at, "") if at else location.partition("/")
+            if not slash:
+                return str(self.client.get_logged_model(name).artifact_location)
+            if at:
+                number = self.client.get_model_version_by_alias(name, alias).version
+            return str(self.client.get_model_version_download_uri(name, number))
+        except MlflowException as error:
+            raise NotFound(f"MLflow has no {kind} {location!r}", hint=f"looked at {self.uri}") from error
+
+    @contextmanager
+    def as_global_uri(self) -> Iterator[None]:
+        """Let MLflow's global tracking URI be ours for a moment, and what it was afterwards.
+
+        MLflow's SQL store looks up the LoggedModel of a new version through the global URI, whatever the client's own.
+        """
+        if self._remote:
+            yield
+            return
+        with _global_uri:
+            before = mlflow.get_tracking_uri() if mlflow.tracking.is_tracking_uri_set() else None
+            mlflow.set_tracking_uri(self.uri)
+            try:
+                yield
+            finally:
+                mlflow.set_tracking_uri(before)

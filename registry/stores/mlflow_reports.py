@@ -1,0 +1,64 @@
+"""Evaluations in MLflow: each a nested run of the version's source run, with its dataset, figures and outputs."""
+
+from __future__ import annotations
+
+import json
+
+from ..domain.evals import EvalReport
+from ..domain.version import AdapterVersion
+from ..wire import to_builtins, to_json
+from .mlflow_access import KIND, PARENT_RUN, VERSION_ID, Mlflow, dataset_input
+from .mlflow_pages import mlflow_key, outputs_page
+
+# isort: split
+# after mlflow_access, which sets what MLflow reads while it is imported
+from mlflow.entities import Metric, Param, Run
+
+REPORT = "adapterctl.report"
+
+
+def log_report(mlflow: Mlflow, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None:
+    """Log a report once; a second call completes what a killed one left out.
+
+    The figures stand on the evaluation's run, tied to the LoggedModel and the dataset, and again on the source run,
+    because that is the one whose figures MLflow's Compare page reads.
+    """
+    run = _run(mlflow, version, report, dataset_digest)
+    run_id, model_id, at = run.info.run_id, version.placement.model_id, run.info.start_time
+    dataset = dataset_input(report.suite, dataset_digest, context="evaluation")
+    name, digest = dataset.dataset.name, dataset.dataset.digest
+    figures = {mlflow_key(key): float(value) for key, value in report.metrics.items()}
+    mlflow.client.log_inputs(run_id, datasets=[dataset])
+    mlflow.link_inputs(run, [model_id])
+    mlflow.write_files(run_id, _files(version, report))
+    mlflow.client.log_batch(run_id, metrics=[Metric(k, v, at, 0, model_id, name, digest) for k, v in figures.items()])
+    mlflow.client.log_batch(version.placement.run_id, metrics=[Metric(k, v, at, 0) for k, v in figures.items()])
+    mlflow.finish_run(run)
+
+
+def _run(mlflow: Mlflow, version: AdapterVersion, report: EvalReport, dataset_digest: str) -> Run:
+    found = mlflow.find_run(f"tags.`{REPORT}` = '{report.key}' and tags.`{VERSION_ID}` = '{version.id}'")
+    if found is not None:
+        return found
+    tags = {
+        KIND: "eval",
+        REPORT: report.key,
+        VERSION_ID: version.id,
+        PARENT_RUN: version.placement.run_id,
+        "adapterctl.suite_digest": report.suite_digest,
+        "adapterctl.dataset_digest": dataset_digest,
+    }
+    name = f"eval {version.label} on {report.suite}"
+    run = mlflow.client.create_run(mlflow.experiment_id, tags=tags, run_name=name)
+    params = {"suite": report.suite, "limit": report.limit, **report.engine}
+    values = [Param(mlflow_key(key), str(value)[:5000]) for key, value in params.items()]
+    mlflow.client.log_batch(run.info.run_id, params=values)
+    return run
+
+
+def _files(version: AdapterVersion, report: EvalReport) -> dict[str, str]:
+    texts = {"report.json": to_json(report)}
+    if report.outputs:
+        texts["outputs.json"] = json.dumps(to_builtins(report.outputs), indent=2, ensure_ascii=False)
+        texts["outputs.md"] = outputs_page(f"{version.label} on {report.suite}", report.outputs)
+    return texts
