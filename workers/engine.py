@@ -245,7 +245,7 @@ def _bias(module: ModulePlan, readers: Sequence[TensorReader]) -> NDArray[np.flo
     total = np.zeros(module.b_shape[0])
     for part in module.parts:
         if part.bias is not None:
-            total += part.coefficient * readers[part.parent].read(part.bias)
+            total += part.coefficient * readers[part.parent].read(part.bias).astype(np.float64)
     return total
 
 
