@@ -173,6 +173,8 @@ def _add_unknown(entry: TensorEntry, findings: Findings) -> None:
         hint = "PEFT stored the base's own embedding: save with save_pretrained(..., save_embedding_layers=False)"
     elif "lora_magnitude_vector" in entry.key:
         hint = "this is DoRA; train or convert it as plain LoRA"
+    elif entry.key.endswith(".lora_velora_embed"):
+        hint = "this is VeLoRA's training state: remove these tensors from the file"
     findings.add("unknown_tensors", f"{entry.key} is not a tensor of LoRA", hint)
 
 
