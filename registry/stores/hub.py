@@ -1,12 +1,11 @@
 """An adapter from a Hugging Face repository, at a commit that cannot move.
 
 Only the three files that an adapter may have are fetched, into a private folder that is removed afterwards; no code of
-the repository is looked at. A branch or tag is resolved to its commit once, and that commit is what is downloaded.
+the repository is looked at. A revision is resolved to its commit once, and that commit is what is downloaded.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,8 +17,6 @@ from ..domain.errors import NotAllowed, NotFound, Unavailable
 from ..domain.refs import Source
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @contextmanager
@@ -48,10 +45,12 @@ def hub_folder(source: Source) -> Iterator[tuple[Path, Source]]:
     api = HfApi()
     with TemporaryDirectory(prefix="adapterctl-hub-") as folder:
         try:
-            commit = source.revision or ""
-            if not _COMMIT.fullmatch(commit):
-                commit = api.model_info(source.location, revision=source.revision).sha or ""
-            api.snapshot_download(source.location, revision=commit, allow_patterns=list(FILES), local_dir=folder)
+            # asked for a commit too: it answers at once where the hub cannot be reached, a download retries for long
+            info = api.model_info(source.location, revision=source.revision)
+            there = {file.rfilename for file in info.siblings or ()}
+            for name in FILES:
+                if name in there:
+                    api.hf_hub_download(source.location, name, revision=info.sha, local_dir=folder)
         except GatedRepoError as error:
             raise NotAllowed(
                 f"{source} is gated", hint="accept its terms on the hub and run `hf auth login`"
@@ -68,4 +67,4 @@ def hub_folder(source: Source) -> Iterator[tuple[Path, Source]]:
                 f"{source} cannot be fetched: {str(error).splitlines()[0]}",
                 hint="download the three files by other means and register their folder",
             ) from error
-        yield Path(folder), replace(source, revision=commit)
+        yield Path(folder), replace(source, revision=info.sha)
