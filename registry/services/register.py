@@ -25,9 +25,9 @@ from ..domain.adapter import AdapterFacts, carried_name, read_facts
 from ..domain.digest import json_digest
 from ..domain.errors import InvalidAdapter, InvalidInput, NotAllowed, NotFound, Problem, Unavailable
 from ..domain.header import open_plain_file, read_header, strict_json_object
+from ..domain.job import NewJob
 from ..domain.refs import Source, check_name, parse_source
 from ..domain.version import AdapterVersion, Base, Edge, EdgeKind, NewVersion
-from ..merging.tensors import measure
 from ..ports import Ledger, Parent, VersionStore
 from . import bases
 from .staging import stage_folder
@@ -77,6 +77,9 @@ def register(
 
     MLflow is opened only for what passed every check and is new. Raises `InvalidAdapter` with every problem found.
     """
+    # deferred: numpy is for those who read tensors
+    from ..merging.tensors import measure
+
     _check_words(registration)
     opened = _source_folder(parse_source(registration.source), open_versions, open_hub)
     with opened as (folder, source), stage_folder(home) as staged:
@@ -126,11 +129,13 @@ def publish(
     key: str,
     created_by: str,
     job: tuple[str, int] | None = None,
+    then: Callable[[str], Sequence[NewJob]] = lambda version_id: (),
 ) -> AdapterVersion:
     """Make a version of the files in `staged`, with its edges and the end of `job` (id, attempt) in one fenced write.
 
     The live version of the same identity is returned where there is one; `job` ends with it all the same. `key` names
-    that identity, so two processes with one key wait for each other, and a killed attempt is continued.
+    that identity, so two processes with one key wait for each other, and a killed attempt is continued. The jobs that
+    `then` gives for the version's id are queued in the write that ends `job`.
     """
     version, _ = _find_or_create(
         ledger,
@@ -142,6 +147,7 @@ def publish(
         key=key,
         created_by=created_by,
         job=job,
+        then=then,
     )
     return version
 
@@ -163,6 +169,7 @@ def _find_or_create(
     key: str,
     created_by: str,
     job: tuple[str, int] | None = None,
+    then: Callable[[str], Sequence[NewJob]] = lambda version_id: (),
 ) -> tuple[AdapterVersion, bool]:
     with ledger.exclusive(key):
         reached("register.locked")
@@ -188,7 +195,16 @@ def _find_or_create(
             Edge(version_id, position, parent.version.id, edge_kind, parent.weight, spec.recipe_digest)
             for position, parent in enumerate(parents)
         ]
-        version = ledger.add_version(version_id, adapter_id, spec, placement, edges, created_by=created_by, job=job)
+        version = ledger.add_version(
+            version_id,
+            adapter_id,
+            spec,
+            placement,
+            edges,
+            created_by=created_by,
+            job=job,
+            then=then(version_id) if job else (),
+        )
         return version, existing is None
 
 

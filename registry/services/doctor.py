@@ -1,0 +1,114 @@
+"""What is configured, reachable and out of step, and how to mend it. Reads only; one line a check."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..api import Check
+from ..domain.errors import AdapterctlError
+from ..domain.job import JobState
+from ..ports import Ledger, VersionStore
+from ..settings import Settings
+
+EVAL_PACKAGES = ("torch", "transformers", "peft", "lm_eval", "sacrebleu", "gguf")
+NETWORK_FILESYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p"})
+_LOW_SPACE_BYTES = 1 << 30
+
+
+def examine(settings: Settings, ledger: Ledger, open_versions: Callable[[], VersionStore]) -> list[Check]:
+    """Every check, in the order in which a fault would matter."""
+    return [
+        _home(settings.home),
+        _filesystem(settings.home),
+        _space(settings.home),
+        Check("ledger", "ok", f"registry {ledger.registry_id}, {len(ledger.versions())} versions"),
+        *_mlflow(ledger, open_versions),
+        *_jobs(ledger),
+        _evaluation(),
+    ]
+
+
+def filesystem_of(folder: Path, mounts: str) -> str:
+    """The type of the filesystem that holds `folder`, by the longest mount point in the text of /proc/mounts."""
+    best, kind = "", "unknown"
+    for line in mounts.splitlines():
+        fields = line.split()
+        point = fields[1].replace("\\040", " ")
+        if len(point) >= len(best) and (folder == Path(point) or Path(point) in folder.parents):
+            best, kind = point, fields[2]
+    return kind
+
+
+def _home(home: Path) -> Check:
+    if os.access(home, os.W_OK):
+        return Check("home", "ok", str(home))
+    return Check("home", "warning", f"{home} is read-only", "reads work; to write, use a home of your own (--home)")
+
+
+def _filesystem(home: Path) -> Check:
+    mounts = Path("/proc/mounts")
+    kind = filesystem_of(home.resolve(), mounts.read_text()) if mounts.exists() else "unknown"
+    if kind in NETWORK_FILESYSTEMS:
+        return Check(
+            "filesystem", "error", f"{home} is on {kind}", "SQLite loses writes there; move the home to a local disk"
+        )
+    return Check("filesystem", "ok", kind)
+
+
+def _space(home: Path) -> Check:
+    free = shutil.disk_usage(home).free
+    if free < _LOW_SPACE_BYTES:
+        return Check("space", "warning", f"{free >> 20} MB free", "merges need room for their output twice")
+    return Check("space", "ok", f"{free >> 30} GB free")
+
+
+def _mlflow(ledger: Ledger, open_versions: Callable[[], VersionStore]) -> Iterator[Check]:
+    try:
+        store = open_versions()
+    except AdapterctlError as error:
+        yield Check("mlflow", "error", error.message, error.hint)
+        return
+    yield Check("mlflow", "ok", f"mlflow {version('mlflow')}")
+    names = {ledger.adapter_id(name): name for name in ledger.adapter_names()}
+    for adapter_id, stages in ledger.stages().items():
+        name = names[adapter_id]
+        held = ledger.versions_by_id(list(stages.values()))
+        for stage, version_id in stages.items():
+            number, found = held[version_id].number, store.alias(name, stage)
+            if found != number:
+                there = f"v{found}" if found else "nothing"
+                yield Check(
+                    "stage",
+                    "error",
+                    f"{name}@{stage} is v{number} here, MLflow's alias points to {there}",
+                    f"`adapterctl promote {name}:v{number} --to {stage}` or `adapterctl adopt {name} --stage {stage}`",
+                )
+
+
+def _jobs(ledger: Ledger) -> Iterator[Check]:
+    failed = ledger.jobs(states=[JobState.FAILED])
+    waiting = ledger.jobs(states=[JobState.QUEUED, JobState.RUNNING])
+    if failed:
+        yield Check(
+            "jobs",
+            "warning",
+            f"{len(failed)} failed, the last: {failed[0].title}",
+            f"adapterctl jobs show {failed[0].id}",
+        )
+    else:
+        yield Check("jobs", "ok", f"{len(waiting)} queued or running")
+
+
+def _evaluation() -> Check:
+    missing = [name for name in EVAL_PACKAGES if find_spec(name) is None]
+    if missing:
+        return Check("evaluation", "warning", f"not installed: {', '.join(missing)}", "pip install 'adapterctl[eval]'")
+    try:
+        return Check("evaluation", "ok", f"torch {version('torch')}, lm_eval {version('lm_eval')}")
+    except PackageNotFoundError as error:
+        return Check("evaluation", "warning", f"{error.name} is installed without its metadata", "install it again")

@@ -1,0 +1,272 @@
+"""Every verb, in process: `RegistryAPI` over a ledger, MLflow and a doorbell.
+
+Holds no rule of its own: each verb resolves its references and calls one use case. MLflow is opened by the first verb
+that needs it, so that `ls`, `show`, `lineage` and `jobs` never import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from ..api import (
+    AdapterView,
+    Check,
+    DiffView,
+    Direction,
+    HistoryView,
+    LineageView,
+    MethodView,
+    PlanView,
+    Registered,
+    RetentionView,
+    StageEventView,
+    Submitted,
+    Verification,
+    VersionView,
+)
+from ..domain.job import Job, JobEvent
+from ..domain.recipe import MergeRequest
+from ..domain.refs import Ref, check_name
+from ..domain.version import Base
+from ..ports import Doorbell, Ledger, VersionStore
+from ..settings import Settings
+from ..wire import from_builtins
+from . import bases, diff, doctor, evaluate, merge, pull, register, schedule, select, trace, verify, views
+from .promote import Stages, check_stage
+from .promote import history as stage_history
+from .resolve import known_adapter, resolve
+from .retain import retention_view
+from .suites import add_suite, load_suite
+
+
+class LocalRegistry:
+    """The registry of this process. Made by `bootstrap.connect`; safe beside any number of other processes."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        bell: Doorbell,
+        *,
+        open_versions: Callable[[], VersionStore],
+        folders: merge.Folders,
+        open_hub: register.SourceFolder,
+        made_on_demand: Collection[str] = (),
+    ) -> None:
+        self.settings = settings
+        self.ledger = ledger
+        self.bell = bell
+        self.folders = folders
+        self.made_on_demand = made_on_demand
+        self._open_versions = open_versions
+        self._open_hub = open_hub
+        self._versions: VersionStore | None = None
+
+    @property
+    def version_store(self) -> VersionStore:
+        """MLflow, opened on first use."""
+        if self._versions is None:
+            self._versions = self._open_versions()
+        return self._versions
+
+    # register and read
+
+    def register(
+        self,
+        source: str,
+        *,
+        name: str,
+        base: str | None = None,
+        kind: Literal["import", "train"] = "import",
+        trained_from: Ref | None = None,
+        metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        dataset: str | None = None,
+        license: str | None = None,
+        suite: str | None = None,
+        assume_converted: bool = False,
+    ) -> Registered:
+        registration = register.Registration(
+            source=source,
+            name=name,
+            base=base,
+            kind=kind,
+            trained_from=resolve(self.ledger, trained_from) if trained_from else None,
+            metrics=metrics or {},
+            params=params or {},
+            tags=tags or {},
+            dataset=dataset,
+            license=license,
+            assume_converted=assume_converted,
+        )
+        loaded = load_suite(Path(suite)) if suite else None
+        registered = register.register(
+            self.ledger,
+            registration,
+            open_versions=lambda: self.version_store,
+            open_hub=self._open_hub,
+            home=self.settings.home,
+            created_by=self.settings.actor,
+        )
+        if loaded is not None:
+            add_suite(self.ledger, known_adapter(self.ledger, name), loaded)
+        return registered
+
+    def adapters(self) -> list[AdapterView]:
+        return views.adapter_views(self.ledger)
+
+    def versions(
+        self,
+        name: str | None = None,
+        *,
+        base: str | None = None,
+        tag: Mapping[str, str] | None = None,
+        stage: str | None = None,
+        metric: Sequence[str] = (),
+        removed: bool = False,
+    ) -> list[VersionView]:
+        if name is not None:
+            known_adapter(self.ledger, check_name(name))
+        found = views.version_views(self.ledger, self.ledger.versions(name, include_removed=removed))
+        return select.select(found, base=base, tag=tag, stage=stage, metric=metric)
+
+    def version(self, ref: Ref) -> VersionView:
+        return views.version_view(self.ledger, resolve(self.ledger, ref, removed=True))
+
+    def diff(self, first: Ref, second: Ref) -> DiffView:
+        return diff.diff(self.ledger, self.folders, resolve(self.ledger, first), resolve(self.ledger, second))
+
+    def pull(self, ref: Ref, folder: Path) -> VersionView:
+        self._check_stage(ref)
+        version = resolve(self.ledger, ref)
+        with self.folders(version) as stored:
+            pull.pull(version, stored, folder)
+        return views.version_view(self.ledger, version)
+
+    def bases(self) -> list[tuple[Base, tuple[str, ...]]]:
+        spellings: dict[str, list[str]] = {}
+        for spelling, base_id in self.ledger.base_aliases().items():
+            spellings.setdefault(base_id, []).append(spelling)
+        return [(base, tuple(sorted(spellings.get(base.id, ())))) for base in self.ledger.bases()]
+
+    def add_base(self, name: str, *, folder: Path | None = None, revision: str | None = None) -> Base:
+        return bases.add_base(self.ledger, name, folder=folder, revision=revision)
+
+    def alias_base(self, spelling: str, base: str) -> Base:
+        return bases.alias_base(self.ledger, spelling, base)
+
+    def merge_bases(self, keep: str, drop: str) -> Base:
+        return bases.merge_bases(self.ledger, keep, drop)
+
+    # merge
+
+    def methods(self) -> list[MethodView]:
+        return merge.method_views()
+
+    def plan(self, request: MergeRequest) -> PlanView:
+        self._check_stage(*(parent.ref for parent in request.parents))
+        return merge.plan_merge(self.ledger, self.folders, request)
+
+    def merge(self, request: MergeRequest) -> Submitted:
+        self._check_stage(*(parent.ref for parent in request.parents))
+        return merge.request_merge(self.ledger, self.bell, request, actor=self.settings.actor)
+
+    def verify(self, ref: Ref, *, rerun: bool = True) -> Verification:
+        version = resolve(self.ledger, ref)
+        findings = verify.check_files(self.folders, version)
+        if not rerun or version.spec.recipe_digest is None:
+            return verify.verification(version, findings, None)
+        job, _ = self.ledger.submit(verify.new_verification(version, actor=self.settings.actor))
+        self.bell.ring(job.id)
+        *_, ended = self.follow(job.id)
+        schedule.raise_for(ended)
+        return verify.verification(version, findings, from_builtins(ended.result, verify.Comparison))
+
+    def remove(self, ref: Ref, *, reason: str) -> VersionView:
+        version = resolve(self.ledger, ref, removed=True)
+        self.ledger.remove_version(version.id, actor=self.settings.actor, reason=reason)
+        # After the tombstone: a crash in between leaves files that nobody refers to, never a version without files.
+        self.version_store.remove(version)
+        return self.version(Ref(version.name, number=version.number))
+
+    # lineage
+
+    def lineage(self, ref: Ref, *, direction: Direction = "both", depth: int | None = None) -> LineageView:
+        return trace.lineage(self.ledger, ref, direction=direction, depth=depth)
+
+    # jobs
+
+    def jobs(self, *, state: str | None = None, kind: str | None = None, limit: int = 100) -> list[Job]:
+        return self.ledger.jobs(states=schedule.parse_states(state), kind=kind, limit=limit)
+
+    def job(self, job_id: str) -> Job:
+        return schedule.find_job(self.ledger, job_id)
+
+    def job_events(self, job_id: str, after: int = 0) -> list[JobEvent]:
+        return self.ledger.events(self.job(job_id).id, after)
+
+    def follow(self, job_id: str, *, timeout_s: float | None = None) -> Iterator[Job]:
+        return schedule.follow(self.ledger, self.bell, self.job(job_id).id, timeout_s=timeout_s)
+
+    def cancel(self, job_id: str) -> Job:
+        return self.ledger.request_cancel(self.job(job_id).id)
+
+    def retry(self, job_id: str) -> Job:
+        return schedule.retry(self.ledger, self.bell, self.job(job_id).id)
+
+    # evaluation
+
+    def evaluate(self, refs: Sequence[Ref], *, suites: Sequence[str], limit: int | None = None) -> Job:
+        return evaluate.request_evaluation(
+            self.ledger,
+            self.bell,
+            refs,
+            suites=suites,
+            limit=limit,
+            settings=self.settings,
+            made_on_demand=self.made_on_demand,
+        )
+
+    def set_suite(self, name: str, suite: str) -> None:
+        add_suite(self.ledger, known_adapter(self.ledger, check_name(name)), load_suite(Path(suite)))
+
+    def retention(self, ref: Ref) -> RetentionView:
+        return retention_view(self.ledger, resolve(self.ledger, ref))
+
+    # stages
+
+    def promote(self, ref: Ref, *, to: str, reason: str = "") -> StageEventView:
+        self._check_stage(ref)
+        return self._stages.promote(resolve(self.ledger, ref), stage=to, reason=reason)
+
+    def rollback(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
+        return self._stages.rollback(name, stage=stage, reason=reason)
+
+    def demote(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
+        return self._stages.demote(name, stage=stage, reason=reason)
+
+    def adopt(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
+        return self._stages.adopt(name, stage=stage, reason=reason)
+
+    def history(
+        self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
+    ) -> HistoryView:
+        return stage_history(self.ledger, name, stage=stage, verify=verify, head=head)
+
+    # the registry itself
+
+    def doctor(self) -> list[Check]:
+        return doctor.examine(self.settings, self.ledger, lambda: self.version_store)
+
+    @property
+    def _stages(self) -> Stages:
+        return Stages(self.ledger, self.version_store, self.folders, self.settings.stages, self.settings.actor)
+
+    def _check_stage(self, *refs: Ref) -> None:
+        """A verb that goes by a stage first makes sure that MLflow's alias agrees with the ledger."""
+        for ref in refs:
+            if ref.alias is not None and self.ledger.stage_holder(known_adapter(self.ledger, ref.name), ref.alias):
+                check_stage(self.ledger, self.version_store, ref.name, ref.alias)

@@ -1,0 +1,292 @@
+"""A merge from request to version: preflight, queue, hand the worker its task, register what it made.
+
+`MergeRequest -> Recipe -> MergePlan` happens from facts in the ledger alone; tensors are read by the child only (and by
+`plan_merge`, which forecasts from Grams). The same recipe into the same adapter is never computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..api import MethodView, OptionView, ParentView, PlanView, Submitted
+from ..domain.adapter import AdapterFacts
+from ..domain.errors import IncompatibleParents, InvalidInput, Problem, raise_all
+from ..domain.job import Job, NewJob
+from ..domain.plan import MergePlan, build_plan, check_parents
+from ..domain.recipe import MergeRequest, Recipe, recipe_from_json
+from ..domain.refs import check_name
+from ..domain.version import AdapterVersion, NewVersion
+from ..ports import Doorbell, Ledger, Parent, VersionStore
+from ..wire import from_builtins, to_builtins
+from . import schedule
+from .register import publish
+from .resolve import resolve
+from .schedule import Done, Task
+from .staging import stage_folder
+from .suites import load_suite
+from .views import version_view
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+Folders = Callable[[AdapterVersion], AbstractContextManager[Path]]
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """A request that can be merged exactly: pinned parents in recipe order, and the recipe they resolve to."""
+
+    into: str
+    parents: tuple[AdapterVersion, ...]
+    recipe: Recipe
+    plan: MergePlan
+
+    @property
+    def parent_views(self) -> tuple[ParentView, ...]:
+        weights = (parent.weight for parent in self.recipe.parents)
+        return tuple(ParentView(v.label, w, "merge") for v, w in zip(self.parents, weights, strict=True))
+
+
+def preflight(ledger: Ledger, request: MergeRequest) -> Preflight:
+    """Pin the parents and plan the merge, without opening a file.
+
+    Raises `NotFound` for an unknown parent, `InvalidInput` for options, `IncompatibleParents` with every reason why
+    these parents cannot be merged exactly.
+    """
+    # deferred: the merge methods import numpy, which reads of the registry never need
+    from ..merging.method import resolve as resolve_recipe
+
+    parents = tuple(resolve(ledger, parent.ref) for parent in request.parents)
+    labels = [parent.label for parent in parents]
+    facts = [ledger.detail(parent.id).facts for parent in parents]
+    problems = [*_check_bases(parents), *check_parents(facts, labels)]
+    raise_all(IncompatibleParents, "these adapters cannot be merged:", problems)
+    recipe = resolve_recipe(request, facts, [parent.spec.content_digest for parent in parents])
+    into = check_name(request.into or "-".join(dict.fromkeys(parent.name for parent in parents)))
+    return Preflight(into, parents, recipe, build_plan(recipe, facts, labels))
+
+
+def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, actor: str) -> Submitted:
+    """Commit the job and ring; or return the version, or the live job, that the same recipe has already."""
+    ready = preflight(ledger, request)
+    _check_max_loss(request.max_loss)
+    adapter_id = ledger.ensure_adapter(ready.into)
+    digest = ready.recipe.digest
+    existing = ledger.live_version(adapter_id, recipe=digest)
+    if existing is not None:
+        return _submitted(ready, version=existing, ledger=ledger)
+    job, created = schedule.submit(
+        ledger,
+        bell,
+        NewJob(
+            kind="merge",
+            key=f"{adapter_id}:{digest}",
+            title=f"merge {' '.join(view.ref for view in ready.parent_views)} into {ready.into}",
+            spec={
+                "into": ready.into,
+                "adapter_id": adapter_id,
+                "recipe": ready.recipe.to_json(),
+                "parents": [parent.id for parent in ready.parents],
+                "suites": [to_builtins(load_suite(Path(suite))) for suite in request.suites],
+                "max_loss": request.max_loss,
+            },
+            created_by=actor,
+        ),
+    )
+    return _submitted(ready, job=job, deduplicated=not created)
+
+
+def plan_merge(ledger: Ledger, folders: Folders, request: MergeRequest) -> PlanView:
+    """The preflight, and what each method would give: reads the parents' factors, writes nothing."""
+    # deferred: see preflight
+    from ..merging.forecast import forecast
+
+    ready = preflight(ledger, request)
+    adapter_id = ledger.adapter_id(ready.into)
+    existing = ledger.live_version(adapter_id, recipe=ready.recipe.digest) if adapter_id else None
+    with ExitStack() as open_folders:
+        files = [open_folders.enter_context(folders(parent)) / WEIGHTS_FILE for parent in ready.parents]
+        forecasts, pairs = forecast(ready.plan, files, [parent.label for parent in ready.parents])
+    return PlanView(
+        into=ready.into,
+        recipe_digest=ready.recipe.digest,
+        method=ready.recipe.method,
+        rank=ready.recipe.rank,
+        dtype=ready.recipe.dtype,
+        size_bytes=ready.plan.size_bytes,
+        base=ready.parents[0].spec.base.name,
+        parents=ready.parent_views,
+        forecasts=forecasts,
+        pairs=pairs,
+        warnings=ready.plan.warnings,
+        exists=existing.label if existing else None,
+    )
+
+
+def merge_task(
+    ledger: Ledger,
+    recipe: Recipe,
+    parents: Sequence[AdapterVersion],
+    parent_folders: Sequence[Path],
+    *,
+    out: Path,
+    threads: int,
+    max_loss: float | None = None,
+) -> dict[str, Any]:
+    """The task of the child that executes `recipe`: plan and files, nothing that leads to a database or a server."""
+    facts = [ledger.detail(parent.id).facts for parent in parents]
+    plan = build_plan(recipe, facts, [parent.label for parent in parents])
+    return {
+        "kind": "merge",
+        "plan": to_builtins(replace(plan, max_loss=max_loss)),
+        "parents": [
+            {"folder": str(folder), "sha256": {file.path: file.sha256 for file in parent.placement.files}}
+            for parent, folder in zip(parents, parent_folders, strict=True)
+        ],
+        "out": str(out),
+        "threads": threads,
+    }
+
+
+def method_views() -> list[MethodView]:
+    """Every registered merge method, with the options that its signature takes."""
+    # deferred: see preflight
+    from ..merging.method import methods
+
+    return [
+        MethodView(
+            name=spec.name,
+            summary=spec.summary,
+            when=spec.when,
+            exact=spec.exact,
+            cost=spec.cost,
+            paper=spec.paper,
+            options=tuple(OptionView(o.name, o.type, o.default, o.help) for o in spec.options),
+        )
+        for spec in methods().values()
+    ]
+
+
+class MergeHandler:
+    """Merge jobs as the supervisor runs them. Safe to run again from the start: all is keyed by the recipe."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        open_versions: Callable[[], VersionStore],
+        folders: Folders,
+        home: Path,
+        threads: int,
+        then: Callable[[Job, str], Sequence[NewJob]],
+    ) -> None:
+        """`then` gives the jobs that follow a merge, for the id of its version: its evaluation."""
+        self._ledger = ledger
+        self._open_versions = open_versions
+        self._folders = folders
+        self._home = home
+        self._threads = threads
+        self._then = then
+
+    @contextmanager
+    def begin(self, job: Job) -> Iterator[Task | Done]:
+        """Pin the parents' files and make the child's task; `Done` when the version exists already."""
+        recipe = recipe_from_json(job.spec["recipe"])
+        existing = self._ledger.live_version(job.spec["adapter_id"], recipe=recipe.digest)
+        if existing is not None:
+            yield Done({"version_id": existing.id})
+            return
+        parents = job_parents(self._ledger, job)
+        with ExitStack() as opened:
+            out = opened.enter_context(stage_folder(self._home))
+            folders = [opened.enter_context(self._folders(parent)) for parent in parents]
+            max_loss = job.spec.get("max_loss")
+            yield Task(
+                merge_task(self._ledger, recipe, parents, folders, out=out, threads=self._threads, max_loss=max_loss),
+                out,
+            )
+
+    def finish(self, job: Job, task: Task, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Register what the child staged, with its edges and the end of the job in one fenced write."""
+        parents = job_parents(self._ledger, job)
+        recipe = recipe_from_json(job.spec["recipe"])
+        version = publish(
+            self._ledger,
+            self._open_versions(),
+            NewVersion(
+                adapter=job.spec["into"],
+                kind="merge",
+                content_digest=result["content_digest"],
+                base=parents[0].spec.base,
+                facts=from_builtins(result["facts"], AdapterFacts),
+                norms=result["norms"],
+                license=_joint_license(parents),
+                recipe_digest=recipe.digest,
+                recipe=recipe.to_json(),
+                receipt=result["receipt"],
+            ),
+            task.out,
+            parents=[Parent(v, p.weight) for v, p in zip(parents, recipe.parents, strict=True)],
+            edge_kind="merge",
+            key=f"merge:{job.key}",
+            created_by=job.created_by,
+            job=(job.id, job.attempt),
+            then=lambda version_id: self._then(job, version_id),
+        )
+        return {"version_id": version.id}
+
+
+def job_parents(ledger: Ledger, job: Job) -> list[AdapterVersion]:
+    """The pinned parents of a merge job. Raises `IncompatibleParents` when one was removed meanwhile."""
+    known = ledger.versions_by_id(job.spec["parents"])
+    gone = [Problem("removed", f"parent {i} was removed") for i in job.spec["parents"] if known[i].state == "removed"]
+    raise_all(IncompatibleParents, "the merge lost a parent:", gone, hint="submit the merge again")
+    return [known[version_id] for version_id in job.spec["parents"]]
+
+
+def _check_bases(parents: Sequence[AdapterVersion]) -> list[Problem]:
+    first = parents[0]
+    return [
+        Problem(
+            "base",
+            f"{first.label} applies to {first.spec.base.name}, {other.label} to {other.spec.base.name}",
+            "if both names mean one model, run `adapterctl base merge`",
+        )
+        for other in parents[1:]
+        if other.spec.base.id != first.spec.base.id
+    ]
+
+
+def _check_max_loss(max_loss: float | None) -> None:
+    if max_loss is not None and not 0 <= max_loss <= 1:
+        raise InvalidInput(f"--max-loss {max_loss} is not between 0 and 1", hint="0.05 accepts a loss of 5 %")
+
+
+def _joint_license(parents: Sequence[AdapterVersion]) -> str | None:
+    """The parents' licence where they agree; a joint one is for people to decide."""
+    licenses = {parent.spec.license for parent in parents}
+    return licenses.pop() if len(licenses) == 1 else None
+
+
+def _submitted(
+    ready: Preflight,
+    *,
+    job: Job | None = None,
+    version: AdapterVersion | None = None,
+    deduplicated: bool = True,
+    ledger: Ledger | None = None,
+) -> Submitted:
+    return Submitted(
+        into=ready.into,
+        recipe_digest=ready.recipe.digest,
+        method=ready.recipe.method,
+        rank=ready.recipe.rank,
+        parents=ready.parent_views,
+        job=job,
+        version=version_view(ledger, version) if ledger and version else None,
+        deduplicated=deduplicated,
+        warnings=ready.plan.warnings,
+    )

@@ -1,0 +1,97 @@
+"""Is a version still what was registered, and does its recipe still give it?
+
+The stored bytes are compared with the manifest here; the recipe is run again by a job, in the child, and its result is
+compared there: equal bytes where the fingerprints are equal, else a distance within the bound of the output's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..api import Verification
+from ..domain.errors import Corrupt
+from ..domain.job import Job, NewJob
+from ..domain.recipe import recipe_from_json
+from ..domain.version import AdapterVersion
+from ..ports import Ledger
+from .merge import Folders, merge_task
+from .pull import damage
+from .schedule import Done, Task
+from .staging import stage_folder
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The child's verdict on a recipe that was run again; `distance` is the relative one of the deltas."""
+
+    verdict: Literal["identical", "equal within bound", "different"]
+    distance: float
+    details: tuple[str, ...] = ()
+
+
+def check_files(folders: Folders, version: AdapterVersion) -> list[str]:
+    """What is wrong with the stored files of `version`, one line a file."""
+    with folders(version) as folder:
+        return damage(folder, version.placement.files)
+
+
+def new_verification(version: AdapterVersion, *, actor: str) -> NewJob:
+    """The job that runs the recipe of a merged version again."""
+    return NewJob(
+        kind="verify",
+        key=version.id,
+        title=f"verify {version.label}",
+        spec={"version_id": version.id},
+        created_by=actor,
+    )
+
+
+def verification(version: AdapterVersion, findings: Sequence[str], outcome: Comparison | None) -> Verification:
+    """Both verdicts in one answer; `outcome` is None where the recipe was not run."""
+    files: Literal["intact", "damaged"] = "damaged" if findings else "intact"
+    if outcome is None:
+        skipped: Literal["skipped", "not a merge"] = "skipped" if version.spec.recipe_digest else "not a merge"
+        return Verification(version.label, files, skipped, None, tuple(findings))
+    return Verification(version.label, files, outcome.verdict, outcome.distance, (*findings, *outcome.details))
+
+
+class VerifyHandler:
+    """Verify jobs as the supervisor runs them: the merge again, into a stage folder that is thrown away."""
+
+    def __init__(self, ledger: Ledger, *, folders: Folders, home: Path, threads: int) -> None:
+        self._ledger = ledger
+        self._folders = folders
+        self._home = home
+        self._threads = threads
+
+    @contextmanager
+    def begin(self, job: Job) -> Iterator[Task | Done]:
+        version = self._ledger.versions_by_id([job.spec["version_id"]])[job.spec["version_id"]]
+        detail = self._ledger.detail(version.id)
+        if detail.recipe is None:
+            raise Corrupt(f"{version.label} has no recipe", hint="only merged versions can be run again")
+        edges = self._ledger.parent_edges([version.id])[version.id]
+        known = self._ledger.versions_by_id([edge.parent_id for edge in edges])
+        parents = [known[edge.parent_id] for edge in edges]
+        with ExitStack() as opened:
+            out = opened.enter_context(stage_folder(self._home))
+            folders = [opened.enter_context(self._folders(parent)) for parent in parents]
+            stored = opened.enter_context(self._folders(version))
+            task = merge_task(
+                self._ledger,
+                recipe_from_json(detail.recipe),
+                parents,
+                folders,
+                out=out,
+                threads=self._threads,
+            )
+            compare = {"folder": str(stored), "content_digest": version.spec.content_digest}
+            yield Task({**task, "compare": compare}, out)
+
+    def finish(self, job: Job, task: Task, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The child's verdict, as a `Comparison`."""
+        return dict(result["comparison"])
