@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from ... import mlflow_flavor
 from ..domain.version import NewVersion
 from ..ports import Parent
 
@@ -22,7 +23,6 @@ from ..ports import Parent
 DESCRIPTION_LIMIT = 4800
 #: Numbers of a receipt that are shown beside the metrics of the caller.
 HEADLINE = ("loss", "predicted_loss", "loss_bound", "norm_ratio")
-LOADER = "adapterctl.mlflow_flavor"
 
 _NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9_\-. /]+")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
@@ -109,8 +109,14 @@ def mlmodel(spec: NewVersion, *, version_id: str, run_id: str, model_id: str, cr
                         "base_model_revision": spec.base.revision,
                     },
                     "python_function": {
+                        # a caller of load_model may change these, and no others
+                        "config": {
+                            "base_model": spec.base.name,
+                            "base_revision": spec.base.revision,
+                            "max_new_tokens": mlflow_flavor.MAX_NEW_TOKENS,
+                        },
                         "data": ".",
-                        "loader_module": LOADER,
+                        "loader_module": mlflow_flavor.__name__,
                         "python_version": platform.python_version(),
                     },
                 },

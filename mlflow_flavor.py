@@ -1,0 +1,73 @@
+"""Lets `mlflow.pyfunc.load_model("models:/NAME@production")` answer prompts with an adapter on its base.
+
+Named as `loader_module` in the MLmodel file of every version; needs the extra `eval` (torch, transformers, peft) where
+it is used. The base is not stored with the adapter: it is the hub id that the MLmodel names, or any folder given as
+`mlflow.pyfunc.load_model(uri, model_config={"base_model": "/models/base"})`. Nothing but safetensors is loaded, and
+no code of a model repository is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PROMPT_COLUMN = "prompt"
+MAX_NEW_TOKENS = 64
+
+
+class AdapterModel:
+    """A base with one adapter, answering greedily."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_new_tokens: int) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._max_new_tokens = max_new_tokens
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> list[str]:
+        """Continue each prompt of a text, a list of texts or a pandas table (its column `prompt`, or the only one).
+
+        `params` may hold `max_new_tokens`. Prompts are answered one by one: padding would change the answers.
+        """
+        limit = int((params or {}).get("max_new_tokens", self._max_new_tokens))
+        return [self._answer(prompt, limit) for prompt in _prompts(model_input)]
+
+    def _answer(self, prompt: str, limit: int) -> str:
+        encoded = self._tokenizer(prompt, return_tensors="pt").to(self._model.device)
+        tokens = self._model.generate(
+            **encoded, max_new_tokens=limit, do_sample=False, pad_token_id=self._tokenizer.eos_token_id
+        )
+        return str(self._tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> AdapterModel:
+    """MLflow's hook: `path` is a version's folder, `model_config` that of its MLmodel with the caller's changes."""
+    config = model_config or {}
+    base, revision = str(config["base_model"]), config.get("base_revision")
+    try:
+        from peft import PeftModel  # deferred: the registry does without torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ImportError(f"{error.name} is missing: pip install 'adapterctl[eval]' to load adapters") from error
+    pinned = {} if revision is None or Path(base).is_dir() else {"revision": str(revision)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, **pinned)
+        model = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **pinned)
+    except OSError as error:
+        raise OSError(
+            f"the base {base!r} of this adapter is neither a folder nor at hand from the hub; "
+            "give it as mlflow.pyfunc.load_model(uri, model_config={'base_model': FOLDER})"
+        ) from error
+    adapted = PeftModel.from_pretrained(model, path).eval()
+    return AdapterModel(adapted, tokenizer, max_new_tokens=int(config.get("max_new_tokens", MAX_NEW_TOKENS)))
+
+
+def _prompts(model_input: Any) -> list[str]:
+    if isinstance(model_input, str):
+        return [model_input]
+    if isinstance(model_input, list):
+        return [str(prompt) for prompt in model_input]
+    columns = list(model_input.columns)
+    if PROMPT_COLUMN not in columns and len(columns) != 1:
+        raise ValueError(f"a table of prompts needs the column {PROMPT_COLUMN!r} or one column, it has {columns}")
+    return [str(prompt) for prompt in model_input[PROMPT_COLUMN if PROMPT_COLUMN in columns else columns[0]]]

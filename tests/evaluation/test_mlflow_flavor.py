@@ -1,0 +1,122 @@
+"""A version, loaded by the tools that people use: PEFT from MLflow's download, and MLflow's pyfunc."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from adapterctl.registry.domain.refs import Ref
+from adapterctl.registry.services.pull import damage
+from adapterctl.registry.services.register import Registration, register
+from adapterctl.registry.services.resolve import resolve
+from adapterctl.registry.stores.mlflow_server import embedded_uri
+
+# MLflow's own types, when mlflow.pyfunc is imported
+pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning")
+
+PROMPTS = ["un chat ->", "la porte est ouverte ->"]
+
+
+@pytest.fixture
+def published(sql_ledger, version_store, tiny_adapters, tiny_base, home) -> Iterator[Any]:
+    """The first tiny adapter as chat:v1 in production, and MLflow's global functions set to that registry."""
+    register(
+        sql_ledger,
+        Registration(source=str(tiny_adapters[0]), name="chat", base=str(tiny_base)),
+        open_versions=lambda: version_store,
+        open_hub=lambda source: pytest.fail("nothing here comes from a hub"),
+        home=home,
+        created_by="ada",
+    )
+    version_store.project_stage("chat", "production", number=1, legacy={1: "Production"})
+    mlflow.set_tracking_uri(embedded_uri(home))
+    mlflow.set_registry_uri(embedded_uri(home))
+    yield resolve(sql_ledger, Ref("chat", number=1))
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)
+
+
+@pytest.fixture
+def expected(tiny_base: Path, tiny_adapters: tuple[Path, Path]) -> list[str]:
+    """What PEFT answers with the files that were registered."""
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_base), tiny_adapters[0]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    answers = []
+    for prompt in PROMPTS:
+        encoded = tokenizer(prompt, return_tensors="pt")
+        tokens = model.generate(**encoded, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        answers.append(tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+    return answers
+
+
+def test_peft_loads_what_mlflow_downloads_by_stage(published, tiny_base, tiny_adapters):
+    folder = mlflow.artifacts.download_artifacts("models:/chat@production")
+
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_base), folder)
+
+    reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_base), tiny_adapters[0])
+    stored, original = model.state_dict(), reference.state_dict()
+    assert all(torch.equal(stored[key], original[key]) for key in original)
+    assert any("lora_A" in key for key in original)
+
+
+def test_a_version_that_mlflow_has_loaded_is_still_what_its_manifest_says(published):
+    folder = Path(mlflow.artifacts.download_artifacts("models:/chat@production"))
+
+    assert (folder / "registered_model_meta").is_file()
+    assert damage(folder, published.placement.files) == []
+
+
+@pytest.mark.parametrize(
+    "given", [PROMPTS, pandas.DataFrame({"prompt": PROMPTS, "id": [1, 2]}), pandas.DataFrame({"text": PROMPTS})]
+)
+def test_pyfunc_answers_prompts_as_peft_does(given, published, expected):
+    model = mlflow.pyfunc.load_model("models:/chat@production", model_config={"max_new_tokens": 12})
+
+    assert model.predict(given) == expected
+
+
+def test_the_base_may_be_given_as_a_folder(published, tiny_base, tmp_path, expected):
+    moved = tmp_path / "moved"
+    moved.symlink_to(tiny_base)
+
+    model = mlflow.pyfunc.load_model("models:/chat/1", model_config={"base_model": str(moved), "max_new_tokens": 12})
+
+    assert model.predict(PROMPTS[:1]) == expected[:1]
+
+
+def test_a_base_that_is_not_there_is_named_with_the_way_out(published):
+    with pytest.raises(OSError, match="model_config") as error:
+        mlflow.pyfunc.load_model("models:/chat/1", model_config={"base_model": "nowhere/at-all"})
+
+    assert "'nowhere/at-all'" in str(error.value)
+
+
+def test_a_table_without_prompts_is_refused(published):
+    model = mlflow.pyfunc.load_model("models:/chat/1")
+
+    with pytest.raises(ValueError, match="prompt"):
+        model.predict(pandas.DataFrame({"a": ["x"], "b": ["y"]}))
+
+
+def test_without_the_extra_the_missing_package_and_the_remedy_are_named(published, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+
+    with pytest.raises(ImportError, match=r"pip install 'adapterctl\[eval\]'"):
+        mlflow.pyfunc.load_model("models:/chat/1")
+
+
+def test_mlflow_knows_the_flavors_of_a_version(published):
+    info = mlflow.models.get_model_info("models:/chat/1")
+
+    assert sorted(info.flavors) == ["peft", "python_function"]
+    assert info.metadata["adapterctl"]["content_digest"] == published.spec.content_digest
