@@ -194,6 +194,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["child_id"], ["version.id"], name="fk_edge_child_id"),
         sa.ForeignKeyConstraint(["parent_id"], ["version.id"], name="fk_edge_parent_id"),
         sa.PrimaryKeyConstraint("child_id", "position", name="pk_edge"),
+        sqlite_with_rowid=False,
     )
     op.create_index("ix_edge_parent_id", "edge", ["parent_id"])
     op.create_table(

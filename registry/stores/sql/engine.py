@@ -143,6 +143,7 @@ def _sqlite_engine(path: Path, *, create: bool, read_only: bool) -> Engine:
         )
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA cache_size = -65536")  # KiB, taken only as needed; the default is 2 MB
         if create:  # stays with the file, so the others need not ask
             connection.execute("PRAGMA journal_mode = WAL")
         return connection

@@ -7,7 +7,7 @@ values that no query looks into are JSON text (`registry/wire.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any
@@ -282,7 +282,7 @@ class SqlLedger(JobRows):
 
     def parent_edges(self, version_ids: Sequence[str]) -> dict[str, tuple[Edge, ...]]:
         with self._db.read() as connection:
-            edges = list(_edges_at(connection, edge.c.child_id, list(version_ids)))
+            edges = _edges_at(connection, edge.c.child_id, list(version_ids))
         return {child_id: tuple(group) for child_id, group in groupby(edges, key=lambda each: each.child_id)}
 
     def edges_up(self, version_id: str, depth: int | None = None) -> list[Edge]:
@@ -572,7 +572,7 @@ def _walk(
         if depth is None:
             edges = [each for node in generation for each in by_start.get(node, ())]
         else:
-            edges, depth = list(_edges_at(connection, start, generation)), depth - 1
+            edges, depth = _edges_at(connection, start, generation), depth - 1
         found += edges
         reached_now = dict.fromkeys(getattr(each, end.name) for each in edges)
         generation = [node for node in reached_now if node not in seen]
@@ -586,11 +586,13 @@ def _closure(version_id: str, start: Column[str], end: Column[str]) -> Select[An
     return select(nodes.c.id)
 
 
-def _edges_at(connection: Connection, column: Column[str], nodes: list[str] | Select[Any]) -> Iterator[Edge]:
+def _edges_at(connection: Connection, column: Column[str], nodes: list[str] | Select[Any]) -> list[Edge]:
+    found: list[Edge] = []
     for part in [nodes] if isinstance(nodes, Select) else chunks(nodes):
         query = select(*_EDGE).where(column.in_(part)).order_by(edge.c.child_id, edge.c.position)
-        for row in connection.execute(query):
-            yield Edge(*row)
+        # all at once: row by row takes twice as long
+        found += [Edge(*row) for row in connection.execute(query).all()]
+    return found
 
 
 # stages

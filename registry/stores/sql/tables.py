@@ -139,6 +139,7 @@ edge = Table(
     Column("weight", Float),
     Column("recipe_digest", Text),
     PrimaryKeyConstraint("child_id", "position"),
+    sqlite_with_rowid=False,  # rows of one child lie together
 )
 
 # Every value that was ever set; the newest of a key counts.

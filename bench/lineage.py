@@ -1,0 +1,187 @@
+"""How fast the ledger answers in a large registry: lineage over 100,000 versions, and a listing of 1,000.
+
+    python bench/lineage.py
+
+The graph: 50 families of 2,000 versions, 21 generations each; a version has 2 or 3 parents in the generation before it.
+A walk up from the last generation, or down from the first, reaches nearly its whole family: 20 steps deep.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from sqlalchemy import Connection, insert
+
+from adapterctl.migrations import migrate
+from adapterctl.registry import wire
+from adapterctl.registry.domain.adapter import AdapterFacts, LoraModule, TensorEntry
+from adapterctl.registry.domain.version import Base, Edge, FileRecord, NewVersion, Placement
+from adapterctl.registry.stores.sql import tables
+from adapterctl.registry.stores.sql.engine import Database, sqlite_url
+from adapterctl.registry.stores.sql.ledger import SqlLedger
+
+FAMILIES, GENERATIONS, PER_GENERATION = 50, 21, 96
+QUERIES = 400
+
+
+def lineage_p99_ms() -> dict[str, float]:
+    """The slowest percentile of 400 walks, half of them up and half down, each with its 20 generations of edges."""
+    with tempfile.TemporaryDirectory() as folder:
+        database = _registry(Path(folder))
+        first, last = _fill_lineage(database)
+        ledger = SqlLedger(database)
+        walks = [(ledger.edges_up, version_id) for version_id in last] + [(ledger.edges_down, v) for v in first]
+        random.Random(2).shuffle(walks)
+        for walk, version_id in walks[:20]:
+            walk(version_id, 20)
+        figures = {}
+        for name, depth in (("lineage_p99_ms", 20), ("lineage_unbounded_p99_ms", None)):
+            times, nodes = [], []
+            for walk, version_id in walks[:QUERIES]:
+                begun = time.perf_counter()
+                edges = walk(version_id, depth)
+                times.append((time.perf_counter() - begun) * 1000)
+                nodes.append(len({edge.child_id for edge in edges} | {edge.parent_id for edge in edges}))
+            figures[name] = sorted(times)[int(len(times) * 0.99)]
+            figures[name.replace("p99", "p50")] = sorted(times)[len(times) // 2]
+        figures["lineage_nodes_max"] = max(nodes)
+        ledger.close()
+    return figures
+
+
+def ls_s() -> dict[str, float]:
+    """`adapterctl ls` in a registry of 1,000 versions, less a bare `python -c pass`; the median of 7."""
+    with tempfile.TemporaryDirectory() as folder:
+        _fill_listing(_registry(Path(folder)))
+        environment = {
+            "ADAPTERCTL_HOME": folder,
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": ":".join(filter(None, sys.path)),
+        }
+        ls = [sys.executable, "-m", "adapterctl", "ls", "-o", "json"]
+        listed = _median_s(ls, environment)
+        bare = _median_s([sys.executable, "-c", "pass"], environment)
+    return {"ls_s": listed - bare}
+
+
+def _median_s(command: list[str], environment: dict[str, str]) -> float:
+    times = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - begun)
+    return sorted(times)[len(times) // 2]
+
+
+def _registry(home: Path) -> Database:
+    migrate(sqlite_url(home))
+    database = Database(sqlite_url(home))
+    SqlLedger(database).establish("sqlite:///mlflow.db")
+    return database
+
+
+def _fill_lineage(database: Database) -> tuple[list[str], list[str]]:
+    """The ids of all first and of all last generations; rows are written past the ledger, for speed."""
+    rng = random.Random(1)
+    numbers = itertools.count(1)
+    versions, edges, first, last = [], [], [], []
+    for _family in range(FAMILIES):
+        before: list[str] = []
+        for generation in range(GENERATIONS):
+            here = []
+            for _ in range(PER_GENERATION):
+                number = next(numbers)
+                version_id = f"{rng.getrandbits(128):032x}"
+                here.append(version_id)
+                versions.append(_version_row(version_id, number, kind="merge" if before else "import"))
+                for position, parent in enumerate(rng.sample(before, rng.choice((2, 3, 3)))) if before else ():
+                    edges.append(Edge(version_id, position, parent, "merge", 0.5, f"{number:064x}"))
+            first += here if generation == 0 else []
+            last += here if generation == GENERATIONS - 1 else []
+            before = here
+    names = list(Edge.__dataclass_fields__)
+    with database.write() as connection:
+        _insert_shared(connection)
+        connection.execute(insert(tables.version), versions)
+        connection.execute(insert(tables.edge), [{name: getattr(edge, name) for name in names} for edge in edges])
+    print(f"{len(versions)} versions, {len(edges)} edges", file=sys.stderr)
+    return first, last
+
+
+def _fill_listing(database: Database) -> None:
+    """1,000 versions of a 7B adapter with 128 modules: their facts are 60 MB that a listing must not read."""
+    ledger = SqlLedger(database)
+    facts = AdapterFacts(tuple(_module(i) for i in range(128)), "llama", None, "CAUSAL_LM", False, {"r": 16}, {})
+    base = ledger.add_base(Base("base-1", "llama"), ["llama"])
+    parents: list[str] = []
+    for number in range(1, 1001):
+        name = f"adapter-{number % 20}"
+        spec = NewVersion(
+            adapter=name,
+            kind="import",
+            content_digest=f"{number:064x}",
+            base=base,
+            facts=facts,
+            metrics={"bleu": 0.3, "nll": 1.5},
+            tags={"team": "mt"},
+        )
+        version_id = f"version-{number}"
+        ledger.add_version(
+            version_id,
+            ledger.ensure_adapter(name),
+            spec,
+            _placement(number),
+            [Edge(version_id, i, parent, "trained_from") for i, parent in enumerate(parents[-2:])],
+            created_by="bench",
+        )
+        parents.append(version_id)
+    ledger.close()
+
+
+def _insert_shared(connection: Connection) -> None:
+    connection.execute(insert(tables.base).values(id="base-1", name="llama", created_at=0.0))
+    connection.execute(insert(tables.adapter).values(id="adapter-1", name="family", created_at=0.0))
+
+
+def _version_row(version_id: str, number: int, *, kind: str) -> dict[str, object]:
+    return {
+        "id": version_id,
+        "adapter_id": "adapter-1",
+        "number": number,
+        "kind": kind,
+        "state": "live",
+        "content_digest": f"{number:064x}",
+        "base_id": "base-1",
+        "recipe_digest": f"{number:064x}" if kind == "merge" else None,
+        "created_at": float(number),
+        "created_by": "bench",
+        "params": "{}",
+        "tags": "{}",
+        "summary": '{"rank":16,"dtype":"BF16","modules":128,"parameters":1}',
+        "placement": wire.to_json(_placement(number)),
+    }
+
+
+def _placement(number: int) -> Placement:
+    files = tuple(
+        FileRecord(name, 1000, f"{number:064x}") for name in ("adapter_config.json", "adapter_model.safetensors")
+    )
+    return Placement(number, f"m-{number}", f"run-{number}", f"file:///artifacts/{number}", files)
+
+
+def _module(index: int) -> LoraModule:
+    name = f"model.layers.{index // 4}.self_attn.{'qkvo'[index % 4]}_proj"
+    a = TensorEntry(f"base_model.model.{name}.lora_A.weight", "BF16", (16, 4096), 0, 1)
+    b = TensorEntry(f"base_model.model.{name}.lora_B.weight", "BF16", (4096, 16), 1, 2)
+    return LoraModule(name, "linear", 16, 2.0, a, b)
+
+
+if __name__ == "__main__":
+    print(json.dumps(lineage_p99_ms(), indent=2))
