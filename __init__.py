@@ -3,19 +3,27 @@
 Nothing is imported here, so that the command line starts at once and `import adapterctl` costs nothing.
 """
 
-TYPE_CHECKING = False  # typing's own constant would cost an import
-if TYPE_CHECKING:
-    from .registry.api import RegistryAPI
+from __future__ import annotations
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # type checkers take it for true; `typing` itself is not worth loading for this
+if TYPE_CHECKING:
+    import os
 
-def connect(home: "str | None" = None) -> "RegistryAPI":
-    """The registry of this machine, as every command sees it: `adapterctl.connect().merge(...)`.
+    from .registry.api import RegistryAPI
 
-    `home` overrides ADAPTERCTL_HOME; see `adapterctl.registry.api.RegistryAPI` for the verbs.
+
+def connect(home: str | os.PathLike[str] | None = None, *, readonly: bool = False) -> RegistryAPI:
+    """Open the registry in `home`, or where the settings say; make it unless `readonly`.
+
+    The verbs are those of `registry.api.RegistryAPI`, as every command uses them: `adapterctl.connect().merge(...)`.
     """
-    from .bootstrap import connect as _connect
+    # deferred: opens databases, and with them SQLAlchemy
+    from pathlib import Path
+
+    from .bootstrap import connect as open_registry
     from .registry.settings import load_settings
 
-    return _connect(load_settings({"home": home}))
+    settings = load_settings({"home": Path(home).expanduser().absolute() if home is not None else None})
+    return open_registry(settings, readonly=readonly)

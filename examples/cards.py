@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .base import BASE_NAME, INSTALL
+from . import BASE_NAME
+from .base import INSTALL
 from .corpora import Task
 
 # YAML of the Hub first, so that the folder could be pushed there as it is.

@@ -25,7 +25,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .base import BASE_NAME, build_base
+from . import BASE_NAME
+from .base import build_base
 from .cards import write_card
 from .corpora import TASKS, Sample, Task, read_suite, split, write_suite
 

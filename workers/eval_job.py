@@ -14,7 +14,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..examples.base import BASE_NAME, build_base
+from ..examples import BASE_NAME
+from ..examples.base import build_base
 from ..registry.domain.errors import JobCancelled
 from ..registry.domain.eval_plan import EvalPlan, Pair
 from ..registry.domain.evals import EvalReport, task_result

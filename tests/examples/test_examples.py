@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterctl.examples import base, corpora
+from adapterctl.examples import BASE_NAME, base, corpora
 from adapterctl.examples.cards import write_card
 from adapterctl.registry.domain.errors import Unavailable
 
@@ -52,7 +52,7 @@ def test_all_adapters_together_stay_under_16_mb():
 def test_an_adapter_names_the_one_base_and_has_reproducible_targets(version: str):
     config = config_of(version)
 
-    assert config["base_model_name_or_path"] == base.BASE_NAME
+    assert config["base_model_name_or_path"] == BASE_NAME
     assert config["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
 

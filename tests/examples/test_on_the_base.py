@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterctl.examples import base, corpora
+from adapterctl.examples import BASE_NAME, base, corpora
 
 EXAMPLES = Path(base.__file__).parent
 DIGESTS = {
@@ -19,7 +19,7 @@ DIGESTS = {
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return base.build_base(tmp_path_factory.mktemp("bases") / base.BASE_NAME)
+    return base.build_base(tmp_path_factory.mktemp("bases") / BASE_NAME)
 
 
 def test_a_build_gives_the_bytes_that_the_adapters_were_trained_on(base_folder: Path):
