@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterctl import examples
-from adapterctl.examples.base import BASE_NAME
+from adapterctl.examples import BASE_NAME
 from adapterctl.registry.domain.eval_plan import BASE, EvalPlan, Pair, Subject
 from adapterctl.registry.domain.evals import EvalReport
 from adapterctl.registry.merging.tensors import measure
