@@ -27,7 +27,7 @@ _SHOWN_PER_CODE = 3
 
 FieldRole = Literal["respected", "derived", "recorded", "training", "refused"]
 
-#: respected: changes the mathematics and is applied. derived: the tensors say it better. recorded: kept, changes
+#: respected: changes the mathematics and is applied. derived: held against the tensors, which decide. recorded: kept, changes
 #: nothing. training: had its effect before the file was written. refused: see `_REFUSALS`.
 FIELD_ROLES: Mapping[str, FieldRole] = {
     "r": "respected",
@@ -119,6 +119,8 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9._-]+")
+#: PEFT reads it as a regular expression, in which a dot would be any character; real ones are plain words.
+_LAYER_LIST = re.compile(r"[A-Za-z0-9_-]+")
 #: The common ground of Python's `re`, which PEFT uses, and RE2: what both accept, they read alike.
 _COMMON_REGEX = re.compile(
     r"(?:[A-Za-z0-9._^$|)*+?-]|\((?!\?)|\(\?:|\{[0-9]{1,3}(?:,[0-9]{0,3})?\}"
@@ -170,6 +172,8 @@ class LoraConfig:
     lora_bias: bool
     targets: frozenset[str] | None
     excluded: frozenset[str]
+    layers: frozenset[int] | None
+    layer_lists: tuple[str, ...]
     rank_pattern: tuple[Pattern[int], ...]
     alpha_pattern: tuple[Pattern[float], ...]
     base_name: str
@@ -186,10 +190,20 @@ class LoraConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def is_targeted(self, module: str) -> bool:
-        """PEFT's rule for lists: the whole name, or the end of it after a dot."""
+        """PEFT's rule for lists: the whole name; or the end of it after a dot, in one of the layers."""
         if _ends_in(module, self.excluded):
             return False
-        return self.targets is None or _ends_in(module, self.targets)
+        if self.targets is None or module in self.targets:
+            return True
+        return _ends_in(module, self.targets) and (self.layers is None or self._layer(module) in self.layers)
+
+    def _layer(self, module: str) -> int | None:
+        """The number of the layer that a module is in: the first one that follows the name of a list of layers."""
+        parts = module.split(".")
+        numbered = [i for i in range(1, len(parts) - 1) if parts[i].isdigit()]
+        if not self.layer_lists:  # PEFT then takes any list, but not one at the root of the model
+            return next((int(parts[i]) for i in numbered if i > 1), None)
+        return next((int(parts[i]) for name in self.layer_lists for i in numbered if parts[i - 1] == name), None)
 
 
 def read_config(
@@ -211,6 +225,8 @@ def read_config(
         lora_bias=reader.flag("lora_bias"),
         targets=reader.targets(),
         excluded=reader.excluded(),
+        layers=reader.layers(),
+        layer_lists=reader.layer_lists(),
         rank_pattern=reader.patterns("rank_pattern", reader.rank, modules),
         alpha_pattern=reader.patterns("alpha_pattern", reader.alpha, modules),
         base_name=reader.text("base_model_name_or_path") or "",
@@ -298,6 +314,24 @@ class _Reader:
         value = self.config.get("exclude_modules")
         # As with targets, a text is a regular expression and is not run.
         return frozenset() if value is None or isinstance(value, str) else self._names("exclude_modules", value)
+
+    def layers(self) -> frozenset[int] | None:
+        value = self.config.get("layers_to_transform")
+        if value is None or value == []:
+            return None
+        numbers = value if isinstance(value, list) else [value]
+        if all(type(number) is int for number in numbers):
+            return frozenset(numbers)
+        self._fault("bad_config", f"layers_to_transform is {_short(value)}, expected layer numbers")
+        return None
+
+    def layer_lists(self) -> tuple[str, ...]:
+        value = self.config.get("layers_pattern") or []
+        names = (value,) if isinstance(value, str) else value
+        if isinstance(names, (list, tuple)) and all(isinstance(n, str) and _LAYER_LIST.fullmatch(n) for n in names):
+            return tuple(names)
+        self._fault("bad_pattern", f"layers_pattern is {_short(value)}, expected names such as 'layers'")
+        return ()
 
     def patterns(self, field: str, read: Callable[[str, Any], V], modules: int) -> tuple[Pattern[V], ...]:
         entries = self.config.get(field)

@@ -87,7 +87,7 @@ def register(
         measured = measure(staged / WEIGHTS_FILE, facts)
         base, known = bases.base_of(ledger, facts, registration.base)
         base = ledger.add_base(base, [base.name])
-        warnings = _warnings(registration, facts, None if known else base)
+        warnings = _warnings(registration, facts, base, known=known)
         spec = NewVersion(
             adapter=registration.name,
             kind=registration.kind,
@@ -326,13 +326,16 @@ def _check_key(what: str, key: str) -> None:
         )
 
 
-def _warnings(registration: Registration, facts: AdapterFacts, new_base: Base | None) -> list[str]:
+def _warnings(registration: Registration, facts: AdapterFacts, base: Base, *, known: bool) -> list[str]:
     found: list[str] = []
-    if new_base is not None:
+    if not known:
         found.append(
-            f"the base {new_base.name} is new here and not pinned: "
-            f"adapterctl base add {new_base.name!r} --folder FOLDER, or base alias if it has another name"
+            f"the base {base.name} is new here and not pinned: "
+            f"adapterctl base add {base.name!r} --folder FOLDER, or base alias if it has another name"
         )
+    parent = registration.trained_from
+    if parent is not None and parent.spec.base.id != base.id:
+        found.append(f"{parent.label}, which it was trained from, applies to another base: {parent.spec.base.name}")
     if registration.base and facts.base_name and registration.base != facts.base_name:
         found.append(f"registered for the base {registration.base}, the config says {facts.base_name}")
     if carried := carried_name(facts):

@@ -171,6 +171,37 @@ def test_a_text_as_target_is_not_run_as_a_regular_expression(tmp_path):
     assert len(facts_of(folder).modules) == len(LINEAR)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"layers_to_transform": [0, 1]},
+        {"layers_to_transform": 1},
+        {"layers_to_transform": [1, 7], "layers_pattern": "layers"},
+        {"layers_to_transform": [0], "layers_pattern": ["experts"]},
+        {"layers_to_transform": [0], "layers_pattern": ["h", "layers"]},
+        {"layers_to_transform": [0], "layers_pattern": ["experts", "layers"]},
+        {"layers_to_transform": [0], "target_modules": ["model.layers.1.experts.0.q_proj", "q_proj"]},
+        {"layers_to_transform": []},
+        {"exclude_modules": ["layers.1.experts.0.q_proj"]},
+        {"target_modules": ["proj", "experts.0.q_proj"]},
+    ],
+)
+@pytest.mark.parametrize(
+    "module",
+    ["model.layers.0.q_proj", "model.layers.1.experts.0.q_proj", "layers.0.q_proj", "q_proj", "h.0.x.1.q_proj"],
+)
+def test_modules_are_targeted_as_in_peft(config, module):
+    peft = pytest.importorskip("peft")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    given = {"peft_type": "LORA", "target_modules": ["q_proj"], **config}
+    read = read_config(given, Findings(), modules=1)
+    theirs = check_target_module_exists(peft.LoraConfig(**{k: v for k, v in given.items() if k != "peft_type"}), module)
+
+    assert read is not None
+    assert read.is_targeted(module) == (isinstance(theirs, bool) and theirs)
+
+
 @pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_initialisations_that_leave_the_base_alone_are_accepted(tmp_path, value):
     facts_of(write_tiny_adapter(tmp_path, config={"init_lora_weights": value}))
@@ -235,6 +266,10 @@ def test_initialisations_that_change_the_base_need_the_callers_word(tmp_path, va
         ({"target_modules": []}, "not_targeted"),
         ({"target_modules": ["q_proj", "proj"]}, "not_targeted"),
         ({"exclude_modules": ["v_proj"]}, "not_targeted"),
+        ({"layers_to_transform": [0]}, "not_targeted"),
+        ({"layers_to_transform": [0, 1], "layers_pattern": "h"}, "not_targeted"),
+        ({"layers_to_transform": ["0"]}, "bad_config"),
+        ({"layers_to_transform": 0, "layers_pattern": "(a+)+"}, "bad_pattern"),
         ({"r": 8}, "rank_mismatch"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_mismatch"),
         ({"lora_bias": True}, "missing_lora_bias"),
