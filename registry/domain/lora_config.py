@@ -27,8 +27,8 @@ _SHOWN_PER_CODE = 3
 
 FieldRole = Literal["respected", "derived", "recorded", "training", "refused"]
 
-#: respected: changes the mathematics and is applied. derived: held against the tensors, which decide. recorded: kept, changes
-#: nothing. training: had its effect before the file was written. refused: see `_REFUSALS`.
+#: respected: changes the mathematics and is applied. derived: held against the tensors, which decide. recorded: kept,
+#: changes nothing. training: had its effect before the file was written. refused: see `_REFUSALS`.
 FIELD_ROLES: Mapping[str, FieldRole] = {
     "r": "respected",
     "lora_alpha": "respected",
