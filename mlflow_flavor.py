@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 PROMPT_COLUMN = "prompt"
-MAX_NEW_TOKENS = 64
 
 
 class AdapterModel:
@@ -59,7 +58,7 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Ad
             "give it as mlflow.pyfunc.load_model(uri, model_config={'base_model': FOLDER})"
         ) from error
     adapted = PeftModel.from_pretrained(model, path).eval()
-    return AdapterModel(adapted, tokenizer, max_new_tokens=int(config.get("max_new_tokens", MAX_NEW_TOKENS)))
+    return AdapterModel(adapted, tokenizer, max_new_tokens=int(config["max_new_tokens"]))
 
 
 def _prompts(model_input: Any) -> list[str]:

@@ -15,10 +15,12 @@ from typing import Any
 
 import yaml
 
-from ... import mlflow_flavor
 from ..domain.version import NewVersion
 from ..ports import Parent
 
+#: The module that `mlflow.pyfunc.load_model` imports by this name: of it we know the name only, for it knows torch.
+LOADER = "adapterctl.mlflow_flavor"
+MAX_NEW_TOKENS = 64
 #: MLflow's limit is 5,000 characters on PostgreSQL; on SQLite it is not enforced.
 DESCRIPTION_LIMIT = 4800
 #: Numbers of a receipt that are shown beside the metrics of the caller.
@@ -113,10 +115,10 @@ def mlmodel(spec: NewVersion, *, version_id: str, run_id: str, model_id: str, cr
                         "config": {
                             "base_model": spec.base.name,
                             "base_revision": spec.base.revision,
-                            "max_new_tokens": mlflow_flavor.MAX_NEW_TOKENS,
+                            "max_new_tokens": MAX_NEW_TOKENS,
                         },
                         "data": ".",
-                        "loader_module": mlflow_flavor.__name__,
+                        "loader_module": LOADER,
                         "python_version": platform.python_version(),
                     },
                 },
