@@ -196,7 +196,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("child_id", "position", name="pk_edge"),
         sqlite_with_rowid=False,
     )
-    op.create_index("ix_edge_parent_id", "edge", ["parent_id"])
+    down = ["parent_id", "child_id", "position", "kind", "weight", "recipe_digest"]
+    op.create_index("ix_edge_down", "edge", down)
     op.create_table(
         "metric",
         sa.Column("id", sa.Integer(), nullable=False),

@@ -9,15 +9,28 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, Executable, Float, QueuePool, create_engine, event
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Executable,
+    Float,
+    QueuePool,
+    bindparam,
+    create_engine,
+    event,
+    func,
+    select,
+)
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -26,10 +39,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from ...domain.errors import Corrupt, Misconfigured, NotAllowed, NotFound, Unavailable
 
 BUSY_TIMEOUT_S = 30.0
-# SQLite allows 32,766 values in a statement, PostgreSQL's protocol 65,535.
-MAX_VALUES = 10_000
 _SQLITE = "sqlite:///"
-T = TypeVar("T")
 
 
 class Now(FunctionElement[float]):
@@ -116,10 +126,15 @@ def insert_once(connection: Connection, statement: Executable) -> bool:
     return True
 
 
-def chunks(values: list[T]) -> Iterator[list[T]]:
-    """Parts that fit into one statement as bound values."""
-    for start in range(0, len(values), MAX_VALUES):
-        yield values[start : start + MAX_VALUES]
+def among(column: ColumnElement[str]) -> ColumnElement[bool]:
+    """`column IN (...)` for any number of values, which are given at execution by `these(values)`."""
+    listed = func.json_each(bindparam("these")).table_valued("value")
+    return column.in_(select(listed.c.value))
+
+
+def these(values: Iterable[str]) -> dict[str, str]:
+    """The values of `among`. They travel as one, so there is no limit to cut at, and no statement to parse anew."""
+    return {"these": json.dumps(list(values))}
 
 
 def append_only(table: str) -> tuple[str, ...]:

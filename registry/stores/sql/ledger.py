@@ -10,10 +10,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import uuid6
-from sqlalchemy import Column, Connection, Row, Select, delete, func, insert, literal, select, update
+from sqlalchemy import Column, Connection, Row, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ... import wire
@@ -33,7 +34,7 @@ from ...domain.version import (
     VersionSpec,
     summarise,
 )
-from .engine import Database, Now, chunks, insert_once
+from .engine import Database, Now, among, insert_once, these
 from .jobs import JobRows, end_job, held, queue_job
 from .tables import (
     adapter,
@@ -195,10 +196,7 @@ class SqlLedger(JobRows):
         return self._versions(query.order_by(adapter.c.name, version.c.number))
 
     def versions_by_id(self, version_ids: Sequence[str]) -> dict[str, AdapterVersion]:
-        found: dict[str, AdapterVersion] = {}
-        for part in chunks(list(dict.fromkeys(version_ids))):
-            found |= {each.id: each for each in self._versions(_VERSION.where(version.c.id.in_(part)))}
-        return found
+        return {each.id: each for each in self._versions(_VERSION.where(among(version.c.id)), these(version_ids))}
 
     def live_version(
         self, adapter_id: str, *, content: tuple[str, str] | None = None, recipe: str | None = None
@@ -261,16 +259,16 @@ class SqlLedger(JobRows):
 
     def metrics(self, version_ids: Sequence[str]) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
-        columns = select(metric.c.version_id, metric.c.key, metric.c.value).order_by(metric.c.id)
+        columns = select(metric.c.version_id, metric.c.key, metric.c.value)
+        newest_last = columns.where(among(metric.c.version_id)).order_by(metric.c.id)
         with self._db.read() as connection:
-            for part in chunks(list(version_ids)):
-                for version_id, key, value in connection.execute(columns.where(metric.c.version_id.in_(part))):
-                    found.setdefault(version_id, {})[key] = value
+            for version_id, key, value in connection.execute(newest_last, these(version_ids)):
+                found.setdefault(version_id, {})[key] = value
         return found
 
-    def _versions(self, query: Select[Any]) -> list[AdapterVersion]:
+    def _versions(self, query: Select[Any], values: Mapping[str, str] | None = None) -> list[AdapterVersion]:
         with self._db.read() as connection:
-            return [_version(row) for row in connection.execute(query)]
+            return [_version(row) for row in connection.execute(query, values)]
 
     def _existing_version(self, version_id: str) -> AdapterVersion:
         found = self.version(version_id)
@@ -282,7 +280,7 @@ class SqlLedger(JobRows):
 
     def parent_edges(self, version_ids: Sequence[str]) -> dict[str, tuple[Edge, ...]]:
         with self._db.read() as connection:
-            edges = _edges_at(connection, edge.c.child_id, list(version_ids))
+            edges = _edges_at(connection, edge.c.child_id, version_ids)
         return {child_id: tuple(group) for child_id, group in groupby(edges, key=lambda each: each.child_id)}
 
     def edges_up(self, version_id: str, depth: int | None = None) -> list[Edge]:
@@ -296,14 +294,10 @@ class SqlLedger(JobRows):
     # evaluations
 
     def reports(self, keys: Sequence[str]) -> dict[str, EvalReport]:
-        found: dict[str, EvalReport] = {}
+        bodies = select(eval_report.c.body).where(among(eval_report.c.key))
         with self._db.read() as connection:
-            for part in chunks(list(keys)):
-                bodies = select(eval_report.c.body).where(eval_report.c.key.in_(part))
-                for body in connection.execute(bodies).scalars():
-                    report = wire.from_json(body, EvalReport)
-                    found[report.key] = report
-        return found
+            reports = [wire.from_json(body, EvalReport) for body in connection.execute(bodies, these(keys)).scalars()]
+        return {report.key: report for report in reports}
 
     def put_report(self, report: EvalReport) -> None:
         row = {
@@ -542,57 +536,44 @@ def _check_unneeded(connection: Connection, version_id: str, label: str) -> None
 
 def _labels(connection: Connection, version_ids: Sequence[str]) -> dict[str, str]:
     query = select(version.c.id, adapter.c.name, version.c.number).join(adapter, version.c.adapter_id == adapter.c.id)
-    return {
-        version_id: f"{name}:v{number}"
-        for part in chunks(list(version_ids))
-        for version_id, name, number in connection.execute(query.where(version.c.id.in_(part)))
-    }
+    rows = connection.execute(query.where(among(version.c.id)), these(version_ids))
+    return {version_id: f"{name}:v{number}" for version_id, name, number in rows}
 
 
 # lineage
 
-_EDGE = [edge.c[name] for name in Edge.__dataclass_fields__]
+_EDGES_AT = {
+    column.name: select(*(edge.c[name] for name in Edge.__dataclass_fields__))
+    .where(among(column))
+    .order_by(edge.c.child_id, edge.c.position)
+    for column in (edge.c.child_id, edge.c.parent_id)
+}
 
 
 def _walk(
     connection: Connection, version_id: str, depth: int | None, *, start: Column[str], end: Column[str]
 ) -> list[Edge]:
-    """Edges from `start` to `end`, generation by generation.
+    """Edges from `start` to `end`, generation by generation; each node is visited once.
 
-    A bounded walk asks once a generation, so that it never visits a node twice (a recursive query that carries the
-    depth does, once a path). An unbounded walk lets the database close over the nodes first.
+    One query a generation. A recursive query that carries the depth visits a node once for every length of a path to
+    it; one that does not carry it has to be sorted into generations afterwards, and is no faster
+    (docs/decisions/0005-the-row-is-the-truth.md has the figures).
     """
-    by_start: dict[str, list[Edge]] = {}
-    if depth is None:
-        for each in _edges_at(connection, start, _closure(version_id, start, end)):
-            by_start.setdefault(getattr(each, start.name), []).append(each)
     found: list[Edge] = []
     seen, generation = {version_id}, [version_id]
+    toward = attrgetter(end.name)
     while generation and (depth is None or depth > 0):
-        if depth is None:
-            edges = [each for node in generation for each in by_start.get(node, ())]
-        else:
-            edges, depth = _edges_at(connection, start, generation), depth - 1
+        edges = _edges_at(connection, start, generation)
         found += edges
-        reached_now = dict.fromkeys(getattr(each, end.name) for each in edges)
-        generation = [node for node in reached_now if node not in seen]
+        generation = [node for node in dict.fromkeys(map(toward, edges)) if node not in seen]
         seen.update(generation)
+        depth = None if depth is None else depth - 1
     return found
 
 
-def _closure(version_id: str, start: Column[str], end: Column[str]) -> Select[Any]:
-    nodes = select(literal(version_id).label("id")).cte("nodes", recursive=True)
-    nodes = nodes.union(select(end).where(start == nodes.c.id))
-    return select(nodes.c.id)
-
-
-def _edges_at(connection: Connection, column: Column[str], nodes: list[str] | Select[Any]) -> list[Edge]:
-    found: list[Edge] = []
-    for part in [nodes] if isinstance(nodes, Select) else chunks(nodes):
-        query = select(*_EDGE).where(column.in_(part)).order_by(edge.c.child_id, edge.c.position)
-        # all at once: row by row takes twice as long
-        found += [Edge(*row) for row in connection.execute(query).all()]
-    return found
+def _edges_at(connection: Connection, column: Column[str], nodes: Iterable[str]) -> list[Edge]:
+    # all at once: row by row takes twice as long
+    return [Edge(*row) for row in connection.execute(_EDGES_AT[column.name], these(nodes)).all()]
 
 
 # stages

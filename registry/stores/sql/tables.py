@@ -134,10 +134,12 @@ edge = Table(
     metadata,
     Column("child_id", Text, ForeignKey("version.id"), nullable=False),
     Column("position", Integer, nullable=False),
-    Column("parent_id", Text, ForeignKey("version.id"), nullable=False, index=True),
+    Column("parent_id", Text, ForeignKey("version.id"), nullable=False),
     Column("kind", Text, nullable=False),
     Column("weight", Float),
     Column("recipe_digest", Text),
+    # the whole row, so that a walk down needs no second look for each edge
+    Index("ix_edge_down", "parent_id", "child_id", "position", "kind", "weight", "recipe_digest"),
     PrimaryKeyConstraint("child_id", "position"),
     sqlite_with_rowid=False,  # rows of one child lie together
 )
