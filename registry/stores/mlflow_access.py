@@ -108,7 +108,8 @@ class Mlflow:
         owner = experiment.tags.get(REGISTRY_ID)
         if owner != self._registry_id:
             raise Misconfigured(
-                f"MLflow's experiment {EXPERIMENT!r} belongs to registry {owner}, the ledger is {self._registry_id}",
+                f"MLflow's experiment {EXPERIMENT!r} belongs to {f'registry {owner}' if owner else 'someone else'},"
+                f" the ledger is registry {self._registry_id}",
                 hint=f"{self.uri} was made with another home; use that one",
             )
         return str(experiment.experiment_id)

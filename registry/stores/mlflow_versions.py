@@ -38,7 +38,7 @@ from .mlflow_access import (
     in_our_words,
     missing_is_fine,
 )
-from .mlflow_pages import describe, figures, lineage_page, lineage_record, mlflow_key, mlmodel
+from .mlflow_pages import describe, escape, figures, lineage_page, lineage_record, mlflow_key, mlmodel
 from .mlflow_reports import log_report
 
 # isort: split
@@ -108,7 +108,7 @@ class MlflowVersions:
         else:
             run = self._run_by_key(adapter_id, key) or self._create_run(spec, adapter_id, version_id, key)
             reached("register.run")
-            model = self._model_of(run) or self._create_model(spec, run)
+            model = self._model_of(run) or self._create_model(spec, run, parents)
             reached("register.model")
             files = self._move_in(spec, run, model, staged)
             reached("register.files")
@@ -185,8 +185,8 @@ class MlflowVersions:
             self._client.delete_model_version(version.name, str(placement.number))
         with missing_is_fine():
             self._client.delete_logged_model(placement.model_id)
-        if (local := local_folder(placement.location)) is not None:
-            shutil.rmtree(local, ignore_errors=not local.exists())
+        if (local := local_folder(placement.location)) is not None and local.parent.name == placement.model_id:
+            shutil.rmtree(local.parent, ignore_errors=not local.parent.exists())
         for run in self._mlflow.runs(f"tags.`{PARENT_RUN}` = '{placement.run_id}'"):
             self._client.delete_run(run.info.run_id)
         with missing_is_fine():
@@ -197,7 +197,7 @@ class MlflowVersions:
             return self._client.create_registered_model(
                 name,
                 tags={ADAPTER_ID: adapter_id, "base_model": base.name},
-                description=f"LoRA adapters on {base.name}, kept by adapterctl.",
+                description=f"LoRA adapters on {escape(base.name)}, kept by adapterctl.",
             )
         except MlflowException as error:
             if error.error_code != EXISTS:  # another process was first
@@ -207,7 +207,10 @@ class MlflowVersions:
     # one version, found or created step by step
 
     def _version_by_key(self, name: str, key: str) -> ModelVersion | None:
-        found = self._client.search_model_versions(f"name = '{name}' and tags.`{KEY}` = '{key}'", max_results=1)
+        # the first one: MLflow copies every tag when a version is copied
+        found = self._client.search_model_versions(
+            f"name = '{name}' and tags.`{KEY}` = '{key}'", max_results=1, order_by=["version_number ASC"]
+        )
         return found[0] if found else None
 
     def _run_by_key(self, adapter_id: str, key: str) -> Run | None:
@@ -223,12 +226,16 @@ class MlflowVersions:
         )
         return found[0] if found else None
 
-    def _create_model(self, spec: NewVersion, run: Run) -> LoggedModel:
+    def _create_model(self, spec: NewVersion, run: Run, parents: Sequence[Parent]) -> LoggedModel:
         return self._client.create_logged_model(
             self._mlflow.experiment_id,
             name=spec.adapter.replace(".", "_"),  # MLflow takes no dot here
             source_run_id=run.info.run_id,
-            tags={VERSION_ID: run.data.tags[VERSION_ID], "content_digest": spec.content_digest},
+            tags={
+                VERSION_ID: run.data.tags[VERSION_ID],
+                "content_digest": spec.content_digest,
+                _NOTE: describe(spec, parents),
+            },
             params=_params(spec),
             model_type="peft-lora",
         )
@@ -262,14 +269,15 @@ class MlflowVersions:
         """Everything of the source run that shows where the version comes from."""
         run_id = run.info.run_id
         params = {**_params(spec), **_parent_params(parents)}
-        note = describe(spec, parents)
         self._client.log_batch(
             run_id,
             # a parameter cannot be changed, not even to what it is; an earlier attempt may have logged it
             params=[Param(key, value) for key, value in params.items() if key not in run.data.params],
-            tags=[RunTag(_NOTE, note), *(RunTag(f"tag.{mlflow_key(k)}", v[:5000]) for k, v in spec.tags.items())],
+            tags=[
+                RunTag(_NOTE, describe(spec, parents)),
+                *(RunTag(f"tag.{mlflow_key(k)}", v[:5000]) for k, v in spec.tags.items()),
+            ],
         )
-        self._client.set_logged_model_tags(model.model_id, {_NOTE: note})
         self._mlflow.write_files(run_id, self._source_files(spec, run, model, parents, files))
         if spec.dataset:
             digest = json_digest(spec.dataset)  # of its name: that is all we were told

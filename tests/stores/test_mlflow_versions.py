@@ -13,6 +13,8 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from adapterctl.registry.domain.errors import Corrupt, Misconfigured, NotFound, Refused
 from adapterctl.registry.domain.evals import EvalReport, TaskResult
@@ -248,6 +250,17 @@ def test_the_same_key_gives_the_version_that_exists_and_leaves_the_stage_folder(
     assert staged.is_dir()
 
 
+def test_a_copy_that_mlflow_made_of_a_version_is_not_taken_for_it(client, family, put, mlflow_home):
+    uri = embedded_uri(mlflow_home)
+    mlflow.set_tracking_uri(uri)
+    client.copy_model_version("models:/translate/1", "translate")
+    mlflow.set_tracking_uri(None)
+
+    again = put("translate", "t", metrics={"chrf,none": 41.5}, dataset="gettext catalogues", params={"lr": "1e-3"})
+
+    assert again.placement == family["translate"].placement
+
+
 PLACE = """
 import sys
 from pathlib import Path
@@ -320,6 +333,13 @@ def test_checking_an_empty_mlflow_writes_nothing(client, store):
     assert client.get_experiment_by_name("adapters") is None
 
 
+def test_an_experiment_of_someone_else_is_refused(client, store):
+    client.create_experiment("adapters")
+
+    with pytest.raises(Misconfigured, match="someone else"):
+        store.check_identity()
+
+
 def test_a_registered_model_of_someone_else_is_refused(client, store):
     client.create_registered_model("translate")
 
@@ -371,6 +391,24 @@ def test_a_version_left_in_the_legacy_stage_by_hand_is_archived(client, store, p
     store.project_stage("chat", "production", number=2, legacy={2: "Production"})
 
     assert client.get_model_version("chat", "1").current_stage == "Archived"
+
+
+def test_the_loser_of_a_race_for_an_alias_tries_again(store, put, monkeypatch):
+    put("chat", "one")
+    client = store._mlflow.client
+    set_alias = client.set_registered_model_alias
+    refusals = [MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed", BAD_REQUEST)] * 2
+
+    def sometimes(*arguments: str) -> None:
+        if refusals:
+            raise refusals.pop()
+        set_alias(*arguments)
+
+    monkeypatch.setattr(client, "set_registered_model_alias", sometimes)
+
+    store.project_stage("chat", "production", number=1, legacy={})
+
+    assert store.alias("chat", "production") == 1
 
 
 def test_an_alias_of_an_unknown_adapter_is_none(store):
@@ -466,7 +504,7 @@ def test_a_removed_version_is_gone_with_its_files_and_runs_and_its_number_is_not
     store.remove(version)
     again = put("translate-chat", "m")
 
-    assert not local_folder(version.placement.location).exists()
+    assert not local_folder(version.placement.location).parent.exists()
     assert [run.data.tags["adapterctl.version_id"] for run in runs_of(client)].count(version.id) == 1
     assert again.number == 2
     assert again.placement.run_id != version.placement.run_id
