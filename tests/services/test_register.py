@@ -209,12 +209,13 @@ def start(home: Path, folder: Path, **env: str) -> subprocess.Popen[str]:
         "register.model",
         "register.files",
         "register.finalized",
+        "register.linked",
         "register.version",
         "ledger.writing",
         "ledger.committed",
     ],
 )
-def test_a_kill_at_any_point_and_another_try_give_one_version(point, take, tmp_path, home, sql_ledger, version_store):
+def test_a_kill_at_any_point_and_another_try_give_one_version(point, take, tmp_path, home, sql_ledger):
     folder = write_tiny_adapter(tmp_path / "a")
     killed = start(home, folder, ADAPTERCTL_CRASH_AT=point)
     _, errors = killed.communicate(timeout=120)
@@ -225,12 +226,12 @@ def test_a_kill_at_any_point_and_another_try_give_one_version(point, take, tmp_p
     assert done.version.ref == "translate:v1"
     assert len(sql_ledger.versions(include_removed=True)) == 1
     assert done.created == (point != "ledger.committed")
-    assert runs_of(version_store) == 1
+    assert runs_of(home) == 1
     assert (Path(done.version.location.removeprefix("file://")) / "adapter_model.safetensors").is_file()
     assert list((home / "staging").iterdir()) == []
 
 
-def test_two_processes_that_register_the_same_folder_make_one_version(take, tmp_path, home, sql_ledger, version_store):
+def test_two_processes_that_register_the_same_folder_make_one_version(take, tmp_path, home, sql_ledger):
     folder = write_tiny_adapter(tmp_path / "a")
     both = [start(home, folder) for _ in range(2)]
 
@@ -239,14 +240,16 @@ def test_two_processes_that_register_the_same_folder_make_one_version(take, tmp_
     assert [process.returncode for process in both] == [0, 0], outputs
     assert len({out for out, _ in outputs}) == 1
     assert len(sql_ledger.versions()) == 1
-    assert runs_of(version_store) == 1
+    assert runs_of(home) == 1
 
 
-def runs_of(store: VersionStore) -> int:
+def runs_of(home: Path) -> int:
     """How many runs MLflow holds, asked through its own client."""
     import mlflow
 
-    client = mlflow.MlflowClient(tracking_uri=store._uri, registry_uri=store._uri)
+    from adapterctl.registry.stores.mlflow_server import embedded_uri
+
+    client = mlflow.MlflowClient(tracking_uri=embedded_uri(home), registry_uri=embedded_uri(home))
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     return len(client.search_runs(experiments))
 
