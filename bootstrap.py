@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from .examples import BASE_NAME
+from .examples import BASE_NAME, BASE_PACKAGE
 from .migrations import check_schema, migrate
 from .registry.domain.errors import Misconfigured, NotFound
 from .registry.domain.version import AdapterVersion
@@ -30,8 +30,8 @@ from .registry.stores.spawn_bell import SpawnBell
 from .registry.stores.sql.engine import Database, sqlite_url
 from .registry.stores.sql.ledger import SqlLedger
 
-#: Bases that are made where they are needed first, from a package that carries their weights.
-MADE_ON_DEMAND = (BASE_NAME,)
+#: Bases that are made where they are needed first, each from the package that carries its weights.
+MADE_ON_DEMAND = {BASE_NAME: BASE_PACKAGE}
 
 _log = logging.getLogger("adapterctl")
 

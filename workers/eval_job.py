@@ -60,7 +60,7 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
     for digest, pairs in groupby(plan.pairs, attrgetter("subject")):
         with engine.subject(folders[digest]):
             for pair in pairs:
-                progress.stage = f"evaluate {labels[digest]} on {plan.suites[pair.suite].name}"
+                progress.begin(f"evaluate {labels[digest]} on {plan.suites[pair.suite].name}")
                 files.append(_write(out, _evaluate(engine, plan, pair)))
     engine.check_base()
     return {"reports": files}
@@ -112,8 +112,11 @@ class _Progress:
     """Counts samples over the whole plan, and is where an evaluation stops when it is told to."""
 
     def __init__(self, total: int, emit: Emit, should_stop: Callable[[], bool]) -> None:
-        self.stage = "load the base"
         self._done, self._total, self._emit, self._should_stop = 0, total, emit, should_stop
+        self.begin("load the base")
+
+    def begin(self, stage: str) -> None:
+        self._stage = stage
         self._tell()
 
     def tick(self, samples: int) -> None:
@@ -123,4 +126,4 @@ class _Progress:
         self._tell()
 
     def _tell(self) -> None:
-        self._emit({"progress": {"stage": self.stage, "done": self._done, "total": self._total}})
+        self._emit({"progress": {"stage": self._stage, "done": self._done, "total": self._total}})

@@ -7,7 +7,7 @@ and an evaluation that was killed goes on where it stopped. The model itself run
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
@@ -49,7 +49,7 @@ def request_evaluation(
     suites: Sequence[str] = (),
     limit: int | None = None,
     settings: Settings,
-    made_on_demand: Collection[str] = (),
+    made_on_demand: Mapping[str, str] | None = None,
 ) -> Job:
     """Queue the evaluation of versions of one base; a merged version brings its parents and their suites along.
 
@@ -70,7 +70,7 @@ def request_evaluation(
 
 
 def evaluation_of_merge(
-    ledger: Ledger, job: Job, version_id: str, *, settings: Settings, made_on_demand: Collection[str] = ()
+    ledger: Ledger, job: Job, version_id: str, *, settings: Settings, made_on_demand: Mapping[str, str] | None = None
 ) -> list[NewJob]:
     """The evaluation that follows a merge job: on the suites that it names and those that its parents carry.
 
@@ -93,7 +93,7 @@ def check_installed() -> None:
         raise Unavailable(f"evaluation needs {', '.join(missing)}, which is not installed", hint=EXTRA)
 
 
-def _can_evaluate(ledger: Ledger, base: Base, settings: Settings, made_on_demand: Collection[str]) -> bool:
+def _can_evaluate(ledger: Ledger, base: Base, settings: Settings, made_on_demand: Mapping[str, str] | None) -> bool:
     try:
         check_installed()
         locate(ledger, base, settings, made_on_demand)
@@ -102,7 +102,7 @@ def _can_evaluate(ledger: Ledger, base: Base, settings: Settings, made_on_demand
     return True
 
 
-def locate(ledger: Ledger, base: Base, settings: Settings, made_on_demand: Collection[str]) -> Path:
+def locate(ledger: Ledger, base: Base, settings: Settings, made_on_demand: Mapping[str, str] | None) -> Path:
     spellings = [spelling for spelling, base_id in ledger.base_aliases().items() if base_id == base.id]
     return locate_base(
         base, spellings, home=settings.home, base_paths=settings.base_paths, made_on_demand=made_on_demand
@@ -145,7 +145,7 @@ class EvalHandler:
         *,
         open_versions: Callable[[], VersionStore],
         folders: Folders,
-        made_on_demand: Collection[str] = (),
+        made_on_demand: Mapping[str, str] | None = None,
     ) -> None:
         self._ledger = ledger
         self._settings = settings

@@ -6,7 +6,7 @@ that needs it, so that `ls`, `show`, `lineage` and `jobs` never import it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -53,7 +53,7 @@ class LocalRegistry:
         open_versions: Callable[[], VersionStore],
         folders: merge.Folders,
         open_hub: register.SourceFolder,
-        made_on_demand: Collection[str] = (),
+        made_on_demand: Mapping[str, str] | None = None,
     ) -> None:
         self.settings = settings
         self.ledger = ledger

