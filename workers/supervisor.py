@@ -227,7 +227,8 @@ class Lease(threading.Thread):
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self.join()
+        # A renewal that waits for the database may end whenever it likes: it is fenced, like every write.
+        self.join(BEAT_S)
 
 
 class Child:

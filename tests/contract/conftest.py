@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import uuid6
 
-from adapterctl.migrations import migrate
 from adapterctl.registry.domain.adapter import AdapterFacts, LoraModule, TensorEntry
 from adapterctl.registry.domain.version import AdapterVersion, Base, Edge, FileRecord, NewVersion, Placement
 from adapterctl.registry.ports import Ledger
-from adapterctl.registry.stores.sql.engine import Database, sqlite_url
-from adapterctl.registry.stores.sql.ledger import SqlLedger
 
 AddVersion = Callable[..., AdapterVersion]
 
 
-@pytest.fixture(scope="session")
-def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty `registry.db` with all tables, to copy: Alembic takes 0.3 s a time."""
-    home = tmp_path_factory.mktemp("schema")
-    migrate(sqlite_url(home))
-    return home / "registry.db"
-
-
-@pytest.fixture(params=["sqlite"])
-def ledger(request: pytest.FixtureRequest, home: Path, empty_registry: Path) -> Iterator[SqlLedger]:
-    shutil.copy(empty_registry, home / "registry.db")
-    ledger = SqlLedger(Database(sqlite_url(home)))
-    ledger.establish("sqlite:///mlflow.db")
-    yield ledger
-    ledger.close()
+@pytest.fixture(params=["sql_ledger"])
+def ledger(request: pytest.FixtureRequest) -> Ledger:
+    """An empty ledger of each kind; the parameter names the fixture that makes it."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

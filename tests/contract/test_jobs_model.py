@@ -158,8 +158,8 @@ class JobTable(RuleBasedStateMachine):
         return row.state is JobState.RUNNING and row.attempt == attempt
 
 
-def test_the_job_table_obeys_its_model(empty_registry: Path):
-    JobTable.schema = empty_registry
+def test_the_job_table_obeys_its_model(ledger_schema: Path):
+    JobTable.schema = ledger_schema
 
     run_state_machine_as_test(
         JobTable,
