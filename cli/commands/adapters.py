@@ -1,0 +1,226 @@
+"""For those who bring adapters, look at them, and take them away: register, ls, show, diff, pull, rm."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...registry.domain.errors import InvalidInput
+from ...registry.domain.refs import Ref, parse_ref
+from .. import parse, views
+from ..complete import complete_names, complete_refs, complete_stages
+from ..connect import Session, add_verbs
+from ..output import is_terminal, printable
+
+if TYPE_CHECKING:
+    from ...registry.api import Registered
+
+GROUP = "Adapters"
+RefArgument = Annotated[str, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)]
+
+
+class Kind(StrEnum):
+    imported = "import"
+    train = "train"
+
+
+def add_to(app: typer.Typer) -> None:
+    add_verbs(app, {"register": register, "ls": ls, "show": show, "diff": diff, "pull": pull, "rm": rm}, group=GROUP)
+
+
+def register(
+    session: Session,
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="SOURCE", help="A folder, hf://ORG/REPO@REVISION, runs:/RUN_ID/PATH or models:/NAME/V."),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The adapter it becomes a version of.", autocompletion=complete_names),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model it applies to, where its config does not say.")
+    ] = None,
+    trained_from: Annotated[
+        str | None,
+        typer.Option("--from", metavar="REF", help="The version it was trained on from.", autocompletion=complete_refs),
+    ] = None,
+    kind: Annotated[Kind | None, typer.Option(help="How it came to be.  [default: train with --from]")] = None,
+    metric: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A metric; may be repeated.")] = None,
+    param: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A parameter; may be repeated.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A tag; may be repeated.")] = None,
+    dataset: Annotated[str | None, typer.Option(metavar="TEXT", help="What it was trained on.")] = None,
+    license: Annotated[str | None, typer.Option(metavar="ID", help="Its licence, as an SPDX id.")] = None,
+    suite: Annotated[str | None, typer.Option(metavar="FILE", help="The suite that judges this adapter.")] = None,
+    assume_converted: Annotated[
+        bool, typer.Option("--assume-converted", help="Accept a PiSSA, OLoRA or similar start as already converted.")
+    ] = False,
+    batch: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Register every entry of a YAML list instead.")
+    ] = None,
+) -> None:
+    """Register an adapter as a new version.
+
+    It is checked, digested, pinned to its base and stored. Registering the same bytes again
+    returns the version that exists.
+
+    Example: adapterctl register ./out/checkpoint-300 --name translate --metric bleu=0.31
+    """
+    if batch is not None:
+        given = (source, name, base, trained_from, kind, metric, param, tag, dataset, license, suite)
+        if any(given) or assume_converted:
+            raise InvalidInput("--batch takes everything from its file", hint="drop the other arguments")
+        _register_batch(session, batch)
+        return
+    if source is None or name is None:
+        missing = "SOURCE" if source is None else "--name"
+        raise InvalidInput(f"{missing} is missing", hint="write adapterctl register ./adapter --name translate")
+    registered = session.registry().register(
+        source,
+        name=name,
+        base=base,
+        kind=(kind or (Kind.train if trained_from else Kind.imported)).value,
+        trained_from=parse_ref(trained_from) if trained_from else None,
+        metrics=parse.metrics(metric or ()),
+        params=parse.pairs(param or (), option="--param"),
+        tags=parse.pairs(tag or (), option="--tag"),
+        dataset=dataset,
+        license=license,
+        suite=suite,
+        assume_converted=assume_converted,
+    )
+    _tell(session, registered)
+    session.out.data(
+        registered,
+        text=lambda: views.version_text(registered.version, session.out),
+        names=[registered.version.ref],
+    )
+
+
+def ls(
+    session: Session,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="List its versions.", autocompletion=complete_names)
+    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="NAME", help="Versions on this base only.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Versions with this tag only.")] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="STAGE", help="Versions that hold this stage only.", autocompletion=complete_stages),
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="'K>N'", help="Versions that meet this condition only.")
+    ] = None,
+    removed: Annotated[bool, typer.Option("--removed", help="Removed versions too.")] = False,
+) -> None:
+    """List adapters, or the versions of one.
+
+    Example: adapterctl ls --metric 'bleu>0.3'
+    """
+    registry = session.registry(readonly=True)
+    if name is None and not (base or tag or stage or metric or removed):
+        adapters = registry.adapters()
+        session.out.data(
+            adapters, text=lambda: views.adapters_table(adapters, session.out), names=[a.name for a in adapters]
+        )
+        return
+    found = registry.versions(
+        name, base=base, tag=parse.pairs(tag or (), option="--tag"), stage=stage, metric=metric or (), removed=removed
+    )
+    session.out.data(found, text=lambda: views.versions_table(found, session.out), names=[v.ref for v in found])
+
+
+def show(session: Session, ref: RefArgument) -> None:
+    """Show all that is known about a version.
+
+    Example: adapterctl show translate:v3
+    """
+    version = session.registry(readonly=True).version(parse_ref(ref))
+    session.out.data(version, text=lambda: views.version_text(version, session.out), names=[version.ref])
+
+
+def diff(
+    session: Session,
+    first: RefArgument,
+    second: Annotated[str, typer.Argument(metavar="REF", help="Another.", autocompletion=complete_refs)],
+) -> None:
+    """Compare two versions.
+
+    Tells what differs in their records, and how their deltas relate.
+
+    Example: adapterctl diff translate:v2 translate:v3
+    """
+    found = session.registry(readonly=True).diff(parse_ref(first), parse_ref(second))
+    session.out.data(found, text=lambda: views.diff_text(found, session.out), names=[found.first, found.second])
+
+
+def pull(
+    session: Session,
+    ref: RefArgument,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is new or empty.")],
+) -> None:
+    """Copy the files of a version into a folder.
+
+    They are in PEFT's layout and checked against the digests.
+
+    Example: adapterctl pull translate@production ./translate
+    """
+    version = session.registry(readonly=True).pull(parse_ref(ref), folder)
+    session.out.say(f"{version.ref} is in {printable(folder)}")
+    session.out.data(version, text=lambda: str(folder), names=[version.ref])
+
+
+def rm(
+    session: Session,
+    ref: RefArgument,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove a version that nothing descends from.
+
+    Its files are deleted; its number is never used again.
+
+    Example: adapterctl rm translate:v1 --reason 'trained on leaked data' --yes
+    """
+    registry = session.registry()
+    version = registry.version(parse_ref(ref))
+    if not yes:
+        _confirm(
+            f"remove {version.ref} ({views.size(version.size_bytes)}) for good?", f"adapterctl rm {version.ref} --yes"
+        )
+    removed = registry.remove(Ref(version.name, number=version.number), reason=reason)
+    session.out.say(f"{removed.ref} is removed")
+    session.out.data(removed, text=lambda: removed.ref, names=[removed.ref])
+
+
+def _register_batch(session: Session, path: Path) -> None:
+    from ..batch import read_batch  # deferred: reads YAML
+
+    entries = read_batch(path)
+    registry = session.registry()
+    done = []
+    for entry in entries:
+        done.append(entry.register(registry))
+        _tell(session, done[-1])
+    versions = [registered.version for registered in done]
+    session.out.data(
+        done, text=lambda: views.versions_table(versions, session.out), names=[version.ref for version in versions]
+    )
+
+
+def _tell(session: Session, registered: Registered) -> None:
+    ref = registered.version.ref
+    session.out.say(f"registered {ref}" if registered.created else f"{ref} holds these bytes already; nothing is new")
+    for warning in registered.warnings:
+        session.out.warn(warning)
+
+
+def _confirm(question: str, command: str) -> None:
+    """Ask on a terminal. Raises `InvalidInput` where nobody can answer, `typer.Abort` for a no."""
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+        raise InvalidInput(f"{question} nobody is there to answer", hint=f"run {command}")
+    typer.confirm(question, abort=True, err=True)

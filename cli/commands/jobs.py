@@ -1,0 +1,145 @@
+"""For those who watch the queue: jobs ls, show, logs, wait, cancel, retry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...registry.domain.errors import InvalidInput, JobCancelled, JobFailed, Refused, WaitTimedOut
+from .. import parse, views
+from ..complete import complete_jobs
+from ..connect import Session, add_verbs
+from ..follow import follow
+from ..output import INTERRUPTED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ...registry.domain.job import Job, JobEvent
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="A job.", autocompletion=complete_jobs)]
+JobIds = Annotated[list[str], typer.Argument(metavar="ID", help="Jobs.", autocompletion=complete_jobs)]
+
+
+def add_to(app: typer.Typer) -> None:
+    jobs = typer.Typer(
+        help="List, watch, cancel and retry the queued work.", no_args_is_help=True, rich_markup_mode=None
+    )
+    add_verbs(
+        jobs,
+        {"ls": ls, "show": show, "logs": logs, "wait": wait, "cancel": cancel, "retry": retry},
+    )
+    app.add_typer(jobs, name="jobs", rich_help_panel="The registry")
+
+
+def ls(
+    session: Session,
+    state: Annotated[
+        str | None, typer.Option(metavar="STATE", help="queued, running, succeeded, failed or cancelled.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(metavar="KIND", help="merge, eval or verify.")] = None,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Jobs at most, the newest first.")] = 100,
+) -> None:
+    """List jobs.
+
+    Example: adapterctl jobs ls --state running -q | xargs adapterctl jobs wait
+    """
+    from ...registry.domain.job import JobState  # deferred: help needs no jobs
+
+    if state is not None and state not in list(JobState):
+        raise InvalidInput(f"{state!r} is no state of a job", hint=f"one of {', '.join(JobState)}")
+    found = session.registry(readonly=True).jobs(state=state, kind=kind, limit=limit)
+    _list(session, found)
+
+
+def show(session: Session, job_id: JobId) -> None:
+    """Show a job.
+
+    Example: adapterctl jobs show "$(adapterctl jobs ls --limit 1 -q)"
+    """
+    job = session.registry(readonly=True).job(job_id)
+    session.out.data(job, text=lambda: views.job_text(job, session.out), names=[job.id])
+
+
+def logs(
+    session: Session,
+    job_id: JobId,
+    follow_: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+) -> None:
+    """Print what happened to a job.
+
+    Example: adapterctl jobs logs -f "$(adapterctl jobs ls --limit 1 -q)"
+    """
+    registry = session.registry(readonly=True)
+    events = registry.job_events(job_id)
+    if not follow_:
+        session.out.data(
+            events,
+            text=lambda: "\n".join(map(views.event_text, events)) or "nothing yet",
+            names=[str(event.seq) for event in events],
+        )
+        return
+    seen = _print_events(session, events, 0)
+    try:
+        for _ in registry.follow(job_id):
+            seen = _print_events(session, registry.job_events(job_id, after=seen), seen)
+    except KeyboardInterrupt:
+        session.out.say("left; the job goes on")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def wait(
+    session: Session,
+    job_ids: JobIds,
+    timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Wait no longer for each, e.g. 5m.")] = None,
+) -> None:
+    """Wait until jobs ended.
+
+    The exit code tells how: 0 succeeded, 6 failed, 7 cancelled, 8 not yet. Of several jobs the
+    first that did not succeed decides.
+
+    Example: adapterctl jobs ls --state queued -q | xargs adapterctl jobs wait
+    """
+    timeout_s = parse.duration_s(timeout)
+    registry = session.registry()
+    codes = []
+    for job_id in job_ids:
+        try:
+            follow(session, registry, job_id, timeout_s=timeout_s)
+        except (JobFailed, JobCancelled, WaitTimedOut, Refused) as error:
+            codes.append(session.out.fail(error))
+    _list(session, [registry.job(job_id) for job_id in job_ids])
+    if codes:
+        raise typer.Exit(codes[0])
+
+
+def cancel(session: Session, job_ids: JobIds) -> None:
+    """Cancel jobs.
+
+    Queued ones end at once, running ones between two steps of their work.
+
+    Example: adapterctl jobs ls --state queued -q | xargs adapterctl jobs cancel
+    """
+    registry = session.registry()
+    _list(session, [registry.cancel(job_id) for job_id in job_ids])
+
+
+def retry(session: Session, job_ids: JobIds) -> None:
+    """Queue failed or cancelled jobs again.
+
+    Example: adapterctl jobs ls --state failed -q | xargs adapterctl jobs retry
+    """
+    registry = session.registry()
+    _list(session, [registry.retry(job_id) for job_id in job_ids])
+
+
+def _list(session: Session, jobs: Sequence[Job]) -> None:
+    session.out.data(jobs, text=lambda: views.jobs_table(jobs, session.out), names=[job.id for job in jobs])
+
+
+def _print_events(session: Session, events: Sequence[JobEvent], seen: int) -> int:
+    for event in events:
+        session.out.line(event, text=views.event_text(event), name=str(event.seq))
+        seen = event.seq
+    return seen

@@ -1,0 +1,207 @@
+"""For those who merge: what a merge would give, the merge itself, its methods, and the proof that it repeats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...registry.domain.errors import Corrupt, InvalidInput, NotFound
+from ...registry.domain.refs import check_name, parse_ref
+from .. import parse, views
+from ..complete import complete_names, complete_refs
+from ..connect import Session, add_verbs
+from ..follow import follow
+
+if TYPE_CHECKING:
+    from ...registry.api import RegistryAPI, Submitted, VersionView
+    from ...registry.domain.recipe import MergeRequest, OptionValue
+
+GROUP = "Merging"
+
+Parents = Annotated[
+    list[str],
+    typer.Argument(metavar="REF[=WEIGHT]", help="Two parents or more; weights are 1.", autocompletion=complete_refs),
+]
+Into = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="The adapter it becomes.  [default: parents, joined]", autocompletion=complete_names
+    ),
+]
+Weights = Annotated[str | None, typer.Option(metavar="W,W,...", help="Weights of all parents, in order.")]
+Method = Annotated[str, typer.Option(metavar="NAME", help="See `adapterctl methods`.")]
+Rank = Annotated[
+    int | None, typer.Option(min=1, metavar="R", help="Rank of the result, where the method has a choice.")
+]
+Density = Annotated[float | None, typer.Option(metavar="D", help="Share of entries kept; as --option density=D.")]
+MethodOption = Annotated[
+    list[str] | None, typer.Option("--option", metavar="K=V", help="An option of the method; may be repeated.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of methods that draw at random.")]
+Dtype = Annotated[str | None, typer.Option(metavar="TYPE", help="bf16, f16 or f32.  [default: the widest parent's]")]
+Suites = Annotated[
+    list[str] | None, typer.Option("--suite", metavar="FILE", help="Evaluate the result on it; may be repeated.")
+]
+MaxLoss = Annotated[float | None, typer.Option(metavar="L", help="Refuse a result that loses more, e.g. 0.02.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    add_verbs(app, {"merge": merge, "plan": plan, "methods": methods, "verify": verify}, group=GROUP)
+
+
+def merge(
+    session: Session,
+    parents: Parents,
+    into: Into = None,
+    method: Method = "sum",
+    rank: Rank = None,
+    weights: Weights = None,
+    density: Density = None,
+    option: MethodOption = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    suite: Suites = None,
+    max_loss: MaxLoss = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan only.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result, or print the job's id.")] = True,
+    timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Wait no longer, e.g. 90s, 5m, 1.5h.")] = None,
+) -> None:
+    """Merge adapters into a new version.
+
+    Parents are checked first, the result is proved afterwards, and its lineage is kept. Ctrl-C stops the
+    waiting, not the merge.
+
+    Example: adapterctl merge translate:v3 chat:v5=0.6 --into assistant
+    """
+    timeout_s = parse.duration_s(timeout)
+    request = _request(parents, into, method, rank, weights, density, option, seed, dtype, suite, max_loss)
+    if dry_run:
+        _show_plan(session, request)
+        return
+    registry = session.registry()
+    submitted = registry.merge(request)
+    _tell(session, request, submitted)
+    if not wait and submitted.job is not None:
+        job_id = submitted.job.id
+        session.out.say(f"queued; wait for it with: adapterctl jobs wait {job_id}")
+        session.out.data(submitted, text=lambda: job_id, names=[job_id])
+        return
+    version = submitted.version if submitted.job is None else _wait(session, registry, submitted, timeout_s)
+    if version is None:
+        raise Corrupt(f"the merge into {submitted.into} ended without a version", hint="adapterctl doctor")
+    session.out.data(version, text=lambda: views.version_text(version, session.out), names=[version.ref])
+
+
+def plan(
+    session: Session,
+    parents: Parents,
+    into: Into = None,
+    method: Method = "sum",
+    rank: Rank = None,
+    weights: Weights = None,
+    density: Density = None,
+    option: MethodOption = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+) -> None:
+    """Tell what a merge would give, and change nothing.
+
+    Whether these parents fit, rank and size of the result, what each method would lose.
+
+    Example: adapterctl plan translate:v3 chat:v5
+    """
+    _show_plan(session, _request(parents, into, method, rank, weights, density, option, seed, dtype, None, None))
+
+
+def methods(
+    session: Session, name: Annotated[str | None, typer.Argument(metavar="METHOD", help="One method in full.")] = None
+) -> None:
+    """List the merge methods, or explain one.
+
+    Example: adapterctl methods svd
+    """
+    known = session.registry(readonly=True).methods()
+    if name is None:
+        session.out.data(known, text=lambda: views.methods_text(known, session.out), names=[m.name for m in known])
+        return
+    method = next((m for m in known if m.name == name), None)
+    if method is None:
+        raise NotFound(f"there is no merge method {name!r}", hint=f"known: {', '.join(m.name for m in known)}")
+    session.out.data(method, text=lambda: views.method_text(method, session.out), names=[method.name])
+
+
+def verify(
+    session: Session,
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)],
+    rerun: Annotated[bool, typer.Option("--rerun/--no-rerun", help="Run the recipe of a merge again.")] = True,
+) -> None:
+    """Check stored bytes, and that a merge repeats.
+
+    Compares the files with their digests and runs the recipe of a merge again. Exits
+    with 1 when the bytes are damaged or the recipe gives something else.
+
+    Example: adapterctl verify translate-chat:v1
+    """
+    found = session.registry().verify(parse_ref(ref), rerun=rerun)
+    session.out.data(found, text=lambda: views.verification_text(found, session.out), names=[found.ref])
+    if found.files == "damaged" or found.recipe == "different":
+        raise typer.Exit(1)
+
+
+def _request(
+    parents: list[str],
+    into: str | None,
+    method: str,
+    rank: int | None,
+    weights: str | None,
+    density: float | None,
+    option: list[str] | None,
+    seed: int | None,
+    dtype: str | None,
+    suite: list[str] | None,
+    max_loss: float | None,
+) -> MergeRequest:
+    from ...registry.domain.recipe import MergeRequest  # deferred: help needs no recipes
+
+    options: dict[str, OptionValue] = parse.options(option or ())
+    if density is not None:
+        if "density" in options:
+            raise InvalidInput("density is given twice, by --density and by --option", hint="use one of the two")
+        options["density"] = density
+    return MergeRequest(
+        parents=parse.parents(parents, weights),
+        into=check_name(into) if into is not None else None,
+        method=method,
+        rank=rank,
+        dtype=parse.dtype(dtype),
+        seed=seed,
+        options=options,
+        suites=tuple(suite or ()),
+        max_loss=max_loss,
+    )
+
+
+def _show_plan(session: Session, request: MergeRequest) -> None:
+    found = session.registry(readonly=True).plan(request)
+    session.out.data(found, text=lambda: views.plan_text(found, session.out), names=[found.into])
+
+
+def _tell(session: Session, request: MergeRequest, submitted: Submitted) -> None:
+    """Echo how the request was understood: what its references mean now, the method and the rank that follow."""
+    for asked, pinned in zip(request.parents, submitted.parents, strict=True):
+        if str(asked.ref) != pinned.ref:
+            session.out.say(f"{asked.ref} → {pinned.ref}")
+    session.out.say(views.submitted_text(submitted))
+    for warning in submitted.warnings:
+        session.out.warn(warning)
+    if submitted.job is None and submitted.version is not None:
+        session.out.say(f"the same recipe made {submitted.version.ref} before; nothing is new")
+    elif submitted.deduplicated:
+        session.out.say("the same merge is under way already; joining it")
+
+
+def _wait(session: Session, registry: RegistryAPI, submitted: Submitted, timeout_s: float | None) -> VersionView | None:
+    assert submitted.job is not None
+    job = follow(session, registry, submitted.job.id, timeout_s=timeout_s)
+    return registry.version(parse_ref(str(job.result["ref"])))

@@ -1,0 +1,86 @@
+"""Names, versions and stages for the shell's completion, read straight from the ledger file.
+
+Completion runs at every press of a key: it opens the database read-only with the standard library, waits for nobody and
+is silent whatever goes wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import typer
+
+from ..registry.domain.errors import AdapterctlError
+
+if TYPE_CHECKING:
+    from ..registry.settings import Settings
+
+_LIMIT = 200
+
+
+def complete_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    return _silent(lambda: _names(_settings(ctx), incomplete))
+
+
+def complete_refs(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names first; behind a colon or an @ the versions and the stages of that adapter."""
+    return _silent(lambda: _refs(_settings(ctx), incomplete))
+
+
+def complete_stages(ctx: typer.Context, incomplete: str) -> list[str]:
+    return _silent(lambda: [stage for stage in _settings(ctx).stages if stage.startswith(incomplete)])
+
+
+def complete_jobs(ctx: typer.Context, incomplete: str) -> list[str]:
+    return _silent(lambda: _jobs(_settings(ctx), incomplete))
+
+
+def _settings(ctx: typer.Context) -> Settings:
+    from ..registry.settings import load_settings  # deferred: commands other than completion load it when they run
+
+    home = ctx.params.get("home") or (ctx.parent.params.get("home") if ctx.parent else None)
+    return load_settings({"home": home})
+
+
+def _names(settings: Settings, start: str) -> list[str]:
+    return _query(settings, "SELECT name FROM adapters WHERE name LIKE ? ESCAPE '\\' ORDER BY name", _prefix(start))
+
+
+def _refs(settings: Settings, start: str) -> list[str]:
+    name, mark = next(((start.partition(m)[0], m) for m in ":@" if m in start), (start, ""))
+    if mark == ":":
+        query = (
+            "SELECT a.name || ':v' || v.number FROM versions v JOIN adapters a ON a.id = v.adapter_id"
+            " WHERE a.name = ? AND v.state = 'live' ORDER BY v.number DESC"
+        )
+        return [ref for ref in _query(settings, query, name) if ref.startswith(start)]
+    if mark == "@":
+        return [ref for ref in (f"{name}@{stage}" for stage in settings.stages) if ref.startswith(start)]
+    return _names(settings, start)
+
+
+def _jobs(settings: Settings, start: str) -> list[str]:
+    return _query(settings, "SELECT id FROM jobs WHERE id LIKE ? ESCAPE '\\' ORDER BY id DESC", _prefix(start))
+
+
+def _query(settings: Settings, query: str, argument: str) -> list[str]:
+    import sqlite3  # deferred: see above
+
+    address = f"{(settings.home / 'registry.db').as_uri()}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True, timeout=0.2)) as ledger:
+        return [row[0] for row in ledger.execute(f"{query} LIMIT {_LIMIT}", (argument,))]
+
+
+def _prefix(start: str) -> str:
+    return start.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+
+
+def _silent(complete: Callable[[], list[str]]) -> list[str]:
+    import sqlite3  # deferred: see above
+
+    try:
+        return complete()
+    except (AdapterctlError, sqlite3.Error, OSError, ValueError):
+        return []

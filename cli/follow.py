@@ -1,0 +1,83 @@
+"""Waiting for a job: a progress line on a terminal, the job's own end as the outcome, and leaving without stopping it.
+
+The work happens in another process; nothing that happens here can harm it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from sys import stderr
+from typing import TYPE_CHECKING
+
+import typer
+
+from ..registry.domain.errors import JobCancelled, JobFailed, Refused
+from .connect import Session
+from .output import EXIT_CODES, INTERRUPTED, is_terminal
+
+if TYPE_CHECKING:
+    from ..registry.api import RegistryAPI
+    from ..registry.domain.job import Job
+
+_BY_CODE = {kind.code: kind for kind in EXIT_CODES}
+
+
+def follow(session: Session, registry: RegistryAPI, job_id: str, *, timeout_s: float | None = None) -> Job:
+    """Wait until the job ended, and return it when it succeeded.
+
+    Raises `JobFailed`, `JobCancelled`, `WaitTimedOut`, or the refusal that ended the job. Ctrl-C leaves with exit
+    code 130 and says how to come back.
+    """
+    show = _progress_line() if is_terminal(stderr) and session.out.format != "name" else nullcontext(_show_nothing)
+    try:
+        with show as update:
+            for job in registry.follow(job_id, timeout_s=timeout_s):
+                update(job)
+    except KeyboardInterrupt:
+        session.out.say(f"left; the job goes on. Come back with: adapterctl jobs wait {job_id}")
+        raise typer.Exit(INTERRUPTED) from None
+    raise_unless_succeeded(job)
+    return job
+
+
+def raise_unless_succeeded(job: Job) -> None:
+    """The end of a job as an error of ours: a refusal inside the job is a refusal here too."""
+    if job.state.value == "cancelled":
+        raise JobCancelled(f"job {job.id} was cancelled", hint=f"adapterctl jobs retry {job.id} queues it again")
+    if job.state.value != "failed":
+        return
+    error = job.error or {}
+    kind = _BY_CODE.get(error.get("code", ""), JobFailed)
+    message, hint = error.get("message", "no message was recorded"), error.get("hint", "")
+    if issubclass(kind, Refused):
+        raise kind(message, hint=hint)
+    raise JobFailed(f"job {job.id} failed: {message}", hint=hint or f"adapterctl jobs logs {job.id}")
+
+
+def _show_nothing(job: Job) -> None:
+    """Where nobody watches."""
+
+
+@contextmanager
+def _progress_line() -> Iterator[Callable[[Job], None]]:
+    # deferred: costs 0.1 s, and only waiting on a terminal needs it
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    parts = (
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(32), MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*parts, console=Console(stderr=True), transient=True) as progress:
+        line = progress.add_task("queued", total=None)
+
+        def update(job: Job) -> None:
+            if job.progress is None:
+                progress.update(line, description=job.state.value)
+                return
+            progress.update(
+                line, description=job.progress.stage, completed=job.progress.done, total=job.progress.total or None
+            )
+
+        yield update

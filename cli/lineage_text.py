@@ -1,0 +1,139 @@
+"""A lineage as a tree for the terminal, as Mermaid for Markdown, and as DOT for Graphviz. Pure functions over the view.
+
+Names and labels may hold anything an older registry let in: each format escapes them in its own way. The graph is
+walked without recursion, for a line of training can be thousands of versions long.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from ..registry.api import LineageEdgeView, LineageView, VersionView
+from .output import Output, printable
+from .views import loss, metrics, number
+
+_Edges = Mapping[str, Sequence[LineageEdgeView]]
+
+
+def tree(view: LineageView, out: Output) -> str:
+    """The root with its parents below, then with its children below; what was shown already is not unfolded again."""
+    versions = {version.ref: version for version in view.versions}
+    up, down = _by_child(view.edges), _by_parent(view.edges)
+    above = _branch(view.root, up, versions, out, upward=True)
+    below = _branch(view.root, down, versions, out, upward=False)
+    if view.direction == "up" or (view.direction == "both" and len(below) == 1):
+        return "\n".join(above)
+    if view.direction == "down" or len(above) == 1:
+        return "\n".join(below)
+    return "\n".join([out.paint("made from", "dim"), *above, "", out.paint("went into", "dim"), *below])
+
+
+def mermaid(view: LineageView) -> str:
+    """A `flowchart` from ancestors to descendants; GitHub renders it in a ```mermaid block."""
+    ids = {version.ref: f"v{i}" for i, version in enumerate(view.versions)}
+    lines = ["flowchart TB"]
+    for version in view.versions:
+        label = "<br/>".join(map(_mermaid_text, _label(version)))
+        lines.append(f'  {ids[version.ref]}["{label}"]')
+    for edge in view.edges:
+        if edge.parent in ids and edge.child in ids:
+            arrow = "-->" if edge.kind == "merge" else "-.->"
+            lines.append(f'  {ids[edge.parent]} {arrow}|"{_mermaid_text(_edge_label(edge))}"| {ids[edge.child]}')
+    if view.root in ids:
+        lines.append(f"  style {ids[view.root]} stroke-width:3px")
+    return "\n".join(lines)
+
+
+def dot(view: LineageView) -> str:
+    """A digraph from ancestors to descendants, for `dot -Tsvg`."""
+    lines = ["digraph lineage {", '  node [shape=box, fontname="sans-serif"];', '  edge [fontname="sans-serif"];']
+    for version in view.versions:
+        bold = ", penwidth=2" if version.ref == view.root else ""
+        label = "\\n".join(map(_dot_text, _label(version)))
+        lines.append(f'  "{_dot_text(version.ref)}" [label="{label}"{bold}];')
+    for edge in view.edges:
+        style = "" if edge.kind == "merge" else ", style=dashed"
+        label = _dot_text(_edge_label(edge))
+        lines.append(f'  "{_dot_text(edge.parent)}" -> "{_dot_text(edge.child)}" [label="{label}"{style}];')
+    return "\n".join([*lines, "}"])
+
+
+def _branch(root: str, edges: _Edges, versions: Mapping[str, VersionView], out: Output, *, upward: bool) -> list[str]:
+    lines = []
+    shown: set[str] = set()
+    stack: list[tuple[str, LineageEdgeView | None, str, str]] = [(root, None, "", "")]
+    while stack:
+        ref, edge, stem, indent = stack.pop()
+        again = ref in shown and bool(edges.get(ref))
+        lines.append(
+            stem + _line(ref, edge, versions.get(ref), out) + (out.paint("  (see above)", "dim") if again else "")
+        )
+        if ref in shown:
+            continue
+        shown.add(ref)
+        below = edges.get(ref, ())
+        for position in range(len(below) - 1, -1, -1):
+            last = position == len(below) - 1
+            next_ref = below[position].parent if upward else below[position].child
+            stack.append(
+                (
+                    next_ref,
+                    below[position],
+                    indent + ("└── " if last else "├── "),
+                    indent + ("    " if last else "│   "),
+                )
+            )
+    return lines
+
+
+def _line(ref: str, edge: LineageEdgeView | None, version: VersionView | None, out: Output) -> str:
+    """`translate:v3  × 0.6  production  svd, rank 4, loss 3.2%  bleu 0.31`"""
+    parts = [out.paint(printable(ref), "bold")]
+    if edge is not None:
+        parts.append(printable(_edge_label(edge)))
+    if version is not None:
+        parts.append(out.paint(printable(", ".join(version.stages)), "green"))
+        parts.append("removed" if version.state == "removed" else "")
+        parts.append(out.paint(printable(_made(version)), "dim"))
+        parts.append(out.paint(printable(metrics(version.metrics, most=2)), "cyan"))
+    return "  ".join(part for part in parts if part)
+
+
+def _label(version: VersionView) -> list[str]:
+    return [part for part in (version.ref, ", ".join(version.stages), _made(version)) if part]
+
+
+def _made(version: VersionView) -> str:
+    if not version.method:
+        return ""
+    lost = f", loss {loss(version.loss)}" if version.loss is not None else ""
+    return f"{version.method}, rank {version.rank}{lost}"
+
+
+def _edge_label(edge: LineageEdgeView) -> str:
+    return f"× {number(edge.weight)}" if edge.weight is not None else edge.kind.replace("_", " ")
+
+
+def _by_child(edges: Sequence[LineageEdgeView]) -> _Edges:
+    found: dict[str, list[LineageEdgeView]] = defaultdict(list)
+    for edge in sorted(edges, key=lambda edge: (edge.child, edge.position)):
+        found[edge.child].append(edge)
+    return found
+
+
+def _by_parent(edges: Sequence[LineageEdgeView]) -> _Edges:
+    found: dict[str, list[LineageEdgeView]] = defaultdict(list)
+    for edge in edges:
+        if all(known.child != edge.child for known in found[edge.parent]):
+            found[edge.parent].append(edge)
+    return found
+
+
+def _mermaid_text(text: str) -> str:
+    """Entity codes for all that Mermaid or the HTML around it could read as more than text."""
+    return "".join(c if c.isalnum() or c in " .,:-_×%@+" else f"#{ord(c)};" for c in printable(text))
+
+
+def _dot_text(text: str) -> str:
+    return printable(text).replace("\\", "\\\\").replace('"', '\\"')

@@ -1,0 +1,83 @@
+"""The program: its options, its commands in groups, and the edge where what nobody expected becomes an exit code.
+
+This module and the command modules import typer and standard library only; each command imports what it needs when it
+runs. A test in a fresh process holds them to it.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from .commands import adapters, admin, base, demo, evals, jobs, lineage, merge, stages
+from .connect import Common, Format, Home, NoColor, Quiet, Verbose
+from .output import printable, write
+
+
+class Program(TyperGroup):
+    """The commands under the headings of their groups, in the order in which a newcomer meets them."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        width = max(map(len, self.commands))
+        for name, command in self.commands.items():
+            heading = getattr(command, "rich_help_panel", None) or "Commands"
+            brief = command.get_short_help_str(formatter.width - width - 6)
+            groups.setdefault(heading, []).append((name.ljust(width), brief))
+        for heading, rows in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+app = typer.Typer(
+    cls=Program,
+    help="Register, merge, prove, evaluate and promote LoRA adapters, on top of MLflow.",
+    epilog="The options above are also accepted after the name of a command. Start here: adapterctl demo",
+    no_args_is_help=True,
+    # rich doubles the time to the help text, and pipes garble its boxes
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        write(sys.stdout, f"adapterctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    ctx: typer.Context,
+    home: Home = None,
+    output: Format = None,
+    quiet: Quiet = False,
+    no_color: NoColor = False,
+    verbose: Verbose = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    ctx.obj = Common(home, output, quiet, no_color, verbose)
+
+
+for module in (demo, adapters, merge, lineage, evals, stages, jobs, base, admin):
+    module.add_to(app)
+
+
+def main() -> None:
+    """Entry point of the console script. Errors of ours are handled where they arise, in `connect.add_verbs`."""
+    try:
+        app(prog_name="adapterctl")
+    except Exception as error:  # noqa: BLE001 - the edge of the process: whatever came this far is told, not dumped
+        if {"-v", "--verbose"}.intersection(sys.argv):
+            traceback.print_exception(error)
+        write(sys.stderr, f"error: unexpected {type(error).__name__}: {printable(error)}")
+        write(sys.stderr, "hint: run it again with -v for the traceback; a bug report with it is welcome")
+        sys.exit(1)

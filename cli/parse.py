@@ -1,0 +1,93 @@
+"""What people type, as values: pairs, numbers, durations, weights. Raises `InvalidInput` that shows how to write it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from ..registry.domain.errors import InvalidInput
+from ..registry.domain.refs import ParentRef, parse_parent
+
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|)")
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+
+
+def pairs(texts: Iterable[str], *, option: str) -> dict[str, str]:
+    """`KEY=VALUE` texts; a key given twice is refused, for one of the values would be lost."""
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InvalidInput(f"{option} {text!r} is not KEY=VALUE", hint=f"write {option} key=value")
+        if key in found:
+            raise InvalidInput(f"{option} gives {key!r} twice: {found[key]!r} and {value!r}", hint="keep one of them")
+        found[key] = value
+    return found
+
+
+def metrics(texts: Iterable[str]) -> dict[str, float]:
+    return {key: _number(value, f"--metric {key}") for key, value in pairs(texts, option="--metric").items()}
+
+
+def options(texts: Iterable[str]) -> dict[str, float | int | str | bool]:
+    """Options of a merge method: true and false, whole and other numbers, else text."""
+    return {key: _scalar(value) for key, value in pairs(texts, option="--option").items()}
+
+
+def duration_s(text: str | None) -> float | None:
+    """`90`, `90s`, `5m`, `1.5h` in seconds."""
+    if text is None:
+        return None
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise InvalidInput(f"duration {text!r} is not understood", hint="write 90s, 5m or 1.5h")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def dtype(text: str | None) -> str | None:
+    """The safetensors name of bf16, f16 or f32."""
+    if text is None:
+        return None
+    name = _DTYPES.get(text.lower())
+    if name is None:
+        raise InvalidInput(f"dtype {text!r} is not one of bf16, f16, f32", hint="leave it out for the widest parent's")
+    return name
+
+
+def parents(texts: Sequence[str], weights: str | None) -> tuple[ParentRef, ...]:
+    """Parents in the order given, weighted by `REF=W` or by one list for all, not by both."""
+    found = tuple(map(parse_parent, texts))
+    if weights is None:
+        return found
+    if any("=" in text for text in texts):
+        raise InvalidInput("weights are given twice, by --weights and by REF=WEIGHT", hint="use one of the two")
+    values = [_number(part, "--weights") for part in weights.split(",")]
+    if len(values) != len(found):
+        raise InvalidInput(
+            f"--weights has {len(values)} numbers for {len(found)} parents", hint="or write translate:v3=0.6 chat:v5=1"
+        )
+    return tuple(replace(parent, weight=value) for parent, value in zip(found, values, strict=True))
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InvalidInput(f"{what} {text!r} is not a finite number", hint="write a number such as 0.31")
+    return value
+
+
+def _scalar(text: str) -> float | int | str | bool:
+    if text.lower() in {"true", "false"}:
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,356 @@
+"""How the answers of the registry read as text: pure functions from views to lines, for tables and for one thing shown.
+
+Every piece of foreign text goes through `printable` here or through `columns`; colour comes from `Output`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .output import Output, printable
+
+if TYPE_CHECKING:
+    from ..registry.api import (
+        AdapterView,
+        Check,
+        DiffView,
+        HistoryView,
+        Interval,
+        MethodView,
+        ParentView,
+        PlanView,
+        RetentionRow,
+        RetentionView,
+        StageEventView,
+        Submitted,
+        Verification,
+        VersionView,
+    )
+    from ..registry.domain.job import Job, JobEvent
+    from ..registry.domain.version import Base
+
+_STATE_STYLES = {
+    "succeeded": "green", "running": "cyan", "failed": "red", "cancelled": "yellow",
+    "ok": "green", "warning": "yellow", "error": "red",
+}  # fmt: skip
+
+
+def number(value: float) -> str:
+    """Four digits that matter; 0 and whole numbers as they are."""
+    return f"{value:.4g}"
+
+
+def size(size_bytes: int) -> str:
+    amount = float(size_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
+
+
+def loss(value: float | None) -> str:
+    """A relative loss as people read it; what stays below rounding is nothing lost."""
+    if value is None:
+        return "-"
+    if value < 1e-6:
+        return "0"
+    return f"{value:.2%}" if value >= 1e-4 else f"{value:.1e}"
+
+
+def when(iso: str) -> str:
+    """An ISO 8601 time to the minute, in UTC as stored."""
+    return iso[:16].replace("T", " ")
+
+
+def clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+
+
+def metrics(values: Mapping[str, float], *, most: int | None = None) -> str:
+    shown = [f"{key} {number(value)}" for key, value in values.items()]
+    if most is not None and len(shown) > most:
+        shown = [*shown[:most], f"+{len(shown) - most}"]
+    return ", ".join(shown)
+
+
+def weighted(parent: ParentView) -> str:
+    if parent.weight is not None:
+        return f"{parent.ref} × {number(parent.weight)}"
+    return f"{parent.ref} ({parent.kind.replace('_', ' ')})"
+
+
+def adapters_table(views: Sequence[AdapterView], out: Output) -> str:
+    if not views:
+        return "no adapters yet"
+    rows = [
+        [v.name, v.latest, str(v.versions), v.base, ", ".join(f"{s} {ref}" for s, ref in v.stages.items()) or "-"]
+        for v in views
+    ]
+    return out.table(["NAME", "LATEST", "VERSIONS", "BASE", "STAGES"], rows, right={2})
+
+
+def versions_table(views: Sequence[VersionView], out: Output) -> str:
+    if not views:
+        return "no versions"
+    rows = [
+        [
+            v.ref + (" (removed)" if v.state == "removed" else ""),
+            ", ".join(v.stages) or "-",
+            v.method or v.kind,
+            str(v.rank),
+            size(v.size_bytes),
+            loss(v.loss),
+            when(v.created_at),
+            metrics(v.metrics, most=3),
+        ]
+        for v in views
+    ]
+    header = ["VERSION", "STAGES", "MADE BY", "RANK", "SIZE", "LOSS", "CREATED (UTC)", "METRICS"]
+    return out.table(header, rows, right={3, 4, 5})
+
+
+def version_text(view: VersionView, out: Output) -> str:
+    """Everything about one version, the empty fields left out."""
+    title = out.paint(printable(view.ref), "bold")
+    if view.stages:
+        title += "  " + out.paint(printable(", ".join(view.stages)), "green")
+    if view.state == "removed":
+        title += "  " + out.paint("removed", "red")
+    shape = f"rank {view.rank}, {view.dtype}, {view.modules} modules, {view.parameters:,} parameters"
+    fields: list[tuple[str, Iterable[str]]] = [
+        ("made by", [_made_by(view)]),
+        ("parents", map(weighted, view.parents)),
+        ("loss", [f"{loss(view.loss)} of the exact sum"] if view.loss is not None else []),
+        ("shape", [f"{shape}, {size(view.size_bytes)}"]),
+        ("base", [view.base]),
+        ("metrics", [f"{key} = {number(value)}" for key, value in view.metrics.items()]),
+        ("params", [f"{key} = {value}" for key, value in view.params.items()]),
+        ("tags", [f"{key} = {value}" for key, value in view.tags.items()]),
+        ("dataset", [view.dataset or ""]),
+        ("license", [view.license or ""]),
+        ("source", [view.source or ""]),
+        ("created", [f"{when(view.created_at)} UTC by {view.created_by}"]),
+        ("content", [f"sha256:{view.content_digest}"]),
+        ("recipe", [f"sha256:{view.recipe_digest}" if view.recipe_digest else ""]),
+        ("files", [f"{f.path}  {size(f.size_bytes)}  sha256:{f.sha256[:16]}" for f in view.files]),
+        ("location", [view.location]),
+        ("mlflow", [view.mlflow_path]),
+    ]
+    return "\n".join([title, *_fields(fields, out)])
+
+
+def submitted_text(view: Submitted) -> str:
+    """What a merge was understood as, before it runs."""
+    parents = " + ".join(weighted(parent) for parent in view.parents)
+    return printable(f"{view.into}: {view.method}, rank {view.rank}, from {parents}")
+
+
+def plan_text(view: PlanView, out: Output) -> str:
+    title = f"{out.paint(printable(view.into), 'bold')} would be merged by {printable(view.method)}"
+    fields: list[tuple[str, Iterable[str]]] = [
+        ("parents", map(weighted, view.parents)),
+        ("base", [view.base]),
+        ("shape", [f"rank {view.rank}, {view.dtype}, {size(view.size_bytes)}"]),
+        ("recipe", [f"sha256:{view.recipe_digest}"]),
+        ("exists as", [view.exists or ""]),
+        ("warnings", view.warnings),
+    ]
+    lines = [title, *_fields(fields, out)]
+    if view.forecasts:
+        rows = [[f.method, str(f.rank), size(f.size_bytes), loss(f.loss), f.note] for f in view.forecasts]
+        lines += ["", out.table(["METHOD", "RANK", "SIZE", "LOSS", "NOTE"], rows, right={1, 2, 3})]
+    if view.pairs:
+        pairs = [
+            [
+                f"{p.first} / {p.second}",
+                str(p.shared_modules),
+                *(f"{x:.3f}" for x in (p.cosine, p.row_overlap, p.column_overlap, p.norm_ratio)),
+            ]
+            for p in view.pairs
+        ]
+        header = ["PARENTS", "SHARED MODULES", "COSINE", "ROW OVERLAP", "COLUMN OVERLAP", "NORM RATIO"]
+        lines += ["", out.table(header, pairs, right=range(1, 6))]
+    return "\n".join(lines)
+
+
+def diff_text(view: DiffView, out: Output) -> str:
+    lines = [f"{out.paint(printable(view.first), 'bold')} and {out.paint(printable(view.second), 'bold')}"]
+    lines.append("  the same content" if view.same_content else "  different content")
+    if view.cosine is not None and view.distance is not None:
+        lines.append(f"  cosine of the deltas {view.cosine:.4f}, relative distance {number(view.distance)}")
+    for label, modules in ((view.first, view.only_first), (view.second, view.only_second)):
+        if modules:
+            names = ", ".join(modules[:3]) + (", …" if len(modules) > 3 else "")
+            lines.append(printable(f"  {len(modules)} modules only in {label}: {names}"))
+    if view.fields:
+        rows = [[name, _brief(first), _brief(second)] for name, (first, second) in view.fields.items()]
+        lines += ["", out.table(["FIELD", view.first, view.second], rows)]
+    return "\n".join(lines)
+
+
+def retention_text(view: RetentionView, out: Output) -> str:
+    """One line a task: base, parents, child, and what the child kept of the parent that owns the task."""
+    lines = []
+    if view.rows:
+        header, rows = _retention_table(view)
+        lines.append(out.table(header, rows, right=range(2, len(header))))
+        notes = {f"{row.task}: {row.note}" for row in view.rows if row.note}
+        lines += [printable(f"  {note}") for note in sorted(notes)]
+    if view.missing:
+        lines += [printable(f"  not evaluated: {name}") for name in view.missing]
+    return "\n".join(lines) or "not evaluated yet"
+
+
+def history_text(view: HistoryView, out: Output) -> str:
+    rows = [
+        [
+            str(e.seq), when(e.at), e.stage, e.action, e.ref or "(empty)", e.previous or "-", e.actor,
+            e.hash[:12], e.reason,
+        ]
+        for e in view.events
+    ]  # fmt: skip
+    if not rows:
+        return f"{view.name}: no stage has changed yet"
+    header = ["#", "WHEN (UTC)", "STAGE", "ACTION", "VERSION", "BEFORE", "WHO", "HASH", "REASON"]
+    return out.table(header, rows, right={0})
+
+
+def stage_event_text(event: StageEventView) -> str:
+    now = printable(event.ref or "no version")
+    before = f", before: {printable(event.previous)}" if event.previous else ""
+    return f"{printable(event.stage)} is {now}{before}"
+
+
+def verification_text(view: Verification, out: Output) -> str:
+    distance = f", relative distance {view.distance:.1e}" if view.distance is not None else ""
+    fields: list[tuple[str, Iterable[str]]] = [
+        ("files", [view.files]),
+        ("recipe", [view.recipe + distance]),
+        ("details", view.details),
+    ]
+    return "\n".join([out.paint(printable(view.ref), "bold"), *_fields(fields, out)])
+
+
+def jobs_table(jobs: Sequence[Job], out: Output) -> str:
+    if not jobs:
+        return "no jobs"
+    rows = [[j.id, j.kind, j.state.value, _progress(j), clock(j.created_at), j.title or "-"] for j in jobs]
+    return out.table(["ID", "KIND", "STATE", "PROGRESS", "CREATED (UTC)", "TITLE"], rows)
+
+
+def job_text(job: Job, out: Output) -> str:
+    error = job.error or {}
+    fields: list[tuple[str, Iterable[str]]] = [
+        ("state", [job.state.value + (" (cancel requested)" if job.cancel_requested and not job.ended else "")]),
+        ("progress", [_progress(job) if job.progress else ""]),
+        ("attempt", [f"{job.attempt} of {job.max_attempts}"]),
+        ("created", [f"{clock(job.created_at)} UTC by {job.created_by}"]),
+        ("started", [f"{clock(job.started_at)} UTC" if job.started_at else ""]),
+        ("ended", [f"{clock(job.ended_at)} UTC" if job.ended_at else ""]),
+        ("result", [f"{key} = {value}" for key, value in job.result.items()]),
+        ("error", [error.get("message", "")]),
+        ("hint", [error.get("hint", "")]),
+    ]
+    title = f"{out.paint(printable(job.title or job.kind), 'bold')}  {job.id}"
+    return "\n".join([title, *_fields(fields, out)])
+
+
+def event_text(event: JobEvent) -> str:
+    return printable(f"{clock(event.at)}  {event.kind:<10} {event.message}")
+
+
+def methods_text(views: Sequence[MethodView], out: Output) -> str:
+    rows = [[v.name, "yes" if v.exact else "no", v.cost, v.summary] for v in views]
+    return out.table(["METHOD", "EXACT", "COST", "WHAT IT DOES"], rows)
+
+
+def method_text(view: MethodView, out: Output) -> str:
+    fields: list[tuple[str, Iterable[str]]] = [
+        ("what", [view.summary]),
+        ("when", [view.when]),
+        ("exact", ["yes" if view.exact else "no"]),
+        ("cost", [view.cost]),
+        ("paper", [view.paper]),
+        ("options", [f"{o.name} ({o.type}, default {o.default}): {o.help}" for o in view.options]),
+    ]
+    return "\n".join([out.paint(printable(view.name), "bold"), *_fields(fields, out)])
+
+
+def bases_table(bases: Sequence[tuple[Base, tuple[str, ...]]], out: Output) -> str:
+    if not bases:
+        return "no bases yet"
+    rows = [
+        [
+            b.name,
+            b.revision or "-",
+            (b.config_digest or "-")[:12],
+            ", ".join(s for s in spellings if s != b.name) or "-",
+        ]
+        for b, spellings in bases
+    ]
+    return out.table(["BASE", "REVISION", "CONFIG", "ALSO WRITTEN"], rows)
+
+
+def checks_text(checks: Sequence[Check], out: Output) -> str:
+    width = max(len(c.name) for c in checks)
+    lines = []
+    for c in checks:
+        lines.append(f"{_state(c.status.ljust(7), out)}  {printable(c.name).ljust(width)}  {printable(c.detail)}")
+        if c.hint:
+            lines.append(f"{'':9}{'':{width}}  {out.paint('→ ' + printable(c.hint), 'cyan')}")
+    return "\n".join(lines)
+
+
+def _made_by(view: VersionView) -> str:
+    return f"merge ({view.method})" if view.method else view.kind
+
+
+def _brief(value: Any) -> str:
+    text = "-" if value is None else number(value) if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _progress(job: Job) -> str:
+    if job.progress is None or job.ended:
+        return "-"
+    return f"{job.progress.stage} {job.progress.done}/{job.progress.total}"
+
+
+def _state(text: str, out: Output) -> str:
+    return out.paint(text, _STATE_STYLES.get(text.strip(), "bold"))
+
+
+def _retention_table(view: RetentionView) -> tuple[list[str], list[list[str]]]:
+    parents = list(dict.fromkeys(ref for row in view.rows for ref in row.parents))
+    header = ["TASK", "METRIC", "N", "BASE", *parents, view.ref, "RETENTION", "GAIN KEPT"]
+    return header, [_retention_row(row, parents) for row in view.rows]
+
+
+def _retention_row(row: RetentionRow, parents: Sequence[str]) -> list[str]:
+    arrow = "↑" if row.direction == "higher" else "↓"
+    cells = [
+        number(row.parents[ref]) + ("*" if ref == row.owner else "") if ref in row.parents else "-" for ref in parents
+    ]
+    return [
+        row.task, f"{row.metric} {arrow}", str(row.samples), number(row.base), *cells, number(row.child),
+        _interval(row.retention), _interval(row.gain_kept),
+    ]  # fmt: skip
+
+
+def _interval(value: Interval | None) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value.value:.0%} [{value.low:.0%}, {value.high:.0%}]"
+
+
+def _fields(fields: Iterable[tuple[str, Iterable[str]]], out: Output) -> list[str]:
+    """`name  value` lines, a field with several values going on below; empty values are left out."""
+    lines = []
+    for name, values in fields:
+        for position, value in enumerate(value for value in values if value):
+            label = (name if position == 0 else "").ljust(10)
+            lines.append(f"  {out.paint(label, 'dim')}  {printable(value)}")
+    return lines
