@@ -45,14 +45,14 @@ def _settings(ctx: typer.Context) -> Settings:
 
 
 def _names(settings: Settings, start: str) -> list[str]:
-    return _query(settings, "SELECT name FROM adapters WHERE name LIKE ? ESCAPE '\\' ORDER BY name", _prefix(start))
+    return _query(settings, "SELECT name FROM adapter WHERE name LIKE ? ESCAPE '\\' ORDER BY name", _prefix(start))
 
 
 def _refs(settings: Settings, start: str) -> list[str]:
     name, mark = next(((start.partition(m)[0], m) for m in ":@" if m in start), (start, ""))
     if mark == ":":
         query = (
-            "SELECT a.name || ':v' || v.number FROM versions v JOIN adapters a ON a.id = v.adapter_id"
+            "SELECT a.name || ':v' || v.number FROM version v JOIN adapter a ON a.id = v.adapter_id"
             " WHERE a.name = ? AND v.state = 'live' ORDER BY v.number DESC"
         )
         return [ref for ref in _query(settings, query, name) if ref.startswith(start)]
@@ -62,7 +62,7 @@ def _refs(settings: Settings, start: str) -> list[str]:
 
 
 def _jobs(settings: Settings, start: str) -> list[str]:
-    return _query(settings, "SELECT id FROM jobs WHERE id LIKE ? ESCAPE '\\' ORDER BY id DESC", _prefix(start))
+    return _query(settings, "SELECT id FROM job WHERE id LIKE ? ESCAPE '\\' ORDER BY id DESC", _prefix(start))
 
 
 def _query(settings: Settings, query: str, argument: str) -> list[str]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Verification,
         VersionView,
     )
+    from ..registry.domain.evals import Interval
     from ..registry.domain.job import Job, JobEvent
     from ..registry.domain.version import Base
 

@@ -60,7 +60,7 @@ def ui(
         )
     root = f"http://127.0.0.1:{port}" if port else settings.mlflow_ui
     registry = session.registry(readonly=True)
-    latest = {adapter.latest for adapter in registry.adapters()}
+    latest = {f"{adapter.name}:{adapter.latest}" for adapter in registry.adapters()}
     shown = [version for version in registry.versions() if version.stages or version.ref in latest]
     found = [{"ref": version.ref, "url": root + version.mlflow_path} for version in shown]
     session.out.data(

@@ -1,0 +1,55 @@
+"""docs/cli.md and docs/settings.md name everything there is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from adapterctl.cli.main import app
+from adapterctl.cli.output import EXIT_CODES, INTERRUPTED
+from adapterctl.registry.settings import Settings, load_settings
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def rows(page: str, heading: str) -> dict[str, list[str]]:
+    """The first table under a heading: first cell without backticks to the other cells."""
+    section = (DOCS / page).read_text(encoding="utf-8").split(f"# {heading}\n", 1)[1]
+    table = re.search(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)
+    assert table is not None
+    cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table[0].splitlines()[2:]]
+    return {row[0].replace("`", ""): row[1:] for row in cells}
+
+
+def test_every_command_has_its_row():
+    documented = {words.split()[0] for words in rows("cli.md", "Commands")}
+
+    assert documented == set(get_command(app).commands)
+
+
+@pytest.mark.parametrize("group", ["jobs", "base", "suite"])
+def test_every_command_of_a_group_is_named(group: str):
+    (row,) = [words for words in rows("cli.md", "Commands") if words.split()[0] == group]
+
+    assert set(get_command(app).commands[group].commands) <= set(re.findall(r"\w+", row))
+
+
+def test_every_exit_code_has_its_row():
+    assert set(rows("cli.md", "Exit codes")) == {"0", str(INTERRUPTED), *map(str, EXIT_CODES.values())}
+
+
+def test_every_setting_has_its_row_with_its_default(tmp_path: Path):
+    documented = rows("settings.md", "Settings")
+    defaults = load_settings({}, env={}, cwd=tmp_path, user_file=tmp_path / "none")
+
+    assert list(documented) == [field.name for field in fields(Settings)]
+    for name, (shown, _) in documented.items():
+        value = getattr(defaults, name)
+        if isinstance(value, int | float):
+            assert float(shown) == value
+        if name in ("stages", "mlflow_ui"):
+            assert shown.strip("`") == (", ".join(value) if isinstance(value, tuple) else value)
