@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..registry.domain.errors import JobCancelled, JobFailed, Refused
+from ..registry.domain.errors import JobCancelled, JobFailed, NotFound, Refused
+from ..registry.domain.refs import parse_ref
 from .connect import Session
 from .output import EXIT_CODES, INTERRUPTED, is_terminal
 
 if TYPE_CHECKING:
-    from ..registry.api import RegistryAPI
+    from ..registry.api import RegistryAPI, VersionView
     from ..registry.domain.job import Job
 
 _BY_CODE = {kind.code: kind for kind in EXIT_CODES}
@@ -39,6 +40,15 @@ def follow(session: Session, registry: RegistryAPI, job_id: str, *, timeout_s: f
         raise typer.Exit(INTERRUPTED) from None
     raise_unless_succeeded(job)
     return job
+
+
+def version_of(registry: RegistryAPI, name: str, job: Job) -> VersionView:
+    """The version that a merge job made."""
+    made = job.result.get("version_id")
+    found = next((version for version in registry.versions(name) if version.id == made), None)
+    if found is None:
+        raise NotFound(f"job {job.id} names no version of {name}", hint=f"adapterctl jobs show {job.id}")
+    return registry.version(parse_ref(found.ref))
 
 
 def raise_unless_succeeded(job: Job) -> None:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         Check,
         DiffView,
         HistoryView,
-        Interval,
         MethodView,
         ParentView,
         PlanView,
@@ -193,16 +192,17 @@ def diff_text(view: DiffView, out: Output) -> str:
 
 
 def retention_text(view: RetentionView, out: Output) -> str:
-    """One line a task: base, parents, child, and what the child kept of the parent that owns the task."""
-    lines = []
+    """One line a task: base, parents, the version, and what it kept of the parent that owns the task (marked *)."""
+    lines = [out.paint(printable(view.ref), "bold")]
     if view.rows:
         header, rows = _retention_table(view)
-        lines.append(out.table(header, rows, right=range(2, len(header))))
-        notes = {f"{row.task}: {row.note}" for row in view.rows if row.note}
-        lines += [printable(f"  {note}") for note in sorted(notes)]
-    if view.missing:
-        lines += [printable(f"  not evaluated: {name}") for name in view.missing]
-    return "\n".join(lines) or "not evaluated yet"
+        lines.append(out.table(header, rows, right=range(2, len(header) - 2)))
+    notes = {f"{row.task}: {row.note}" for row in view.rows if row.note}
+    lines += [out.paint(f"  {printable(note)}", "dim") for note in sorted(notes)]
+    lines += [printable(f"  not evaluated: {name}") for name in view.missing]
+    if not view.rows and not view.missing:
+        lines.append("  not evaluated yet")
+    return "\n".join(lines)
 
 
 def history_text(view: HistoryView, out: Output) -> str:
@@ -326,7 +326,7 @@ def _state(text: str, out: Output) -> str:
 
 def _retention_table(view: RetentionView) -> tuple[list[str], list[list[str]]]:
     parents = list(dict.fromkeys(ref for row in view.rows for ref in row.parents))
-    header = ["TASK", "METRIC", "N", "BASE", *parents, view.ref, "RETENTION", "GAIN KEPT"]
+    header = ["TASK", "METRIC", "N", "BASE", *parents, "THIS", "RETENTION", "GAIN KEPT"]
     return header, [_retention_row(row, parents) for row in view.rows]
 
 
@@ -344,7 +344,7 @@ def _retention_row(row: RetentionRow, parents: Sequence[str]) -> list[str]:
 def _interval(value: Interval | None) -> str:
     if value is None:
         return "n/a"
-    return f"{value.value:.0%} [{value.low:.0%}, {value.high:.0%}]"
+    return f"{value.value:.0%} [{100 * value.low:.0f}, {100 * value.high:.0f}]"
 
 
 def _fields(fields: Iterable[tuple[str, Iterable[str]]], out: Output) -> list[str]:

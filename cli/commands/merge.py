@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...registry.domain.errors import Corrupt, InvalidInput, NotFound
+from ...registry.domain.errors import InvalidInput, NotFound
 from ...registry.domain.refs import check_name, parse_ref
 from .. import parse, views
 from ..complete import complete_names, complete_refs
 from ..connect import Session, add_verbs
-from ..follow import follow
+from ..follow import follow, version_of
 
 if TYPE_CHECKING:
     from ...registry.api import RegistryAPI, Submitted, VersionView
@@ -87,9 +87,7 @@ def merge(
         session.out.say(f"queued; wait for it with: adapterctl jobs wait {job_id}")
         session.out.data(submitted, text=lambda: job_id, names=[job_id])
         return
-    version = submitted.version if submitted.job is None else _wait(session, registry, submitted, timeout_s)
-    if version is None:
-        raise Corrupt(f"the merge into {submitted.into} ended without a version", hint="adapterctl doctor")
+    version = _made(session, registry, submitted, timeout_s)
     session.out.data(version, text=lambda: views.version_text(version, session.out), names=[version.ref])
 
 
@@ -195,13 +193,16 @@ def _tell(session: Session, request: MergeRequest, submitted: Submitted) -> None
     session.out.say(views.submitted_text(submitted))
     for warning in submitted.warnings:
         session.out.warn(warning)
-    if submitted.job is None and submitted.version is not None:
+    if submitted.version is not None:
         session.out.say(f"the same recipe made {submitted.version.ref} before; nothing is new")
     elif submitted.deduplicated:
         session.out.say("the same merge is under way already; joining it")
 
 
-def _wait(session: Session, registry: RegistryAPI, submitted: Submitted, timeout_s: float | None) -> VersionView | None:
+def _made(session: Session, registry: RegistryAPI, submitted: Submitted, timeout_s: float | None) -> VersionView:
+    """The version that this recipe made: before, or in the job that is waited for now."""
+    if submitted.version is not None:
+        return submitted.version
     assert submitted.job is not None
     job = follow(session, registry, submitted.job.id, timeout_s=timeout_s)
-    return registry.version(parse_ref(str(job.result["ref"])))
+    return version_of(registry, submitted.into, job)
