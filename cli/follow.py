@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..registry.domain.errors import JobCancelled, JobFailed, NotFound, Refused
+from ..registry.domain.errors import NotFound
 from ..registry.domain.refs import parse_ref
 from .connect import Session
-from .output import EXIT_CODES, INTERRUPTED, is_terminal
+from .output import INTERRUPTED, is_terminal
 
 if TYPE_CHECKING:
     from ..registry.api import RegistryAPI, VersionView
     from ..registry.domain.job import Job
-
-_BY_CODE = {kind.code: kind for kind in EXIT_CODES}
 
 
 def follow(session: Session, registry: RegistryAPI, job_id: str, *, timeout_s: float | None = None) -> Job:
@@ -30,6 +28,8 @@ def follow(session: Session, registry: RegistryAPI, job_id: str, *, timeout_s: f
     Raises `JobFailed`, `JobCancelled`, `WaitTimedOut`, or the refusal that ended the job. Ctrl-C leaves with exit
     code 130 and says how to come back.
     """
+    from ..registry.services.schedule import raise_for  # deferred: help waits for nothing
+
     show = _progress_line() if is_terminal(stderr) and session.out.format != "name" else nullcontext(_show_nothing)
     try:
         with show as update:
@@ -38,7 +38,7 @@ def follow(session: Session, registry: RegistryAPI, job_id: str, *, timeout_s: f
     except KeyboardInterrupt:
         session.out.say(f"left; the job goes on. Come back with: adapterctl jobs wait {job_id}")
         raise typer.Exit(INTERRUPTED) from None
-    raise_unless_succeeded(job)
+    raise_for(job)
     return job
 
 
@@ -49,20 +49,6 @@ def version_of(registry: RegistryAPI, name: str, job: Job) -> VersionView:
     if found is None:
         raise NotFound(f"job {job.id} names no version of {name}", hint=f"adapterctl jobs show {job.id}")
     return registry.version(parse_ref(found.ref))
-
-
-def raise_unless_succeeded(job: Job) -> None:
-    """The end of a job as an error of ours: a refusal inside the job is a refusal here too."""
-    if job.state.value == "cancelled":
-        raise JobCancelled(f"job {job.id} was cancelled", hint=f"adapterctl jobs retry {job.id} queues it again")
-    if job.state.value != "failed":
-        return
-    error = job.error or {}
-    kind = _BY_CODE.get(error.get("code", ""), JobFailed)
-    message, hint = error.get("message", "no message was recorded"), error.get("hint", "")
-    if issubclass(kind, Refused):
-        raise kind(message, hint=hint)
-    raise JobFailed(f"job {job.id} failed: {message}", hint=hint or f"adapterctl jobs logs {job.id}")
 
 
 def _show_nothing(job: Job) -> None:

@@ -59,7 +59,7 @@ def tell(
     with chapter(
         "Evaluate", f"base, parents and both merges, on {SAMPLES} samples a task (a real run takes 100 and more)"
     ):
-        _evaluate(registry, story, chapter, wait, out)
+        _evaluate(registry, examples, story, chapter, wait, out)
     with chapter("Promote", "the better one; MLflow's alias follows"):
         _promote(registry, story, chapter, out)
     with chapter("Look back", "where it comes from"):
@@ -119,8 +119,12 @@ def _merged(registry: RegistryAPI, request: MergeRequest, wait: Wait) -> Version
     return version_of(registry, submitted.into, wait(submitted.job))
 
 
-def _evaluate(registry: RegistryAPI, story: Story, chapter: _Chapters, wait: Wait, out: Output) -> None:
+def _evaluate(registry: RegistryAPI, examples: Path, story: Story, chapter: _Chapters, wait: Wait, out: Output) -> None:
     refs = [version.ref for version in story.merged]
+    # Only now: a merge whose parents have suites is evaluated at once, on all samples, which takes minutes.
+    for name in ("translate", "chat"):
+        chapter.command(f"suite set {name} {name}.yaml")
+        registry.set_suite(name, str(examples / "suites" / f"{name}.yaml"))
     chapter.command(f"eval {' '.join(refs)} --limit {SAMPLES}")
     wanted = [parse_ref(ref) for ref in refs]
     try:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...registry.domain.errors import InvalidInput, NotFound
+from ...registry.domain.errors import InvalidInput, JobCancelled, JobFailed, NotFound, Refused
 from ...registry.domain.refs import check_name, parse_ref
 from .. import parse, views
 from ..complete import complete_names, complete_refs
@@ -87,8 +87,11 @@ def merge(
         session.out.say(f"queued; wait for it with: adapterctl jobs wait {job_id}")
         session.out.data(submitted, text=lambda: job_id, names=[job_id])
         return
-    version = _made(session, registry, submitted, timeout_s)
-    session.out.data(version, text=lambda: views.version_text(version, session.out), names=[version.ref])
+    version, evaluated = _made(session, registry, submitted, timeout_s)
+    parts = [views.version_text(version, session.out)]
+    if evaluated:
+        parts.append(views.retention_text(registry.retention(parse_ref(version.ref)), session.out))
+    session.out.data(version, text=lambda: "\n\n".join(parts), names=[version.ref])
 
 
 def plan(
@@ -199,10 +202,20 @@ def _tell(session: Session, request: MergeRequest, submitted: Submitted) -> None
         session.out.say("the same merge is under way already; joining it")
 
 
-def _made(session: Session, registry: RegistryAPI, submitted: Submitted, timeout_s: float | None) -> VersionView:
-    """The version that this recipe made: before, or in the job that is waited for now."""
+def _made(
+    session: Session, registry: RegistryAPI, submitted: Submitted, timeout_s: float | None
+) -> tuple[VersionView, bool]:
+    """The version that this recipe made, before or in the job that is waited for; and whether it was evaluated now."""
     if submitted.version is not None:
-        return submitted.version
+        return submitted.version, False
     assert submitted.job is not None
     job = follow(session, registry, submitted.job.id, timeout_s=timeout_s)
-    return version_of(registry, submitted.into, job)
+    version = version_of(registry, submitted.into, job)
+    evaluations = job.result.get("jobs", ())
+    try:
+        for job_id in evaluations:
+            follow(session, registry, job_id, timeout_s=timeout_s)
+    except (JobFailed, JobCancelled, Refused) as error:
+        session.out.warn(f"{version.ref} is registered, but not evaluated: {error.message}")
+        return version, False
+    return version, bool(evaluations)
