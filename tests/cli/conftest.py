@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import write_tiny_adapter
 from typer.testing import CliRunner
 
 from adapterctl.cli.main import app
@@ -55,3 +57,38 @@ def fresh() -> Callable[..., Ran]:
         return Ran(done.returncode, done.stdout, done.stderr)
 
     return start
+
+
+@pytest.fixture(autouse=True)
+def short_lived_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The background process of a test's home ends soon after its last job."""
+    monkeypatch.setenv("ADAPTERCTL_IDLE_S", "0.2")
+
+
+@pytest.fixture
+def pair(run: Callable[..., Ran], tiny_adapter: Callable[..., Path], tmp_path: Path, home: Path) -> Path:
+    """translate:v1 and chat:v1 in the home of this test."""
+    run("register", str(tiny_adapter(tmp_path / "translate", seed=1)), "--name", "translate")
+    run("register", str(tiny_adapter(tmp_path / "chat", seed=2)), "--name", "chat")
+    return home
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with translate:v1 and v2 (trained from v1), chat:v1 and a cat of the newer two. Shared: read it only."""
+    home, folder = tmp_path_factory.mktemp("family"), tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("translate-1", "translate-2", "chat-1"), start=1):
+        write_tiny_adapter(folder / name, seed=seed)
+    about = ["--license", "apache-2.0", "--dataset", "wmt"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADAPTERCTL_IDLE_S", "0.2")
+        for words in (
+            ["register", str(folder / "translate-1"), "--name", "translate", "--metric", "bleu=0.29"],
+            ["register", str(folder / "translate-2"), "--name", "translate", "--metric", "bleu=0.31",
+             "--from", "translate:v1", "--tag", "team=mt", "--param", "lr=0.001", *about],
+            ["register", str(folder / "chat-1"), "--name", "chat"],
+            ["merge", "translate:v2", "chat:v1", "--method", "cat"],
+        ):  # fmt: skip
+            done = CliRunner().invoke(app, ["--home", str(home), *words], catch_exceptions=False)
+            assert done.exit_code == 0, done.stderr
+    return home

@@ -1,0 +1,376 @@
+"""Every verb as it is typed, on a real registry in a home of its own: tiny adapters, SQLite, MLflow in process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def read(family: Path, run: Run) -> Run:
+    return lambda *words, **options: run("--home", str(family), *words, **options)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, tiny_adapter: Callable[..., Path]) -> Callable[..., str]:
+    made = iter(range(100))
+    return lambda **options: str(tiny_adapter(tmp_path / f"adapter-{next(made)}", **options))
+
+
+def test_ls_lists_adapters_and_the_versions_of_one(read: Run):
+    adapters = read("ls", "-q").stdout.split()
+    versions = read("ls", "translate", "-q").stdout.split()
+
+    assert adapters == ["chat", "translate", "translate-chat"]
+    assert versions == ["translate:v1", "translate:v2"]
+
+
+def test_ls_shows_a_table_with_headings(read: Run):
+    first, *rows = read("ls", "translate").stdout.splitlines()
+
+    assert first.split()[:4] == ["VERSION", "STAGES", "MADE", "BY"]
+    assert [row.split()[0] for row in rows] == ["translate:v1", "translate:v2"]
+
+
+@pytest.mark.parametrize(
+    ("filters", "refs"),
+    [
+        (["--metric", "bleu>0.3"], ["translate:v2"]),
+        (["--metric", "bleu<=0.3"], ["translate:v1"]),
+        (["--tag", "team=mt"], ["translate:v2"]),
+        (["--base", "no/such"], []),
+        (["--stage", "production"], []),
+    ],
+)
+def test_ls_filters_versions(filters: list[str], refs: list[str], read: Run):
+    assert read("ls", *filters, "-q").stdout.split() == refs
+
+
+def test_an_empty_answer_is_an_empty_list(read: Run):
+    assert read("ls", "--stage", "production", "-o", "json").stdout == "[]\n"
+
+
+def test_options_of_the_program_stand_before_or_after_the_command(read: Run):
+    before = read("-o", "json", "show", "translate:v1").data
+    after = read("show", "translate:v1", "-o", "json").data
+
+    assert before == after
+    assert read("-o", "json", "show", "translate:v1", "-q").stdout == "translate:v1\n"
+
+
+def test_yaml_says_the_same_as_json(read: Run):
+    assert (
+        yaml.safe_load(read("show", "translate:v2", "-o", "yaml").stdout)
+        == read("show", "translate:v2", "-o", "json").data
+    )
+
+
+def test_show_tells_what_was_registered(read: Run):
+    text = read("show", "translate:v2").stdout
+
+    for part in ("translate:v2", "translate:v1 (trained from)", "bleu = 0.31", "team = mt", "apache-2.0", "sha256:"):
+        assert part in text
+
+
+@pytest.mark.parametrize("ref", ["models:/translate/2", "translate:2", "translate"])
+def test_references_of_other_tools_are_understood(ref: str, read: Run):
+    assert read("show", ref, "-q").stdout == "translate:v2\n"
+
+
+def test_an_unknown_name_is_not_found_with_a_suggestion(read: Run):
+    ran = read("show", "translat:v1", code=3)
+
+    assert ran.stdout == ""
+    assert ran.stderr.splitlines()[0] == "error: there is no adapter 'translat'"
+    assert "translate" in ran.stderr.splitlines()[1]
+
+
+def test_an_unknown_version_is_not_found_and_says_which_there_are(read: Run):
+    ran = read("show", "translate:v9", "-o", "json", code=3)
+
+    error = json.loads(ran.stderr)
+    assert error["exit_code"] == 3
+    assert error["error"]["code"] == "not_found"
+    assert "v1, v2" in error["error"]["hint"]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\u202eb", "../x", "A", ""])
+def test_a_name_that_is_not_allowed_is_a_usage_error_and_is_shown_escaped(name: str, read: Run):
+    ran = read("show", name, code=2)
+
+    assert "\u202e" not in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_lineage_draws_the_family(read: Run):
+    assert read("lineage", "translate-chat").stdout.splitlines()[0].startswith("translate-chat:v1  cat, rank")
+    assert "translate:v1  trained from" in read("lineage", "translate-chat", "--up").stdout
+    assert read("lineage", "translate-chat", "--up", "--depth", "1", "-q").stdout.split() == [
+        "translate-chat:v1", "translate:v2", "chat:v1",
+    ]  # fmt: skip
+    assert read("lineage", "chat:v1", "--down", "-o", "mermaid").stdout.startswith("flowchart TB\n")
+    assert read("lineage", "chat:v1", "-o", "dot").stdout.startswith("digraph lineage {\n")
+
+
+def test_a_format_that_a_command_does_not_have_is_a_usage_error(read: Run):
+    assert "'mermaid' is not one of table, json, yaml, name" in read("ls", "-o", "mermaid", code=2).stderr
+
+
+def test_diff_compares_two_versions(read: Run):
+    found = read("diff", "translate:v1", "translate:v2", "-o", "json").data
+
+    assert (found["first"], found["second"], found["same_content"]) == ("translate:v1", "translate:v2", False)
+    assert -1 <= found["cosine"] <= 1
+    assert "cosine of the deltas" in read("diff", "translate:v1", "translate:v2").stdout
+
+
+def test_plan_tells_what_each_method_would_lose_and_changes_nothing(read: Run):
+    plan = read("plan", "translate:v2", "chat:v1", "-o", "json").data
+    dry = read("merge", "translate:v2", "chat:v1", "--dry-run", "-o", "json").data
+
+    assert dry == plan
+    assert {"cat", "svd"} <= {forecast["method"] for forecast in plan["forecasts"]}
+    assert read("ls", "-q").stdout.split() == ["chat", "translate", "translate-chat"]
+
+
+def test_methods_are_listed_and_explained(read: Run):
+    assert {"cat", "svd", "sum"} <= set(read("methods", "-q").stdout.split())
+    assert read("methods", "svd").stdout.startswith("svd\n")
+    assert "known: " in read("methods", "svdd", code=3).stderr
+
+
+def test_pull_gives_the_files_that_were_registered(read: Run, tmp_path: Path):
+    read("pull", "translate:v1", str(tmp_path / "out"))
+
+    files = {file["path"]: file["size_bytes"] for file in read("show", "translate:v1", "-o", "json").data["files"]}
+    assert {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()} == files
+
+
+def test_register_tells_the_reference_and_knows_the_same_bytes_again(run: Run, adapter: Callable[..., str]):
+    folder = adapter()
+
+    first = run("register", folder, "--name", "translate", "--metric", "bleu=0.3", "-o", "json")
+    again = run("register", folder, "--name", "translate", "-o", "json")
+
+    assert (first.data["version"]["ref"], first.data["created"]) == ("translate:v1", True)
+    assert (again.data["version"]["ref"], again.data["created"]) == ("translate:v1", False)
+    assert "registered translate:v1" in first.stderr
+    assert "nothing is new" in again.stderr
+
+
+def test_register_refuses_a_folder_that_is_no_adapter(run: Run, tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    ran = run("register", str(tmp_path), "--name", "translate", code=5)
+
+    assert ran.stderr.startswith("error: ")
+    assert run("ls", "-q").stdout == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["register", "--name", "x"],
+        ["register", "folder"],
+        ["register", "folder", "--name", "x", "--metric", "bleu"],
+        ["register", "folder", "--name", "x", "--batch", "file"],
+        ["merge", "a", "b", "--weights", "1"],
+        ["merge", "a", "b", "--timeout", "soon"],
+        ["lineage", "a", "--up", "--down"],
+        ["history", "a", "--head", "file"],
+        ["promote", "a"],
+        ["promote", "a", "--to", "v1"],
+        ["jobs", "ls", "--state", "lost"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_meant_is_a_usage_error(words: list[str], read: Run):
+    read(*words, code=2)
+
+
+def test_register_batch_registers_in_order_and_again_only_what_is_new(
+    run: Run, adapter: Callable[..., str], tmp_path: Path
+):
+    entries: list[dict[str, Any]] = [
+        {"source": adapter(seed=1), "name": "translate", "metrics": {"bleu": 0.2}},
+        {"source": adapter(seed=2), "name": "translate", "from": "translate:v1"},
+    ]
+    file = tmp_path / "batch.yaml"
+    file.write_text(yaml.safe_dump(entries))
+
+    first = run("register", "--batch", str(file), "-q").stdout.split()
+    again = run("register", "--batch", str(file), "-o", "json").data
+
+    assert first == ["translate:v1", "translate:v2"]
+    assert [entry["created"] for entry in again] == [False, False]
+    assert run("show", "translate:v2", "-o", "json").data["parents"] == [
+        {"ref": "translate:v1", "weight": None, "kind": "trained_from"}
+    ]
+
+
+def test_merge_waits_for_the_version_and_says_what_it_understood(run: Run, pair: Path):
+    ran = run("merge", "translate", "chat=0.5", "--method", "cat")
+
+    assert "translate → translate:v1" in ran.stderr
+    assert "translate:v1 × 1 + chat:v1 × 0.5" in ran.stderr
+    assert ran.stdout.startswith("translate-chat:v1\n")
+    again = run("merge", "translate:v1", "chat:v1=0.5", "--method", "cat", "-q")
+    assert again.stdout == "translate-chat:v1\n"
+
+
+def test_merge_without_waiting_prints_the_job_which_can_be_waited_for(run: Run, pair: Path):
+    job = run("merge", "translate", "chat", "--no-wait").stdout.strip()
+
+    waited = run("jobs", "wait", job, "-o", "json").data
+    events = run("jobs", "logs", job).stdout
+
+    assert [(row["id"], row["state"]) for row in waited] == [(job, "succeeded")]
+    assert run("jobs", "ls", "-q").stdout.split() == [job]
+    assert run("jobs", "show", job, "-o", "json").data["id"] == job
+    assert len(events.splitlines()) >= 2
+    assert run("ls", "translate-chat", "-q").stdout == "translate-chat:v1\n"
+
+
+def test_a_merge_that_loses_too_much_is_refused_with_5(run: Run, pair: Path):
+    ran = run("merge", "translate", "chat", "--method", "svd", "--rank", "1", "--max-loss", "0.0001", code=5)
+
+    assert "loses" in ran.stderr or "loss" in ran.stderr
+    assert run("ls", "-q").stdout.split() == ["chat", "translate"]
+
+
+def test_a_wait_that_is_too_short_ends_with_8_and_the_job_goes_on(run: Run, pair: Path):
+    job = run("merge", "translate", "chat", "--no-wait", "-q").stdout.strip()
+
+    ran = run("jobs", "wait", job, "--timeout", "0", code=None)
+    assert ran.code in (0, 8)
+    assert run("jobs", "wait", job).code == 0
+
+
+def test_stages_are_promoted_rolled_back_and_remembered(run: Run, pair: Path, adapter: Callable[..., str]):
+    run("register", adapter(seed=9), "--name", "translate")
+
+    run("promote", "translate:v1", "--to", "production", "--reason", "first")
+    run("promote", "translate:v2", "--to", "production", "--reason", "better")
+    back = run("rollback", "translate", "--stage", "production", "--reason", "worse", "-o", "json").data
+    run("demote", "translate", "--stage", "production")
+
+    assert (back["ref"], back["previous"]) == ("translate:v1", "translate:v2")
+    history = run("history", "translate", "--verify", "-o", "json")
+    assert [event["action"] for event in history.data["events"]] == ["promote", "promote", "rollback", "demote"]
+    assert history.data["findings"] == []
+    assert "every link holds" in history.stderr
+
+
+def test_history_finds_a_head_that_is_no_longer_there(run: Run, pair: Path, tmp_path: Path):
+    run("promote", "translate:v1", "--to", "staging")
+    head = run("history", "translate", "-o", "json").data["head"]
+    kept, other = tmp_path / "kept", tmp_path / "other"
+    kept.write_text(f"{head}\n")
+    other.write_text("0" * 63 + "1")
+
+    run("history", "translate", "--verify", "--head", str(kept))
+    ran = run("history", "translate", "--verify", "--head", str(other), code=1)
+
+    assert "warning:" in ran.stderr
+
+
+def test_rm_asks_and_needs_an_answer(run: Run, pair: Path):
+    ran = run("rm", "translate:v1", code=2)
+
+    assert "adapterctl rm translate:v1 --yes" in ran.stderr
+    assert run("rm", "translate:v1", "--yes", "--reason", "test").stdout == "translate:v1\n"
+    assert run("ls", "translate", "--removed", "-o", "json").data[0]["state"] == "removed"
+
+
+def test_rm_of_a_parent_is_refused(run: Run, pair: Path):
+    run("merge", "translate", "chat")
+
+    ran = run("rm", "translate:v1", "--yes", code=5)
+
+    assert "translate-chat:v1" in ran.stderr
+
+
+def test_verify_repeats_a_merge(run: Run, pair: Path):
+    run("merge", "translate", "chat")
+
+    found = run("verify", "translate-chat:v1", "-o", "json").data
+
+    assert (found["files"], found["recipe"]) == ("intact", "identical")
+
+
+def test_bases_are_listed_and_joined(run: Run, pair: Path):
+    run("base", "add", "org/other")
+    run("base", "alias", "./other", "org/other")
+
+    listed = {base["name"]: spellings for base, spellings in run("base", "ls", "-o", "json").data}
+    assert "./other" in listed["org/other"]
+    run("base", "merge", "tiny/base", "org/other")
+    assert run("base", "ls", "-q").stdout.split() == ["tiny/base"]
+
+
+def test_doctor_checks_a_registry_and_tells_of_a_missing_one(run: Run, pair: Path, tmp_path: Path):
+    checks = run("doctor", "-o", "json", code=None).data
+    assert {"name", "status", "detail", "hint"} == set(checks[0])
+
+    missing = run("--home", str(tmp_path / "none"), "doctor", code=1)
+    assert "error" in missing.stdout
+    assert not (tmp_path / "none").exists()
+
+
+def test_ui_prints_addresses(run: Run, pair: Path):
+    links = run("ui", "--links", "--port", "5999", "-o", "json").data
+
+    assert [link["url"] for link in links] == [
+        f"http://127.0.0.1:5999/#/models/{name}/versions/1" for name in ("chat", "translate")
+    ]
+
+
+def test_completion_knows_names_versions_and_stages(pair: Path, home: Path):
+    def complete(line: str, position: int) -> list[str]:
+        environment = os.environ | {
+            "_ADAPTERCTL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(position),
+        }  # fmt: skip
+        code = "from adapterctl.cli.main import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    assert complete("adapterctl show tr", 2) == ["translate"]
+    assert complete("adapterctl show translate:", 2) == ["translate:v1"]
+    assert complete("adapterctl promote chat@", 2) == ["chat@staging", "chat@production"]
+    assert complete("adapterctl promote chat --to p", 4) == ["production"]
+    assert complete(f"adapterctl --home {home / 'none'} show tr", 4) == []
+
+
+def test_reads_load_neither_mlflow_nor_numpy(family: Path):
+    code = (
+        "import sys\nfrom adapterctl.cli.main import app\n"
+        "for words in ('ls', 'ls translate', 'show translate:v1', 'lineage translate-chat', 'jobs ls'):\n"
+        f"    app(['--home', {str(family)!r}, *words.split()], standalone_mode=False)\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert {"mlflow", "numpy", "torch", "transformers", "rich"}.intersection(done.stderr.split()) == set()
+
+
+def test_reads_work_where_nothing_can_be_written(read: Run, family: Path):
+    def snapshot() -> dict[str, int]:
+        return {str(path.relative_to(family)): path.stat().st_mtime_ns for path in family.rglob("*") if path.is_file()}
+
+    before = snapshot()
+    for words in (["ls"], ["show", "translate"], ["lineage", "translate"], ["jobs", "ls"], ["history", "translate"]):
+        read(*words)
+
+    assert snapshot() == before
