@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ..registry.domain.job import Job, JobEvent
     from ..registry.domain.version import Base
 
+#: A relative loss below this is rounding.
+EXACT = 1e-6
 _STATE_STYLES = {
     "succeeded": "green", "running": "cyan", "failed": "red", "cancelled": "yellow",
     "ok": "green", "warning": "yellow", "error": "red",
@@ -55,7 +57,7 @@ def loss(value: float | None) -> str:
     """A relative loss as people read it; what stays below rounding is nothing lost."""
     if value is None:
         return "-"
-    if value < 1e-6:
+    if value < EXACT:
         return "0"
     return f"{value:.2%}" if value >= 1e-4 else f"{value:.1e}"
 
@@ -123,7 +125,8 @@ def version_text(view: VersionView, out: Output) -> str:
     fields: list[tuple[str, Iterable[str]]] = [
         ("made by", [_made_by(view)]),
         ("parents", map(weighted, view.parents)),
-        ("loss", [f"{loss(view.loss)} of the exact sum"] if view.loss is not None else []),
+        ("loss", [_loss_text(view.loss)]),
+        ("receipt", [_receipt_text(view.receipt)]),
         ("shape", [f"{shape}, {size(view.size_bytes)}"]),
         ("base", [view.base]),
         ("metrics", [f"{key} = {number(value)}" for key, value in view.metrics.items()]),
@@ -307,6 +310,16 @@ def checks_text(checks: Sequence[Check], out: Output) -> str:
 
 def _made_by(view: VersionView) -> str:
     return f"merge ({view.method})" if view.method else view.kind
+
+
+def _loss_text(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{loss(value)} of the exact sum" if value >= EXACT else "none: the exact sum, rounded once"
+
+
+def _receipt_text(receipt: Mapping[str, Any] | None) -> str:
+    return ""
 
 
 def _brief(value: Any) -> str:

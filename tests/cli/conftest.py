@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,17 +67,28 @@ def short_lived_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pair(run: Callable[..., Ran], tiny_adapter: Callable[..., Path], tmp_path: Path, home: Path) -> Path:
-    """translate:v1 and chat:v1 in the home of this test."""
+def pair(
+    run: Callable[..., Ran],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+    home: Path,
+    ledger_schema: Path,
+    mlflow_schema: Path,
+) -> Path:
+    """translate:v1 and chat:v1 in the home of this test; its tables are copied, not made."""
+    shutil.copy(ledger_schema, home / "registry.db")
+    shutil.copy(mlflow_schema, home / "mlflow.db")
     run("register", str(tiny_adapter(tmp_path / "translate", seed=1)), "--name", "translate")
     run("register", str(tiny_adapter(tmp_path / "chat", seed=2)), "--name", "chat")
     return home
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def family(tmp_path_factory: pytest.TempPathFactory, ledger_schema: Path, mlflow_schema: Path) -> Path:
     """A home with translate:v1 and v2 (trained from v1), chat:v1 and a cat of the newer two. Shared: read it only."""
     home, folder = tmp_path_factory.mktemp("family"), tmp_path_factory.mktemp("adapters")
+    shutil.copy(ledger_schema, home / "registry.db")
+    shutil.copy(mlflow_schema, home / "mlflow.db")
     for seed, name in enumerate(("translate-1", "translate-2", "chat-1"), start=1):
         write_tiny_adapter(folder / name, seed=seed)
     about = ["--license", "apache-2.0", "--dataset", "wmt"]
