@@ -33,6 +33,7 @@ EXIT_CODES: Mapping[type[errors.AdapterctlError], int] = MappingProxyType(
         errors.Refused: 5,
         errors.InvalidAdapter: 5,
         errors.IncompatibleParents: 5,
+        errors.ReceiptFailed: 5,
         errors.LossTooHigh: 5,
         errors.StageMoved: 5,
         errors.HasDescendants: 5,

@@ -319,7 +319,10 @@ def _loss_text(value: float | None) -> str:
 
 
 def _receipt_text(receipt: Mapping[str, Any] | None) -> str:
-    return ""
+    if not receipt:
+        return ""
+    verdict = "passed" if receipt.get("passed") else "failed"
+    return f"{verdict} {len(receipt.get('checks', ()))} checks of the written files, all with -o json"
 
 
 def _brief(value: Any) -> str:
