@@ -25,7 +25,7 @@ from ..registry.domain.digest import canonical_json
 from ..registry.domain.errors import JobCancelled
 from ..registry.domain.header import DTYPE_BYTES
 from ..registry.domain.plan import MergePlan, ModulePlan
-from ..registry.merging.grams import GRAM_FLOOR, Factors, Grams, Maps, error_squared, exact_squared_norm
+from ..registry.merging.grams import GRAM_FLOOR, Factors, Grams, Maps, error_squared, exact_norm, size_of_parts
 from ..registry.merging.method import MethodSpec, find_method
 from ..registry.merging.stack import Stack, blocks_of, coefficients, load_stack
 from ..registry.merging.tensors import STORED, TensorReader, TensorWriter, encode, sync_folder
@@ -83,7 +83,7 @@ def merge(
         writer = files.enter_context(TensorWriter(out_dir / WEIGHTS_FILE, output_tensors(plan), header_metadata(plan)))
 
         def work(module: ModulePlan) -> Outcome:
-            return _merge_module(module, method, plan, readers, writer)
+            return merge_module(module, method, plan, readers, writer)
 
         outcomes = for_each_module(plan, work, threads=threads, on_progress=on_progress, should_stop=should_stop)
     _write_text(out_dir / CONFIG_FILE, json.dumps(dict(plan.config), indent=2, sort_keys=True) + "\n")
@@ -104,11 +104,26 @@ def predict_loss(
 
         def work(module: ModulePlan) -> tuple[float, float]:
             grams = load_stack(module.parts, readers, _arithmetic(plan.recipe.dtype)).grams()
-            return error_squared(grams, _maps(method, grams, plan)), exact_squared_norm(grams)
+            return error_squared(grams, _maps(method, grams, plan)), exact_norm(grams) ** 2
 
         pairs = for_each_module(plan, work, threads=threads, should_stop=should_stop).values()
-    error, norm = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-    return float(np.sqrt(error / norm)) if norm > 0 else 0.0
+    error, norm = (math.fsum(pair[side] for pair in pairs) for side in (0, 1))
+    return math.sqrt(error / norm) if norm > 0 else 0.0
+
+
+def merge_module(
+    module: ModulePlan, method: MethodSpec, plan: MergePlan, readers: Sequence[TensorReader], writer: TensorWriter
+) -> Outcome:
+    """Merge one module and write its tensors; safe in any thread, as readers and writer are."""
+    if module.bias_key:
+        writer.write(module.bias_key, encode(_bias(module, readers), plan.recipe.dtype))
+    if method.form == "factors":
+        return _write_factors(module, method.function(coefficients(module.parts)), plan, readers, writer)
+    stack = load_stack(module.parts, readers, _arithmetic(plan.recipe.dtype))
+    grams = stack.grams()
+    maps = _maps(method, grams, plan)
+    _write_mapped(module, stack, maps, plan, writer)
+    return Outcome(error_squared(grams, maps), _product_error(grams, maps, float(np.finfo(stack.a.dtype).eps) / 2))
 
 
 def for_each_module(
@@ -185,20 +200,6 @@ The recipe stands in full in the metadata of `{WEIGHTS_FILE}` under `adapterctl.
 """
 
 
-def _merge_module(
-    module: ModulePlan, method: MethodSpec, plan: MergePlan, readers: Sequence[TensorReader], writer: TensorWriter
-) -> Outcome:
-    if module.bias_key:
-        writer.write(module.bias_key, encode(_bias(module, readers), plan.recipe.dtype))
-    if method.form == "factors":
-        return _write_factors(module, method.function(coefficients(module.parts)), plan, readers, writer)
-    stack = load_stack(module.parts, readers, _arithmetic(plan.recipe.dtype))
-    grams = stack.grams()
-    maps = _maps(method, grams, plan)
-    _write_mapped(module, stack, maps, plan, writer)
-    return Outcome(error_squared(grams, maps), _product_error(grams, maps, float(np.finfo(stack.a.dtype).eps) / 2))
-
-
 def _maps(method: MethodSpec, grams: Grams, plan: MergePlan) -> Maps:
     keywords: dict[str, Any] = dict(plan.recipe.options)
     if method.seeded:
@@ -256,8 +257,7 @@ def _product_error(grams: Grams, maps: Maps, unit: float) -> float:
     """
     norm_a, norm_b = np.sqrt(np.diag(grams.a)), np.sqrt(np.diag(grams.b))
     made = float((np.abs(maps.a) @ norm_a) @ (norm_b @ np.abs(maps.b)))
-    exact = float(np.sum(np.abs(grams.c) * norm_a * norm_b))
-    return (grams.rank + 2) * unit * 2 * made + GRAM_FLOOR * (made + exact)
+    return (grams.rank + 2) * unit * 2 * made + GRAM_FLOOR * (made + size_of_parts(grams))
 
 
 def _scaled(values: NDArray[np.floating], scale: NDArray[np.float64], dtype: str) -> NDArray[Any]:

@@ -31,9 +31,10 @@ from ..registry.merging.grams import (
     Array,
     Grams,
     block_products,
-    exact_squared_norm,
+    exact_norm,
     overlap,
     retained,
+    size_of_parts,
 )
 from ..registry.merging.method import find_method
 from ..registry.merging.stack import Stack, coefficients, load_stack
@@ -158,7 +159,7 @@ def _prove_module(
     grams = stack.grams()
     rank = grams.rank - child.rank
     exact = Grams(grams.a[:rank, :rank], grams.b[:rank, :rank], grams.c[:rank], grams.blocks[:-1])
-    error = math.sqrt(exact_squared_norm(grams))
+    error = exact_norm(grams)
     promised = math.sqrt(outcome.error_squared)
     bound = _bound(grams, outcome, plan, stack)
     problems = _value_problems(module, stack, rank, plan)
@@ -180,7 +181,7 @@ def _prove_module(
     return Proof(
         error=error,
         bound=bound,
-        norm=math.sqrt(exact_squared_norm(exact)),
+        norm=exact_norm(exact),
         child_norm=math.sqrt(max(0.0, products[-1, -1])),
         sigma=sigma,
         products=products,
@@ -203,7 +204,7 @@ def _bound(grams: Grams, outcome: Outcome, plan: MergePlan, stack: Stack) -> flo
     round_a = unit * alpha + tiny * math.sqrt(stack.a.shape[1])
     round_b = unit * beta + tiny * math.sqrt(stack.b.shape[0])
     rounding = float(np.sum(round_a * beta + round_b * alpha + round_a * round_b)) * (1 + 4 * unit)
-    return rounding + outcome.arithmetic + GRAM_FLOOR * float(np.sum(np.abs(grams.c) * norm_a * norm_b))
+    return rounding + outcome.arithmetic + GRAM_FLOOR * size_of_parts(grams)
 
 
 def _value_problems(module: ModulePlan, stack: Stack, rank: int, plan: MergePlan) -> list[Problem]:

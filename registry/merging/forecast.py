@@ -104,13 +104,15 @@ def _forecasts(energy: Array, plan: MergePlan) -> tuple[Forecast, ...]:
     losses, full_rank, row_bytes = _losses(energy), len(energy), plan.size_bytes // plan.recipe.rank
     enough = int(np.argmax(losses <= SMALL_LOSS)) + 1
     default = max(part.rank for module in plan.modules for part in module.parts)
-    notes = {rank: "" for rank in (*USUAL_RANKS, plan.recipe.rank) if rank < full_rank}
-    if enough < full_rank:
-        notes[enough] = f"smallest rank that loses at most {SMALL_LOSS:.0%}"
-    if default < full_rank:
-        notes[default] = "the largest parent rank, svd's default"
+    notes: dict[int, list[str]] = {rank: [] for rank in (*USUAL_RANKS, plan.recipe.rank)}
+    notes.setdefault(default, []).append("the largest parent rank, svd's default")
+    notes.setdefault(enough, []).append(f"the smallest that loses at most {SMALL_LOSS:.0%}")
     rows = [Forecast("cat", full_rank, full_rank * row_bytes, 0.0, "exact")]
-    rows += [Forecast("svd", rank, rank * row_bytes, float(losses[rank - 1]), notes[rank]) for rank in sorted(notes)]
+    rows += [
+        Forecast("svd", rank, rank * row_bytes, float(losses[rank - 1]), "; ".join(notes[rank]))
+        for rank in sorted(notes)
+        if rank < full_rank
+    ]
     rows += [
         Forecast(method.name, default, default * row_bytes, None, "loss is not forecast")
         for method in methods().values()

@@ -80,9 +80,15 @@ def squared_norm(grams: Grams, middle: Array) -> float:
     return max(0.0, float(np.sum((grams.b @ middle @ grams.a) * middle)))
 
 
-def exact_squared_norm(grams: Grams) -> float:
-    """||B @ diag(c) @ A||², the exact sum's."""
-    return max(0.0, float(grams.c @ (grams.b * grams.a) @ grams.c))
+def exact_norm(grams: Grams) -> float:
+    """||B @ diag(c) @ A||, the exact sum's; 0 where its parts cancel to less than float64 can tell from nothing."""
+    norm = float(np.sqrt(max(0.0, float(grams.c @ (grams.b * grams.a) @ grams.c))))
+    return norm if norm > GRAM_FLOOR * size_of_parts(grams) else 0.0
+
+
+def size_of_parts(grams: Grams) -> float:
+    """Sum of the norms of the rank-one parts c_k b_k a_k: what rounding is relative to, also where they cancel."""
+    return float(np.sum(np.abs(grams.c) * np.sqrt(np.diag(grams.a) * np.diag(grams.b))))
 
 
 def error_squared(grams: Grams, maps: Maps) -> float:

@@ -1,0 +1,113 @@
+"""What a benchmark is here: one function with a key, a goal and one number: a ratio or an amount, never a bare time.
+
+    @bench("cat_vs_copy", "merge with cat against copying the same bytes", at_most=1.5, unit="x")
+    def cat_vs_copy(room: Path) -> Figure: ...
+
+The two sides of a ratio run in one process, in turns, several rounds; the medians are compared. `room` is an empty
+folder. Everything registered under a key is run by `bench/run.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured value, and in words what it is made of."""
+
+    value: float
+    detail: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    key: str
+    what: str
+    unit: str
+    function: Callable[[Path], Figure]
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def goal(self) -> str:
+        return f"≤ {self.at_most:g}{self.unit}" if self.at_most is not None else f"≥ {self.at_least:,g}{self.unit}"
+
+    def met(self, value: float) -> bool:
+        return value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0.0)
+
+
+BENCHMARKS: dict[str, Benchmark] = {}
+
+
+def bench(
+    key: str, what: str, *, unit: str = "", at_most: float | None = None, at_least: float | None = None
+) -> Callable[[Callable[[Path], Figure]], Callable[[Path], Figure]]:
+    """Register a benchmark under `key` with its goal."""
+
+    def register(function: Callable[[Path], Figure]) -> Callable[[Path], Figure]:
+        BENCHMARKS[key] = Benchmark(key, what, unit, function, at_most, at_least)
+        return function
+
+    return register
+
+
+@dataclass
+class Rounds:
+    """Seconds of each side, round by round."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def median(self, side: str) -> float:
+        return statistics.median(self.seconds[side])
+
+    def ratio(self, side: str, to: str) -> float:
+        return self.median(side) / self.median(to)
+
+
+def take_turns(sides: Mapping[str, Callable[[], None]], rounds: int) -> Rounds:
+    """Run every side once unmeasured, then all of them in turns, `rounds` times."""
+    for run in sides.values():
+        run()
+    result = Rounds({side: [] for side in sides})
+    for _ in range(rounds):
+        for side, run in sides.items():
+            start = time.perf_counter()
+            run()
+            result.seconds[side].append(time.perf_counter() - start)
+    return result
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a process cost: CPU-seconds of all its threads, wall seconds, and peak resident memory."""
+
+    cpu_s: float
+    wall_s: float
+    peak_bytes: int
+
+
+def run_process(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:
+    """Run a process to its end and read its costs from the kernel. A process that fails is an error."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        arguments,
+        env=None if environment is None else dict(environment),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    complaint = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}:\n{complaint[-4000:]}")
+    wall = time.perf_counter() - start
+    return Ended(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss * 1024)

@@ -1,0 +1,103 @@
+"""What a plan promises is what the merge then does; and how adapters are compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import LINEAR, write_tiny_adapter
+from tiny_merge import WEIGHTS, deltas, distance, facts_of, plan_of, run_merge, write_factors
+
+from adapterctl.registry.merging.forecast import compare, forecast
+
+
+def test_a_forecast_is_what_the_merge_then_loses(tmp_path: Path):
+    folders = [write_tiny_adapter(tmp_path / f"p{i}", rank=8, seed=i) for i in range(2)]
+    plan = plan_of(folders, weights=(1.0, 0.4), method="svd", rank=5)
+
+    forecasts, _ = forecast(plan, [folder / WEIGHTS for folder in folders], ["a", "b"])
+
+    assert {row.rank for row in forecasts if row.method == "svd"} >= {5, 8}, "the asked rank and the default"
+    for row in forecasts:
+        merged = run_merge(
+            folders, tmp_path / f"{row.method}{row.rank}", weights=(1.0, 0.4), method=row.method, rank=row.rank
+        )
+        assert row.loss == pytest.approx(merged.receipt["loss"], abs=2e-6)
+        assert row.size_bytes == merged.plan.size_bytes
+
+
+def test_the_smallest_rank_with_a_small_loss_is_named(tmp_path: Path):
+    random = np.random.default_rng(0)
+    sizes = np.array([1.0, 0.5, 1e-3, 1e-3])
+    folders = [
+        write_factors(
+            tmp_path / f"p{i}", {"m": (random.normal(size=(4, 30)) * sizes[:, None], random.normal(size=(30, 4)))}
+        )
+        for i in range(2)
+    ]
+
+    forecasts, _ = forecast(plan_of(folders), [folder / WEIGHTS for folder in folders], ["a", "b"])
+
+    named = [row for row in forecasts if "at most 1%" in row.note]
+    assert [row.rank for row in named] == [4]
+    assert named[0].loss is not None
+    assert named[0].loss <= 0.01
+
+
+def test_a_pair_describes_the_adapters_whatever_the_signs_of_their_weights(tmp_path: Path):
+    linear = dict(list(LINEAR.items())[:2])
+    folders = [
+        write_tiny_adapter(tmp_path / "p0", seed=0),
+        write_tiny_adapter(tmp_path / "p1", seed=1, linear=linear),
+    ]
+    first, second = (deltas(folder) for folder in folders)
+    norms = [np.sqrt(sum(np.sum(d**2) for d in side.values())) for side in (first, second)]
+    cosine = sum(float(np.sum(first[name] * second[name])) for name in linear) / (norms[0] * norms[1])
+
+    for weights in ((1.0, 1.0), (2.0, -1.0)):
+        plan = plan_of(folders, weights=weights)
+        _, (pair,) = forecast(plan, [folder / WEIGHTS for folder in folders], ["a", "b"])
+
+        assert (pair.first, pair.second, pair.shared_modules) == ("a", "b", 2)
+        assert pair.cosine == pytest.approx(cosine)
+        assert pair.norm_ratio == pytest.approx(abs(weights[0] / weights[1]) * norms[0] / norms[1])
+
+
+def test_an_adapter_overlaps_itself_wholly(tmp_path: Path):
+    folder = write_tiny_adapter(tmp_path / "p")
+
+    _, (pair,) = forecast(plan_of([folder, folder]), [folder / WEIGHTS] * 2, ["a", "a"])
+
+    assert (pair.cosine, pair.row_overlap, pair.column_overlap) == pytest.approx((1, 1, 1))
+
+
+def test_comparing_gives_cosine_and_relative_distance(tmp_path: Path):
+    one, other = write_tiny_adapter(tmp_path / "p0", seed=0), write_tiny_adapter(tmp_path / "p1", seed=1)
+    first, second = deltas(one), deltas(other)
+
+    cosine, apart = compare(facts_of(one), one / WEIGHTS, facts_of(other), other / WEIGHTS)
+
+    flat = [np.concatenate([side[name].ravel() for name in sorted(side)]) for side in (first, second)]
+    assert cosine == pytest.approx(float(flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])))
+    assert apart == pytest.approx(distance(second, first))
+
+
+def test_an_adapter_is_at_no_distance_from_itself(tmp_path: Path):
+    folder = write_tiny_adapter(tmp_path / "p")
+
+    cosine, apart = compare(facts_of(folder), folder / WEIGHTS, facts_of(folder), folder / WEIGHTS)
+
+    assert cosine == pytest.approx(1)
+    assert apart <= 1e-7
+
+
+def test_adapters_that_share_no_module_are_at_a_right_angle(tmp_path: Path):
+    names = list(LINEAR)
+    one = write_tiny_adapter(tmp_path / "p0", linear={names[0]: LINEAR[names[0]]})
+    other = write_tiny_adapter(tmp_path / "p1", linear={names[1]: LINEAR[names[1]]})
+
+    cosine, apart = compare(facts_of(one), one / WEIGHTS, facts_of(other), other / WEIGHTS)
+
+    assert cosine == 0
+    assert apart > 1

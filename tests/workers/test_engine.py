@@ -1,0 +1,141 @@
+"""Carrying out a plan: which files appear, what stops it, and what stays untouched."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import write_tiny_adapter
+from tiny_merge import WEIGHTS, deltas, distance, exact_sum, facts_of, plan_of, run_merge, write_factors
+
+from adapterctl.registry.domain.errors import Corrupt, JobCancelled
+from adapterctl.registry.domain.header import read_header
+from adapterctl.registry.domain.recipe import recipe_from_json
+from adapterctl.workers import engine
+
+
+@pytest.fixture
+def parents(tmp_path: Path) -> list[Path]:
+    return [write_tiny_adapter(tmp_path / f"p{i}", seed=i, rank=2 + i, alpha=3) for i in range(2)]
+
+
+def files_of(folders: list[Path]) -> list[Path]:
+    return [folder / WEIGHTS for folder in folders]
+
+
+def test_the_folder_holds_three_files_and_nothing_else(parents: list[Path], tmp_path: Path):
+    merged = run_merge(parents, tmp_path / "out")
+
+    assert sorted(path.name for path in merged.folder.iterdir()) == ["README.md", "adapter_config.json", WEIGHTS]
+
+
+def test_the_header_holds_a_recipe_that_gives_its_digest(parents: list[Path], tmp_path: Path):
+    merged = run_merge(parents, tmp_path / "out", weights=(0.25, 2.0))
+
+    metadata = read_header(merged.folder / WEIGHTS).metadata
+    recipe = recipe_from_json(json.loads(metadata["adapterctl.recipe"]))
+    assert recipe == merged.plan.recipe
+    assert metadata["adapterctl.recipe_digest"] == recipe.digest
+    assert metadata["format"] == "pt"
+
+
+def test_the_same_recipe_gives_the_same_bytes_in_every_folder(parents: list[Path], tmp_path: Path):
+    one = run_merge(parents, tmp_path / "here" / "out", method="svd")
+    other = run_merge(parents, tmp_path / "there" / "elsewhere", method="svd", threads=3)
+
+    for path in one.folder.iterdir():
+        assert path.read_bytes() == (other.folder / path.name).read_bytes()
+
+
+def test_the_model_card_names_method_weights_and_parents_by_digest(parents: list[Path], tmp_path: Path):
+    merged = run_merge(parents, tmp_path / "out", weights=(0.25, 2.0))
+
+    card = (merged.folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith('---\nbase_model: "tiny/base"\nbase_model_relation: adapter\nlibrary_name: peft\n')
+    for parent in merged.plan.recipe.parents:
+        assert f"| {parent.weight} | `sha256:{parent.digest}` |" in card
+    assert "p0" not in card
+
+
+def test_cat_copies_bytes_where_weight_times_scaling_is_one(tmp_path: Path):
+    parents = [write_tiny_adapter(tmp_path / f"p{i}", seed=i, rank=4, alpha=4, dtype="BF16") for i in range(2)]
+
+    merged = run_merge(parents, tmp_path / "out", method="cat")
+
+    child = (merged.folder / WEIGHTS).read_bytes()
+    for module in facts_of(parents[1]).modules:
+        rows = (parents[1] / WEIGHTS).read_bytes()[module.a.begin : module.a.end]
+        assert rows in child
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_cat_leaves_b_alone_and_scales_a(tmp_path: Path, dtype: str):
+    parents = [write_tiny_adapter(tmp_path / f"p{i}", seed=i, dtype=dtype) for i in range(2)]
+
+    merged = run_merge(parents, tmp_path / "out", weights=(0.3, -0.7), method="cat")
+
+    assert (
+        distance(deltas(merged.folder), exact_sum(parents, (0.3, -0.7)))
+        <= {"F32": 6e-8, "BF16": 4e-3, "F16": 5e-4}[dtype]
+    )
+
+
+def test_modules_of_one_parent_alone_are_kept(tmp_path: Path):
+    random = np.random.default_rng(0)
+    parents = [
+        write_factors(tmp_path / f"p{i}", {name: (random.normal(size=(2, 5)), random.normal(size=(4, 2)))})
+        for i, name in enumerate("ab")
+    ]
+
+    merged = run_merge(parents, tmp_path / "out", weights=(1.0, 0.5))
+
+    assert distance(deltas(merged.folder), exact_sum(parents, (1.0, 0.5))) == 0
+
+
+def test_a_merge_that_is_told_to_stop_leaves_no_weights(parents: list[Path], tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+
+    with pytest.raises(JobCancelled, match="stopped after 1 of 4 modules"):
+        engine.merge(plan_of(parents), files_of(parents), out, should_stop=lambda: True)
+
+    assert list(out.iterdir()) == []
+
+
+def test_a_parent_that_was_cut_short_is_corrupt_and_leaves_nothing(parents: list[Path], tmp_path: Path):
+    plan, out = plan_of(parents), tmp_path / "out"
+    out.mkdir()
+    weights = parents[1] / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-8])
+
+    with pytest.raises(Corrupt, match="ends inside"):
+        engine.merge(plan, files_of(parents), out, threads=2)
+
+    assert list(out.iterdir()) == []
+
+
+def test_progress_counts_every_module_once_and_in_the_calling_thread(parents: list[Path], tmp_path: Path):
+    seen: list[tuple[int, int, str]] = []
+    out = tmp_path / "out"
+    out.mkdir()
+
+    engine.merge(
+        plan_of(parents),
+        files_of(parents),
+        out,
+        threads=3,
+        on_progress=lambda done, total: seen.append((done, total, threading.current_thread().name)),
+    )
+
+    assert seen == [(done, 4, threading.current_thread().name) for done in range(1, 5)]
+
+
+def test_the_predicted_loss_is_the_loss(parents: list[Path], tmp_path: Path):
+    predicted = engine.predict_loss(plan_of(parents, method="svd", rank=2), files_of(parents))
+
+    merged = run_merge(parents, tmp_path / "out", method="svd", rank=2)
+    assert predicted == pytest.approx(merged.receipt["loss"], rel=1e-5)
+    assert engine.predict_loss(plan_of(parents, method="cat"), files_of(parents)) == 0

@@ -1,0 +1,179 @@
+"""A receipt says what is on the disk: it agrees with dense algebra, and fails for each way that files can be wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import write_tiny_adapter
+from tiny_merge import WEIGHTS, deltas, distance, exact_sum, facts_of, plan_of, run_merge
+
+from adapterctl.registry.domain.errors import ReceiptFailed
+from adapterctl.workers import engine, receipt
+
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def parents(tmp_path: Path) -> list[Path]:
+    return [write_tiny_adapter(tmp_path / f"p{i}", seed=i, rank=3 + i, alpha=3) for i in range(2)]
+
+
+@pytest.fixture
+def prove_changed(parents: list[Path], tmp_path: Path) -> Callable[..., ReceiptFailed]:
+    """Merge, let `change` do something to the folder, and return the failure of the receipt."""
+
+    def run(change: Callable[[Path], None], **ask: object) -> ReceiptFailed:
+        plan, out = plan_of(parents, **ask), tmp_path / "out"
+        out.mkdir()
+        files = [folder / WEIGHTS for folder in parents]
+        outcomes = engine.merge(plan, files, out)
+        change(out)
+        with pytest.raises(ReceiptFailed) as failed:
+            receipt.prove(plan, files, out, outcomes)
+        shutil.rmtree(out)
+        return failed.value
+
+    return run
+
+
+def write_value(folder: Path, key: str, value: float, place: int = 0) -> None:
+    """Put `value` at the float32 number `place` of a tensor; counted from the end where negative."""
+    module = next(m for m in facts_of(folder).modules if m.name == MODULE)
+    entry = {"A": module.a, "B": module.b}[key]
+    with (folder / WEIGHTS).open("r+b") as file:
+        file.seek((entry.begin if place >= 0 else entry.end) + 4 * place)
+        file.write(np.float32(value).tobytes())
+
+
+@pytest.mark.parametrize("ask", [{"method": "cat"}, {"method": "svd", "rank": 3}, {"method": "svd", "dtype": "bf16"}])
+def test_the_receipt_says_what_dense_algebra_says(parents: list[Path], tmp_path: Path, ask: dict[str, object]):
+    weights = (0.8, -0.5)
+
+    merged = run_merge(parents, tmp_path / "out", weights=weights, **ask)
+
+    exact, child = exact_sum(parents, weights), deltas(merged.folder)
+    norm = np.sqrt(sum(np.sum(d**2) for d in exact.values()))
+    proof = merged.receipt
+    assert proof["loss"] == pytest.approx(distance(child, exact), abs=1e-6)
+    assert abs(proof["loss"] - proof["predicted_loss"]) <= proof["loss_bound"]
+    assert proof["norm"] == pytest.approx(norm, rel=1e-5)
+    shares = [0.8 * np.sqrt(sum(np.sum(d**2) for d in deltas(parents[0]).values())) / norm]
+    assert proof["parents"][0]["share"] == pytest.approx(shares[0], rel=1e-5)
+    flat = [np.concatenate([side[n].ravel() for n in sorted(side)]) for side in (child, deltas(parents[1]))]
+    cosine = flat[0] @ -flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
+    assert proof["parents"][1]["cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert proof["fingerprint"]["numpy"] == np.__version__
+
+
+def test_a_merge_that_keeps_everything_retains_every_parent(parents: list[Path], tmp_path: Path):
+    proof = run_merge(parents, tmp_path / "out", method="cat").receipt
+
+    assert [parent["retention"] for parent in proof["parents"]] == [1.0, 1.0]
+    assert proof["spectrum"]["energy_at_rank"] == 1.0
+
+
+def test_a_receipt_is_plain_json_and_small(parents: list[Path], tmp_path: Path):
+    text = json.dumps(run_merge(parents, tmp_path / "out").receipt, allow_nan=False)
+
+    assert len(text) < 4000
+
+
+def test_parents_that_cancel_out_leave_a_proved_zero(parents: list[Path], tmp_path: Path):
+    proof = run_merge([parents[0], parents[0]], tmp_path / "out", weights=(1.0, -1.0)).receipt
+
+    assert proof["norm"] == 0
+    assert proof["loss"] <= 1e-7
+
+
+def test_one_wrong_value_fails_the_receipt(prove_changed: Callable[..., ReceiptFailed]):
+    failed = prove_changed(lambda out: write_value(out, "A", 0.5, place=3), method="svd")
+
+    assert [problem.code for problem in failed.problems] == ["error_differs"]
+    assert MODULE in failed.problems[0].message
+
+
+def test_a_copied_factor_that_changed_in_its_last_bit_fails_the_receipt(prove_changed: Callable[..., ReceiptFailed]):
+    def flip(out: Path) -> None:
+        module = next(m for m in facts_of(out).modules if m.name == MODULE)
+        with (out / WEIGHTS).open("r+b") as file:
+            file.seek(module.b.begin)
+            first = file.read(1)[0]
+            file.seek(module.b.begin)
+            file.write(bytes([first ^ 1]))
+
+    failed = prove_changed(flip, method="cat")
+
+    assert [problem.code for problem in failed.problems] == ["copy_differs"]
+
+
+def test_a_value_that_is_not_finite_fails_the_receipt(prove_changed: Callable[..., ReceiptFailed]):
+    failed = prove_changed(lambda out: write_value(out, "B", np.inf), method="svd")
+
+    assert [problem.code for problem in failed.problems] == ["not_finite"]
+
+
+def test_padding_that_is_not_zero_fails_the_receipt(tmp_path: Path):
+    parents = [
+        write_tiny_adapter(tmp_path / f"p{i}", rank=2, ranks={"model.layers.1.self_attn.v_proj": 5}) for i in (0, 1)
+    ]
+    plan, files, out = plan_of(parents), [folder / WEIGHTS for folder in parents], tmp_path / "out"
+    out.mkdir()
+    outcomes = engine.merge(plan, files, out)
+
+    write_value(out, "A", 1e-30, place=-1)
+
+    with pytest.raises(ReceiptFailed) as failed:
+        receipt.prove(plan, files, out, outcomes)
+    assert [problem.code for problem in failed.value.problems] == ["padding_not_zero"]
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 14}, {"use_rslora": True}])
+def test_a_scaling_other_than_one_fails_the_receipt(
+    prove_changed: Callable[..., ReceiptFailed], change: dict[str, object]
+):
+    def edit(out: Path) -> None:
+        path = out / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+    assert {problem.code for problem in prove_changed(edit).problems} == {"scaling_differs"}
+
+
+def test_files_that_are_no_adapter_fail_the_receipt(prove_changed: Callable[..., ReceiptFailed]):
+    failed = prove_changed(lambda out: (out / WEIGHTS).write_bytes(b"PK\x03\x04" + bytes(100)))
+
+    assert "do not read as an adapter" in failed.message
+
+
+def test_files_of_another_plan_fail_the_receipt(parents: list[Path], tmp_path: Path):
+    files = [folder / WEIGHTS for folder in parents]
+    merged = run_merge(parents, tmp_path / "out", method="svd", rank=3)
+    other = plan_of(parents, method="svd", rank=3, weights=(1.0, 0.9))
+
+    with pytest.raises(ReceiptFailed) as failed:
+        receipt.prove(other, files, merged.folder, {})
+
+    assert {problem.code for problem in failed.value.problems} == {"metadata_differs"}
+
+
+def test_values_too_large_for_float16_are_refused_with_the_way_out(tmp_path: Path):
+    parents = [write_tiny_adapter(tmp_path / f"p{i}", seed=i, alpha=1e6, rank=1) for i in range(2)]
+
+    with pytest.raises(ReceiptFailed, match="use --dtype f32"):
+        run_merge(parents, tmp_path / "out", dtype="f16", method="cat")
+
+
+def test_a_method_that_promises_too_much_fails_the_receipt(parents: list[Path], tmp_path: Path):
+    files, out = [folder / WEIGHTS for folder in parents], tmp_path / "out"
+    out.mkdir()
+    plan = plan_of(parents, method="svd", rank=2)
+    outcomes = engine.merge(plan, files, out)
+    flattered = {name: replace(outcome, error_squared=0.0) for name, outcome in outcomes.items()}
+
+    with pytest.raises(ReceiptFailed, match="the method promised 0"):
+        receipt.prove(plan, files, out, flattered)
