@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import adapterctl
 
 # Top folders that are not part of the program.
 OUTSIDE = {"tests", "docs", "bench", "build", "dist"}
@@ -58,17 +61,36 @@ def test_wheel_carries_what_runs_without_the_checkout(wheel: Path):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in shipped)
 
 
-def test_a_working_folder_with_the_same_names_changes_nothing(installed: Path, tmp_path: Path):
+@pytest.fixture
+def crowded_folder(tmp_path: Path) -> Path:
+    """A working folder that has a `registry.py` and a `cli/` of its own."""
     (tmp_path / "registry.py").write_text("raise RuntimeError('the wrong registry')\n")
     (tmp_path / "cli").mkdir()
     (tmp_path / "cli" / "__init__.py").write_text("raise RuntimeError('the wrong cli')\n")
-    code = "import adapterctl.registry.domain, adapterctl.cli.commands, adapterctl.workers as w; print(w.__file__)"
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [["bin/adapterctl"], ["-m", "adapterctl"]], ids=["script", "module"])
+def test_a_working_folder_with_the_same_names_changes_nothing(
+    command: list[str], installed: Path, crowded_folder: Path
+):
+    start = [str(installed / command[0])] if command[0] != "-m" else [sys.executable, *command]
+    environment = {"PYTHONPATH": str(installed), "ADAPTERCTL_HOME": str(crowded_folder / "home")}
+    run = partial(subprocess.run, cwd=crowded_folder, env=environment, capture_output=True, text=True)
+
+    version, bases = run([*start, "--version"]), run([*start, "base", "add", "some/base"])
+
+    assert (version.returncode, version.stdout, version.stderr) == (0, f"adapterctl {adapterctl.__version__}\n", "")
+    assert bases.returncode == 0, bases.stderr
+
+
+def test_the_tests_above_run_the_wheel_and_not_the_checkout(installed: Path):
+    code = "import adapterctl.migrations as m; print(m.__file__)"
 
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(installed)}, capture_output=True, text=True
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(installed)}, capture_output=True, text=True
     )
 
-    assert (done.returncode, done.stderr) == (0, "")
     assert Path(done.stdout.strip()).is_relative_to(installed)
 
 
