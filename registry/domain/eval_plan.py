@@ -1,12 +1,12 @@
 """What an evaluation has to compute: subjects on suites, on one base; and the key under which each report is found.
 
 A report may be used again only where nothing that decides its figures has changed, so the key covers all of that: the
-subject's content, the base, the suite with its data, the limit, the settings and the versions of the engine.
+subject's content, the base, the suite with its data, how many samples, settings and versions of the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from .digest import json_digest
@@ -57,8 +57,8 @@ class EvalPlan:
         return sum(len(task.samples(self.limit)) * (2 if task.generates else 1) for task in tasks)
 
 
-def report_key(subject: str, base: Base, suite_digest: str, limit: int | None, engine: Mapping[str, str]) -> str:
-    """The cache key of one report (64 hex digits)."""
+def report_key(subject: str, base: Base, suite_digest: str, samples: Sequence[int], engine: Mapping[str, str]) -> str:
+    """The cache key of one report (64 hex digits); `samples` is how many of each task, however the limit was said."""
     return json_digest(
         {
             "v": 1,
@@ -66,7 +66,7 @@ def report_key(subject: str, base: Base, suite_digest: str, limit: int | None, e
             # the base's name and revision are spellings; its digests say whether it is the same model
             "base": {key: value for key, value in asdict(base).items() if key not in ("name", "revision")},
             "suite": suite_digest,
-            "limit": limit,
+            "samples": list(samples),
             "engine": dict(engine),
         }
     )

@@ -82,6 +82,10 @@ class Suite:
         """SHA-256 over all that decides the result: names, settings, templates, data bytes and rows."""
         return json_digest({"v": 1, **asdict(self)})
 
+    def counts(self, limit: int | None = None) -> list[int]:
+        """How many samples of each task are evaluated."""
+        return [len(task.samples(limit)) for task in self.tasks]
+
     @property
     def data_digest(self) -> str:
         """SHA-256 over the data files alone, in the order of the tasks."""

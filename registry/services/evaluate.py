@@ -88,9 +88,17 @@ def evaluation_of_merge(
 
 def check_installed() -> None:
     """Raises `Unavailable` unless the extra `eval` is there. Imports none of it."""
-    missing = [name for name in ENGINE_PACKAGES if find_spec(name) is None]
-    if missing:
+    if missing := _missing():
         raise Unavailable(f"evaluation needs {', '.join(missing)}, which is not installed", hint=EXTRA)
+
+
+def _missing() -> list[str]:
+    return [name for name in ENGINE_PACKAGES if find_spec(name) is None]
+
+
+def _versions() -> dict[str, str]:
+    # the part after "+" names a build of the same release: 2.13.0+cpu
+    return {name: installed_version(name).partition("+")[0] for name in ENGINE_PACKAGES}
 
 
 def _can_evaluate(ledger: Ledger, base: Base, settings: Settings, made_on_demand: Mapping[str, str] | None) -> bool:
@@ -111,9 +119,7 @@ def locate(ledger: Ledger, base: Base, settings: Settings, made_on_demand: Mappi
 
 def engine_facts(settings: Settings) -> dict[str, str]:
     """Settings and versions that a report depends on, read without importing anything."""
-    # the part after "+" names a build of the same release: 2.13.0+cpu
-    versions = {name: installed_version(name).partition("+")[0] for name in ENGINE_PACKAGES}
-    return {"device": _device(settings), "dtype": DTYPE, "batch_size": str(BATCH_SIZE), **versions}
+    return {"device": _device(settings), "dtype": DTYPE, "batch_size": str(BATCH_SIZE), **_versions()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +135,9 @@ class Wanted:
     @property
     def pairs(self) -> list[Pair]:
         return [
-            Pair(subject, suite, report_key(subject, self.base, suite, self.limit, self.engine))
+            Pair(subject, digest, report_key(subject, self.base, digest, suite.counts(self.limit), self.engine))
             for subject in self.subjects
-            for suite in self.suites
+            for digest, suite in self.suites.items()
         ]
 
 
@@ -253,21 +259,21 @@ def parents_of(ledger: Ledger, version: AdapterVersion) -> list[AdapterVersion]:
     return [known[version_id] for version_id in ids]
 
 
-def import_reports(ledger: Ledger, folder: Path, settings: Settings) -> int:
+def import_reports(ledger: Ledger, folder: Path) -> int:
     """Take in reports that came as files, where this registry knows their base; returns how many were taken.
 
     They get the keys that an evaluation here would give them, so that it need not be run, and say where they are from.
-    A file names its subject, suite and limit by content; it means nothing for an adapter with other bytes.
+    A file names its subject and suite by content; it means nothing for an adapter with other bytes.
     """
-    versions = engine_facts(settings)
+    versions = {} if _missing() else _versions()  # without the extra there is nothing that they could spare
     taken = 0
     for path in sorted(folder.glob("*.json")):
         for report in from_json(path.read_bytes(), list[EvalReport]):
             base = ledger.find_base(report.base_id)
             if base is None:
                 continue
-            here = {**versions, **{name: report.engine[name] for name in ("device", "dtype", "batch_size")}}
-            key = report_key(report.subject, base, report.suite_digest, report.limit, here)
+            samples = [len(task.samples) for task in report.tasks]
+            key = report_key(report.subject, base, report.suite_digest, samples, {**report.engine, **versions})
             report = replace(report, key=key, base_id=base.id, engine={**report.engine, "source": IMPORTED})
             ledger.put_report(report)
             for version in ledger.versions_by_digest(report.subject) if report.subject != BASE else []:

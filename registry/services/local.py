@@ -236,6 +236,9 @@ class LocalRegistry:
     def retention(self, ref: Ref) -> RetentionView:
         return retention_view(self.ledger, resolve(self.ledger, ref))
 
+    def import_reports(self, folder: Path) -> int:
+        return evaluate.import_reports(self.ledger, folder)
+
     # stages
 
     def promote(self, ref: Ref, *, to: str, reason: str = "") -> StageEventView:

@@ -1,11 +1,10 @@
 """What a merged or further trained version kept of its parents: their own suites, on base, parents and child.
 
-Reads reports that are stored already. Figures are compared only where limit, device and dtype are the same for all.
+Reads reports that are stored already. Figures are compared only where samples, device and dtype are the same for all.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from .evaluate import parents_of
 from .suites import suites_of
 
 #: What must be equal before two reports on one suite are compared.
-Setting = tuple[int | None, str, str]
+Setting = tuple[tuple[int, ...], str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,8 @@ def _by_suite(reports: Sequence[EvalReport]) -> dict[str, dict[Setting, EvalRepo
     """The newest report of each suite under each setting."""
     found: dict[str, dict[Setting, EvalReport]] = {}
     for report in reports:
-        setting = (report.limit, report.engine["device"], report.engine["dtype"])
+        samples = tuple(len(task.samples) for task in report.tasks)
+        setting = (samples, report.engine["device"], report.engine["dtype"])
         found.setdefault(report.suite_digest, {})[setting] = report
     return found
 
@@ -87,7 +87,7 @@ def _compare(found: Sequence[Mapping[Setting, EvalReport]]) -> _Compared | None:
     shared = [setting for setting in found[-1] if all(setting in reports for reports in found)]
     if not shared:
         return None
-    setting = max(shared, key=lambda s: (math.inf if s[0] is None else s[0], s[1:]))
+    setting = max(shared)
     base, *parents, child = (reports[setting] for reports in found)
     return _Compared(base, tuple(parents), child)
 

@@ -182,6 +182,17 @@ def test_nothing_is_computed_twice(family: World):
     assert "t/nll" in family.ledger.metrics([_version(family, "chat").id])[_version(family, "chat").id]
 
 
+def test_a_limit_that_changes_nothing_is_no_other_report(family: World):
+    family.request("translate")
+    family.work()
+    family.computed.clear()
+
+    family.request("translate", limit=1000)  # of five samples
+    family.work()
+
+    assert family.computed == []
+
+
 def test_another_limit_is_another_report(family: World):
     for limit in (2, 3):
         family.request("translate", limit=limit)
@@ -264,7 +275,7 @@ def test_committed_results_spare_the_computation_and_say_so(family: World, tmp_p
     (tmp_path / "results" / "tiny.json").write_text(to_json(foreign))
     fresh = _another_registry(family, tmp_path, mlflow_schema)
 
-    taken = evaluate.import_reports(fresh.ledger, tmp_path / "results", fresh.settings)
+    taken = evaluate.import_reports(fresh.ledger, tmp_path / "results")
     fresh.request("translate")
     fresh.work()
 
