@@ -323,6 +323,7 @@ class MlflowVersions:
                 model_id=model.model_id,
                 tags=tags,
                 description=describe(spec, parents),
+                await_creation_for=0,  # the files are there: nothing is left to wait for
             )
 
     def _measure(self, spec: NewVersion, version: ModelVersion, parents: Sequence[Parent]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from mlflow.utils.validation import _validate_metric_name, _validate_param_name, _validate_tag_name
 
-from adapterctl.registry.domain.version import AdapterVersion, Placement, Summary, VersionSpec
+from adapterctl.registry.domain.version import Placement
 from adapterctl.registry.ports import Parent
 from adapterctl.registry.stores.mlflow_pages import (
     describe,
@@ -26,12 +26,10 @@ HOSTILE = "<img src=x onerror=alert(1)>\n# [x](javascript:alert(1)) ![y](http://
 
 
 @pytest.fixture
-def parent_named(spec_of):
+def parent_named(spec_of, recorded):
     def make(name: str, weight: float | None = 0.5) -> Parent:
-        spec = spec_of(name, name)
-        kept = VersionSpec(**{field: getattr(spec, field) for field in VersionSpec.__dataclass_fields__})
         at = Placement(7, f"m-{name}", f"run-{name}", "file:///nowhere", ())
-        return Parent(AdapterVersion(f"id-{name}", "a", 0.0, "me", "live", kept, Summary(2, "F32", 1, 16), at), weight)
+        return Parent(recorded(spec_of(name, name), f"id-{name}", at), weight)
 
     return make
 

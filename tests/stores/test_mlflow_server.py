@@ -16,7 +16,6 @@ from urllib.request import Request, urlopen
 import pytest
 
 from adapterctl.registry.domain.errors import Misconfigured
-from adapterctl.registry.domain.version import AdapterVersion, Summary, VersionSpec
 from adapterctl.registry.ports import Parent
 from adapterctl.registry.services.pull import damage
 from adapterctl.registry.settings import Settings
@@ -87,7 +86,9 @@ def test_the_stock_pages_show_an_embedded_registry_to_this_machine_only(serve, f
 
 # MLflow's HTTP client leaves connections to the garbage collector
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning")
-def test_a_registry_may_keep_its_versions_in_an_mlflow_server(serve, spec_of, stage, tmp_path, monkeypatch, capfd):
+def test_a_registry_may_keep_its_versions_in_an_mlflow_server(
+    serve, spec_of, recorded, stage, tmp_path, monkeypatch, capfd
+):
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     store = MlflowVersions(serve(), tmp_path / "unused", "a-registry")
@@ -96,9 +97,8 @@ def test_a_registry_may_keep_its_versions_in_an_mlflow_server(serve, spec_of, st
     child_spec = spec_of("child", "c", kind="merge", recipe={"method": "cat", "options": {}}, metrics={"bleu": 0.5})
     store.ensure_adapter("parent", "id-of-parent", parent_spec.base)
     store.ensure_adapter("child", "id-of-child", child_spec.base)
-    kept = VersionSpec(**{field: getattr(parent_spec, field) for field in VersionSpec.__dataclass_fields__})
     _, at = store.place(parent_spec, adapter_id="id-of-parent", version_id="1", key="p", staged=stage("p"), parents=())
-    parent = AdapterVersion("1", "id-of-parent", 0.0, "me", "live", kept, Summary(2, "F32", 1, 16), at)
+    parent = recorded(parent_spec, "1", at)
     child = {"adapter_id": "id-of-child", "key": "c", "parents": (Parent(parent, 1.0),)}
 
     _, placement = store.place(child_spec, version_id="2", staged=stage("c"), **child)
@@ -117,4 +117,4 @@ def test_a_registry_may_keep_its_versions_in_an_mlflow_server(serve, spec_of, st
     with pytest.raises(Misconfigured, match="belongs to registry a-registry"):
         MlflowVersions(store._mlflow.uri, tmp_path, "another-registry").check_identity()
     assert not (tmp_path / "unused").exists()
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr().out == ""

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,32 +21,21 @@ from adapterctl.registry.services.pull import damage
 from adapterctl.registry.stores.artifacts import local_folder
 from adapterctl.registry.stores.mlflow_server import embedded_uri
 from adapterctl.registry.stores.mlflow_versions import MlflowVersions
-from adapterctl.registry.wire import to_json
 
 REGISTRY_ID = "0192aaaa-registry"
 BASE = Base("base-1", "tiny/base")
 Put = Callable[..., AdapterVersion]
 
 
-@pytest.fixture
-def client(mlflow_home: Path) -> mlflow.MlflowClient:
-    uri = embedded_uri(mlflow_home)
-    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def runs_of(client: mlflow.MlflowClient, condition: str = "") -> list[mlflow.entities.Run]:
-    found = client.search_runs([client.get_experiment_by_name("adapters").experiment_id], condition)
-    return [client.get_run(run.info.run_id) for run in found]  # a search leaves model inputs out
-
-
 # what MLflow's own client sees
 
 
-def test_a_version_is_a_model_version_whose_source_is_a_ready_logged_model(client, family):
+def test_a_version_is_a_model_version_whose_source_is_a_ready_logged_model(shared):
+    shelf, family = shared
     placement = family["translate"].placement
 
-    version = client.get_model_version("translate", "1")
-    model = client.get_logged_model(placement.model_id)
+    version = shelf.client.get_model_version("translate", "1")
+    model = shelf.client.get_logged_model(placement.model_id)
 
     assert version.source == f"models:/{placement.model_id}"
     assert version.run_id == placement.run_id
@@ -57,10 +43,11 @@ def test_a_version_is_a_model_version_whose_source_is_a_ready_logged_model(clien
     assert model.source_run_id == placement.run_id
 
 
-def test_a_merge_run_has_its_parents_as_inputs_and_the_child_as_output(client, family):
+def test_a_merge_run_has_its_parents_as_inputs_and_the_child_as_output(shared):
+    shelf, family = shared
     placement = family["translate-chat"].placement
 
-    run = client.get_run(placement.run_id)
+    run = shelf.client.get_run(placement.run_id)
 
     parents = [family["translate"].placement.model_id, family["chat"].placement.model_id]
     assert sorted(each.model_id for each in run.inputs.model_inputs) == sorted(parents)
@@ -71,62 +58,70 @@ def test_a_merge_run_has_its_parents_as_inputs_and_the_child_as_output(client, f
     assert (run.info.status, run.info.run_name) == ("FINISHED", "merge translate-chat:v1")
 
 
-def test_the_page_of_a_parent_leads_to_the_merge_run_by_a_metric(client, family):
-    metrics = client.get_logged_model(family["chat"].placement.model_id).metrics
+def test_the_page_of_a_parent_leads_to_the_merge_run_by_a_metric(shared):
+    shelf, family = shared
+    metrics = shelf.client.get_logged_model(family["chat"].placement.model_id).metrics
 
     assert [(m.key, m.value, m.run_id) for m in metrics] == [
         ("merge_weight", 0.4, family["translate-chat"].placement.run_id)
     ]
 
 
-def test_metrics_of_the_caller_stand_on_the_run_and_on_the_model_without_commas(client, family):
+def test_metrics_of_the_caller_stand_on_the_run_and_on_the_model_without_commas(shared):
+    shelf, family = shared
     placement = family["translate"].placement
 
-    on_run = client.get_run(placement.run_id).data.metrics
-    on_model = {m.key: m.value for m in client.get_logged_model(placement.model_id).metrics}
+    on_run = shelf.client.get_run(placement.run_id).data.metrics
+    on_model = {m.key: m.value for m in shelf.client.get_logged_model(placement.model_id).metrics}
 
     assert on_run["chrf_none"] == on_model["chrf_none"] == 41.5
 
 
-def test_numbers_of_the_receipt_become_metrics_and_the_receipt_an_artifact(client, family):
-    run = client.get_run(family["translate-chat"].placement.run_id)
+def test_numbers_of_the_receipt_become_metrics_and_the_receipt_an_artifact(shared):
+    shelf, family = shared
+    run = shelf.client.get_run(family["translate-chat"].placement.run_id)
 
-    folder = Path(client.download_artifacts(run.info.run_id, ""))
+    folder = Path(shelf.client.download_artifacts(run.info.run_id, ""))
 
     assert run.data.metrics["receipt/loss"] == 0.25
     assert "receipt/identity" not in run.data.metrics
     assert json.loads((folder / "receipt.json").read_text()) == {"loss": 0.25, "identity": True}
 
 
-def test_the_dataset_of_a_version_is_an_input_of_its_run(client, family):
-    inputs = client.get_run(family["translate"].placement.run_id).inputs.dataset_inputs
+def test_the_dataset_of_a_version_is_an_input_of_its_run(shared):
+    shelf, family = shared
+    inputs = shelf.client.get_run(family["translate"].placement.run_id).inputs.dataset_inputs
 
     assert [each.dataset.name for each in inputs] == ["gettext catalogues"]
     assert {tag.key: tag.value for tag in inputs[0].tags} == {"mlflow.data.context": "training"}
 
 
-def test_children_are_found_by_the_parent_tag_of_their_version(client, family):
-    found = client.search_model_versions("tags.`adapterctl.parent.1` = 'chat:v1'")
+def test_children_are_found_by_the_parent_tag_of_their_version(shared):
+    shelf, _ = shared
+    found = shelf.client.search_model_versions("tags.`adapterctl.parent.1` = 'chat:v1'")
 
     assert [(each.name, each.version) for each in found] == [("translate-chat", 1)]
 
 
-def test_a_version_has_six_tags_at_most_with_two_parents(client, family):
-    tags = client.get_model_version("translate-chat", "1").tags
+def test_a_version_has_six_tags_at_most_with_two_parents(shared):
+    shelf, _ = shared
+    tags = shelf.client.get_model_version("translate-chat", "1").tags
 
     assert len(tags) == 6
 
 
-def test_registered_models_can_be_filtered_by_base(client, family):
-    found = client.search_registered_models("tags.base_model = 'tiny/base'")
+def test_registered_models_can_be_filtered_by_base(shared):
+    shelf, _ = shared
+    found = shelf.client.search_registered_models("tags.base_model = 'tiny/base'")
 
     assert [each.name for each in found] == ["chat", "translate", "translate-chat"]
 
 
-def test_the_lineage_record_of_a_run_names_parents_weights_and_digests(client, family):
+def test_the_lineage_record_of_a_run_names_parents_weights_and_digests(shared):
+    shelf, family = shared
     run_id = family["translate-chat"].placement.run_id
 
-    record = json.loads(Path(client.download_artifacts(run_id, "lineage/lineage.json")).read_text())
+    record = json.loads(Path(shelf.client.download_artifacts(run_id, "lineage/lineage.json")).read_text())
 
     assert record["version_id"] == family["translate-chat"].id
     assert [(p["ref"], p["weight"], p["content_digest"]) for p in record["parents"]] == [
@@ -261,58 +256,6 @@ def test_a_copy_that_mlflow_made_of_a_version_is_not_taken_for_it(client, family
     assert again.placement == family["translate"].placement
 
 
-PLACE = """
-import sys
-from pathlib import Path
-from adapterctl.registry.domain.version import NewVersion
-from adapterctl.registry.ports import Parent
-from adapterctl.registry.stores.mlflow_versions import MlflowVersions
-from adapterctl.registry.wire import from_json
-
-home, registry_id, spec, parents, staged = sys.argv[1:]
-store = MlflowVersions(None, Path(home), registry_id)
-store.ensure_adapter("crashed", "id-of-crashed", from_json(spec, NewVersion).base)
-store.place(
-    from_json(spec, NewVersion),
-    adapter_id="id-of-crashed",
-    version_id=sys.argv[5][-8:],
-    key="the-key",
-    staged=Path(staged),
-    parents=from_json(parents, tuple[Parent, ...]),
-)
-"""
-
-
-@pytest.mark.parametrize("point", ["run", "model", "files", "finalized", "linked", "version"])
-def test_a_process_killed_on_the_way_is_continued_to_one_run_one_model_and_one_version(
-    point, client, family, store, spec_of, stage, mlflow_home
-):
-    parents = (Parent(family["translate"], 0.6), Parent(family["chat"], 0.4))
-    spec = spec_of("crashed", "w", kind="merge", recipe={"method": "svd", "options": {}}, receipt={"loss": 0.1})
-    command = [sys.executable, "-c", PLACE, str(mlflow_home), REGISTRY_ID, to_json(spec), to_json(parents)]
-    killing = {**os.environ, "ADAPTERCTL_CRASH_AT": f"register.{point}"}
-
-    killed = subprocess.run([*command, str(stage("w"))], env=killing, check=False)
-    version_id, placement = store.place(
-        spec, adapter_id="id-of-crashed", version_id="second", key="the-key", staged=stage("w"), parents=parents
-    )
-
-    assert killed.returncode == -signal.SIGKILL
-    assert version_id != "second"
-    assert placement.number == 1
-    runs = runs_of(client, "tags.`adapterctl.key` = 'the-key'")
-    assert [(run.info.run_id, run.info.status) for run in runs] == [(placement.run_id, "FINISHED")]
-    assert len(runs[0].inputs.model_inputs) == 2
-    assert [each.model_id for each in runs[0].outputs.model_outputs] == [placement.model_id]
-    models = client.search_logged_models([runs[0].info.experiment_id], f"source_run_id = '{placement.run_id}'")
-    assert [(model.model_id, model.status) for model in models] == [(placement.model_id, "READY")]
-    assert {m.key: m.value for m in models[0].metrics} == {"receipt/loss": 0.1}
-    on_parent = client.get_logged_model(family["chat"].placement.model_id).metrics
-    assert [m.run_id for m in on_parent].count(placement.run_id) == 1
-    assert [each.version for each in client.search_model_versions("name = 'crashed'")] == [1]
-    assert damage(local_folder(placement.location), placement.files) == []
-
-
 # the registry that MLflow belongs to
 
 
@@ -441,13 +384,13 @@ def report(family) -> EvalReport:
     )
 
 
-def test_a_report_is_a_nested_run_with_dataset_and_metrics_on_the_model(client, store, family, report):
+def test_a_report_is_a_nested_run_with_dataset_and_metrics_on_the_model(shelf, client, store, family, report):
     version = family["translate-chat"]
 
     store.log_report(version, report, dataset_digest="e" * 64)
     store.log_report(version, report, dataset_digest="e" * 64)
 
-    (run,) = runs_of(client, "tags.`adapterctl.kind` = 'eval'")
+    (run,) = shelf.runs("tags.`adapterctl.kind` = 'eval'")
     assert run.data.tags["mlflow.parentRunId"] == version.placement.run_id
     assert run.data.tags["adapterctl.dataset_digest"] == "e" * 64
     assert [(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs] == [("translate", "e" * 32)]
@@ -476,9 +419,9 @@ def test_models_can_be_searched_by_a_metric_of_a_report(client, store, family, r
     assert [model.model_id for model in found] == [family["translate-chat"].placement.model_id]
 
 
-def test_outputs_of_a_report_are_text_on_their_page(client, store, family, report):
+def test_outputs_of_a_report_are_text_on_their_page(shelf, client, store, family, report):
     store.log_report(family["translate-chat"], report, dataset_digest="e" * 64)
-    (run,) = runs_of(client, "tags.`adapterctl.kind` = 'eval'")
+    (run,) = shelf.runs("tags.`adapterctl.kind` = 'eval'")
 
     page = Path(client.download_artifacts(run.info.run_id, "outputs.md")).read_text()
 
@@ -495,7 +438,7 @@ def test_metrics_are_added_later(client, store, family):
 
 
 def test_a_removed_version_is_gone_with_its_files_and_runs_and_its_number_is_not_used_again(
-    client, store, family, put, report
+    shelf, client, store, family, put, report
 ):
     version = family["translate-chat"]
     store.log_report(version, report, dataset_digest="e" * 64)
@@ -505,7 +448,7 @@ def test_a_removed_version_is_gone_with_its_files_and_runs_and_its_number_is_not
     again = put("translate-chat", "m")
 
     assert not local_folder(version.placement.location).parent.exists()
-    assert [run.data.tags["adapterctl.version_id"] for run in runs_of(client)].count(version.id) == 1
+    assert [run.data.tags["adapterctl.version_id"] for run in shelf.runs()].count(version.id) == 1
     assert again.number == 2
     assert again.placement.run_id != version.placement.run_id
 
