@@ -1,7 +1,5 @@
 """How fast the ledger answers in a large registry: lineage over 100,000 versions, and a listing of 1,000.
 
-    python bench/lineage.py
-
 The graph: 50 families of 2,000 versions, 21 generations each; a version has 2 or 3 parents in the generation before it.
 A walk up from the last generation, or down from the first, reaches nearly its whole family: 20 steps deep.
 """
@@ -10,14 +8,14 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
+import os
 import random
-import subprocess
+import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+from measure import Figure, bench, run_process, take_turns
 from sqlalchemy import Connection, insert
 
 from adapterctl.migrations import migrate
@@ -32,54 +30,48 @@ FAMILIES, GENERATIONS, PER_GENERATION = 50, 21, 96
 QUERIES = 400
 
 
-def lineage_p99_ms() -> dict[str, float]:
-    """The slowest percentile of 400 walks, half of them up and half down, each with its 20 generations of edges."""
-    with tempfile.TemporaryDirectory() as folder:
-        database = _registry(Path(folder))
-        first, last = _fill_lineage(database)
-        ledger = SqlLedger(database)
-        walks = [(ledger.edges_up, version_id) for version_id in last] + [(ledger.edges_down, v) for v in first]
-        random.Random(2).shuffle(walks)
-        gc.freeze()  # else the ids and rows of this script are searched for garbage again and again, in our time
-        for walk, version_id in walks[:20]:
-            walk(version_id, 20)
-        figures = {}
-        for name, depth in (("lineage_p99_ms", 20), ("lineage_unbounded_p99_ms", None)):
-            times, nodes = [], []
-            for walk, version_id in walks[:QUERIES]:
-                begun = time.perf_counter()
-                edges = walk(version_id, depth)
-                times.append((time.perf_counter() - begun) * 1000)
-                nodes.append(len({edge.child_id for edge in edges} | {edge.parent_id for edge in edges}))
-            figures[name] = sorted(times)[int(len(times) * 0.99)]
-            figures[name.replace("p99", "p50")] = sorted(times)[len(times) // 2]
-        figures["lineage_nodes_max"] = max(nodes)
-        ledger.close()
-    return figures
-
-
-def ls_s() -> dict[str, float]:
-    """`adapterctl ls` in a registry of 1,000 versions, less a bare `python -c pass`; the median of 7."""
-    with tempfile.TemporaryDirectory() as folder:
-        _fill_listing(_registry(Path(folder)))
-        environment = {
-            "ADAPTERCTL_HOME": folder,
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": ":".join(filter(None, sys.path)),
-        }
-        ls = [sys.executable, "-m", "adapterctl", "ls", "-o", "json"]
-        listed = _median_s(ls, environment)
-        bare = _median_s([sys.executable, "-c", "pass"], environment)
-    return {"ls_s": listed - bare}
-
-
-def _median_s(command: list[str], environment: dict[str, str]) -> float:
-    times = []
-    for _ in range(7):
+@bench(
+    "lineage_p99_ms",
+    "a walk up or down, 20 generations and up to 2,000 of 100,000 versions, 99th percentile (SQLite)",
+    unit=" ms",
+    at_most=20,
+)
+def lineage_p99_ms(room: Path) -> Figure:
+    database = _registry(room)
+    first, last = _fill_lineage(database)
+    ledger = SqlLedger(database)
+    walks = [(ledger.edges_up, version_id) for version_id in last] + [(ledger.edges_down, v) for v in first]
+    random.Random(2).shuffle(walks)
+    gc.freeze()  # else the ids and rows of this script are searched for garbage again and again, in our time
+    times_ms, nodes = [], []
+    for walk, version_id in walks[:QUERIES]:
         begun = time.perf_counter()
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - begun)
-    return sorted(times)[len(times) // 2]
+        edges = walk(version_id, 20)
+        times_ms.append((time.perf_counter() - begun) * 1000)
+        nodes.append(len({edge.child_id for edge in edges} | {edge.parent_id for edge in edges}))
+    gc.unfreeze()
+    ledger.close()
+    times_ms.sort()
+    median_ms, p99_ms = times_ms[len(times_ms) // 2], times_ms[int(len(times_ms) * 0.99)]
+    return Figure(p99_ms, f"median {median_ms:.1f} ms; {statistics.median(nodes):,.0f} versions a walk in the median")
+
+
+@bench("ls_s", "`adapterctl ls` in a registry of 1,000 versions, less a bare `python -c pass`", unit=" s", at_most=0.5)
+def ls_s(room: Path) -> Figure:
+    _fill_listing(_registry(room))
+    environment = {**os.environ, "ADAPTERCTL_HOME": str(room)}
+    ls, bare = [sys.executable, "-m", "adapterctl", "ls", "-o", "json"], [sys.executable, "-c", "pass"]
+    rounds = take_turns(
+        {"ls": lambda: _run(ls, environment), "bare": lambda: _run(bare, environment)},
+        rounds=7,
+    )
+    return Figure(
+        rounds.median("ls") - rounds.median("bare"), f"{rounds.median('ls'):.2f} s − {rounds.median('bare'):.2f} s"
+    )
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    run_process(command, environment)
 
 
 def _registry(home: Path) -> Database:
@@ -113,7 +105,6 @@ def _fill_lineage(database: Database) -> tuple[list[str], list[str]]:
         _insert_shared(connection)
         connection.execute(insert(tables.version), versions)
         connection.execute(insert(tables.edge), [{name: getattr(edge, name) for name in names} for edge in edges])
-    print(f"{len(versions)} versions, {len(edges)} edges", file=sys.stderr)
     return first, last
 
 
@@ -183,7 +174,3 @@ def _module(index: int) -> LoraModule:
     a = TensorEntry(f"base_model.model.{name}.lora_A.weight", "BF16", (16, 4096), 0, 1)
     b = TensorEntry(f"base_model.model.{name}.lora_B.weight", "BF16", (4096, 16), 1, 2)
     return LoraModule(name, "linear", 16, 2.0, a, b)
-
-
-if __name__ == "__main__":
-    print(json.dumps(lineage_p99_ms(), indent=2))

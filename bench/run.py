@@ -18,14 +18,15 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import merges  # registers its benchmarks
+import lineage  # these modules register their benchmarks
+import merges
 from measure import BENCHMARKS, Benchmark, Figure
 
 from adapterctl.workers.receipt import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, PAGE = ROOT / "build" / "bench.json", ROOT / "docs" / "benchmarks.md"
-MODULES = (merges,)
+MODULES = (merges, lineage)
 PACKAGES = ("numpy", "torch", "peft", "transformers", "mlflow")
 
 

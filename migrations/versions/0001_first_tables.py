@@ -75,7 +75,6 @@ def upgrade() -> None:
         ["kind", "key"],
         unique=True,
         sqlite_where=sa.text("state IN ('queued', 'running')"),
-        postgresql_where=sa.text("state IN ('queued', 'running')"),
     )
     op.create_table(
         "meta",
@@ -162,7 +161,6 @@ def upgrade() -> None:
         ["adapter_id", "content_digest", "base_id"],
         unique=True,
         sqlite_where=sa.text("state = 'live' AND kind <> 'merge'"),
-        postgresql_where=sa.text("state = 'live' AND kind <> 'merge'"),
     )
     op.create_index(
         "uq_version_live_recipe",
@@ -170,7 +168,6 @@ def upgrade() -> None:
         ["adapter_id", "recipe_digest"],
         unique=True,
         sqlite_where=sa.text("state = 'live' AND kind = 'merge'"),
-        postgresql_where=sa.text("state = 'live' AND kind = 'merge'"),
     )
     op.create_table(
         "base_assignment",

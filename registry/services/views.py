@@ -22,7 +22,9 @@ def version_views(ledger: Ledger, versions: Sequence[AdapterVersion]) -> list[Ve
     metrics = ledger.metrics(ids)
     stages = stages_by_version(ledger)
     edges = ledger.parent_edges(ids)
-    parents = ledger.versions_by_id([edge.parent_id for of_child in edges.values() for edge in of_child])
+    known = {version.id: version for version in versions}
+    others = {edge.parent_id for of_child in edges.values() for edge in of_child} - known.keys()
+    parents = known | ledger.versions_by_id(sorted(others))
     return [
         _view(version, stages.get(version.id, ()), metrics.get(version.id, {}), edges.get(version.id, ()), parents)
         for version in versions

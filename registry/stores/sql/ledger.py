@@ -268,7 +268,7 @@ class SqlLedger(JobRows):
 
     def _versions(self, query: Select[Any], values: Mapping[str, str] | None = None) -> list[AdapterVersion]:
         with self._db.read() as connection:
-            return [_version(row) for row in connection.execute(query, values)]
+            return [_version(row) for row in connection.execute(query, values).all()]
 
     def _existing_version(self, version_id: str) -> AdapterVersion:
         found = self.version(version_id)
