@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 64
 #: MLflow's limit is 5,000 characters on PostgreSQL; on SQLite it is not enforced.
 DESCRIPTION_LIMIT = 4800
 #: Numbers of a receipt that are shown beside the metrics of the caller.
-HEADLINE = ("loss", "predicted_loss", "loss_bound", "norm_ratio")
+HEADLINE = ("loss", "predicted_loss")
 
 _NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9_\-. /]+")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
@@ -37,15 +37,20 @@ def describe(spec: NewVersion, parents: Sequence[Parent]) -> str:
     Written once and never edited: it links upwards only, so it cannot become stale. The list of versions shows the
     first 30 characters as raw text, so the phrase stands first.
     """
+    facts = [
+        f"Base {escape(spec.base.name)}",
+        f"rank {spec.facts.max_rank}",
+        "/".join(spec.facts.dtypes),
+        f"content `{spec.content_digest[:12]}`",
+        *([f"dataset {escape(spec.dataset)}"] if spec.dataset else []),
+        *([f"license {escape(spec.license)}"] if spec.license else []),
+    ]
     lines = [
         _phrase(spec, parents),
         "",
-        f"Base {escape(spec.base.name)} · rank {spec.facts.max_rank} · {'/'.join(spec.facts.dtypes)}"
-        f" · content `{spec.content_digest[:12]}`",
-        *_section(("parent", "weight"), ((_version_link(p), _number(p.weight)) for p in parents)),
-        *_section(("metric", "value"), ((escape(key), _number(value)) for key, value in figures(spec).items())),
-        *([f"\nDataset: {escape(spec.dataset)}"] if spec.dataset else []),
-        *([f"\nLicense: {escape(spec.license)}"] if spec.license else []),
+        " · ".join(facts),
+        *_section("Parents", ("parent", "weight"), ((_version_link(p), _number(p.weight)) for p in parents)),
+        *_section("Metrics", ("metric", "value"), ((escape(k), _number(v)) for k, v in figures(spec).items())),
     ]
     return cut_to(lines, DESCRIPTION_LIMIT)
 
@@ -66,7 +71,7 @@ def lineage_page(spec: NewVersion, parents: Sequence[Parent], *, experiment_id: 
         "",
         f"Result: {_link(spec.adapter, f'experiments/{experiment_id}/models/{model_id}')},"
         f" content `{spec.content_digest}`",
-        *_section(("parent", "weight", "model", "made by"), rows),
+        *_section("Parents", ("parent", "weight", "model", "made by"), rows),
     ]
     if spec.recipe_digest:
         lines += ["", f"Recipe `{spec.recipe_digest}`"]
@@ -150,7 +155,7 @@ def outputs_page(title: str, outputs: Sequence[Mapping[str, Any]], *, limit: int
     """Side-by-side outputs of an evaluation as a markdown table, at most `limit` rows."""
     columns = list(dict.fromkeys(str(key) for row in outputs for key in row))
     rows = (tuple(escape(str(row.get(column, "")), limit=400) for column in columns) for row in outputs[:limit])
-    lines = [f"# {escape(title)}", *_section(tuple(escape(column) for column in columns), rows)]
+    lines = [f"# {escape(title)}", *_section("Outputs", tuple(escape(column) for column in columns), rows)]
     if len(outputs) > limit:
         lines += ["", f"{len(outputs) - limit} more are in outputs.json."]
     return "\n".join(lines) + "\n"
@@ -194,10 +199,10 @@ def _phrase(spec: NewVersion, parents: Sequence[Parent]) -> str:
     return f"{'Trained' if spec.kind == 'train' else 'Imported'}{origin}."
 
 
-def _section(columns: Sequence[str], rows: Iterator[tuple[str, ...]]) -> list[str]:
-    """A table with an empty line before it; nothing at all where there are no rows."""
+def _section(title: str, columns: Sequence[str], rows: Iterator[tuple[str, ...]]) -> list[str]:
+    """A table under its title; nothing at all where there are no rows."""
     body = [f"| {' | '.join(row)} |" for row in rows]
-    return ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *body] if body else []
+    return ["", f"**{title}**", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *body] if body else []
 
 
 def _version_link(parent: Parent) -> str:

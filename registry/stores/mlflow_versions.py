@@ -52,6 +52,7 @@ MERGE_WEIGHT = "merge_weight"
 TRAINED_FROM = "trained_from"
 MANIFEST = "manifest.json"
 _NOTE = "mlflow.note.content"
+_MODEL_VERSIONS = "mlflow.modelVersions"
 #: Two writers of one alias: MLflow wraps the integrity error of the loser in this code, as if the request were wrong.
 _RACE = "BAD_REQUEST"
 _RACE_TRIES = 8
@@ -119,7 +120,7 @@ class MlflowVersions:
             found = self._create_version(spec, run, model, parents)
             reached("register.version")
         model = self._client.get_logged_model(_model_id(found))
-        self._measure(spec, found, parents)
+        self._complete(spec, found, parents)
         placement = Placement(int(found.version), model.model_id, found.run_id, model.artifact_location, files)
         return str(found.tags[VERSION_ID]), placement
 
@@ -326,11 +327,15 @@ class MlflowVersions:
                 await_creation_for=0,  # the files are there: nothing is left to wait for
             )
 
-    def _measure(self, spec: NewVersion, version: ModelVersion, parents: Sequence[Parent]) -> None:
-        """Figures of the version, and on each parent the one thing that leads from its page to this run.
+    def _complete(self, spec: NewVersion, version: ModelVersion, parents: Sequence[Parent]) -> None:
+        """What can only follow the version: its figures, its number on the pages of its model and run, and on each
+        parent the one thing that leads from its page to this run.
 
-        All carry the time at which the run began: the same metric at the same time is stored once by MLflow.
+        Metrics carry the time at which the run began: the same metric at the same time is stored once by MLflow.
         """
+        # MLflow's server does this for whoever asks it; the SQL store in this process does not
+        shown = json.dumps([{"name": spec.adapter, "version": int(version.version)}])
+        self._client.set_logged_model_tags(_model_id(version), {_MODEL_VERSIONS: shown})
         run = self._client.get_run(version.run_id)
         at = run.info.start_time
         values = [Metric(key, value, at, 0, model_id=_model_id(version)) for key, value in figures(spec).items()]

@@ -41,6 +41,7 @@ def test_a_version_is_a_model_version_whose_source_is_a_ready_logged_model(share
     assert version.run_id == placement.run_id
     assert model.status == "READY"
     assert model.source_run_id == placement.run_id
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "translate", "version": 1}]
 
 
 def test_a_merge_run_has_its_parents_as_inputs_and_the_child_as_output(shared):
