@@ -263,7 +263,7 @@ class Child:
         self._task_file.write_text(json.dumps(self._task.body), encoding="utf-8")
         # Started by the main thread: the kernel ends the child with the thread that started it (PR_SET_PDEATHSIG).
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "adapterctl.workers.runner", str(self._task_file)],
+            [sys.executable, "-P", "-m", "adapterctl.workers.runner", str(self._task_file)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._log.file,

@@ -43,7 +43,7 @@ def ui_command(
     """
     port = port or urlsplit(settings.mlflow_ui).port or 5000
     command = [
-        *(sys.executable, "-m", "mlflow", "server"),
+        *(sys.executable, "-P", "-m", "mlflow", "server"),
         *("--backend-store-uri", embedded_uri(settings.home)),
         *("--artifacts-destination", artifact_root(settings.home)),
         *("--host", host, "--port", str(port), "--workers", "1"),

@@ -40,7 +40,8 @@ class SpawnBell:
         to_log = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         return os.posix_spawn(
             sys.executable,
-            [sys.executable, "-m", SUPERVISOR],
+            # -P: a `yaml.py` in the folder where the command was typed must not stand in for ours
+            [sys.executable, "-P", "-m", SUPERVISOR],
             {**os.environ, **self._settings.to_env()},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -63,35 +64,41 @@ def test_wheel_carries_what_runs_without_the_checkout(wheel: Path):
 
 @pytest.fixture
 def crowded_folder(tmp_path: Path) -> Path:
-    """A working folder that has a `registry.py` and a `cli/` of its own."""
+    """A working folder that has a `registry.py` and a `cli/` of its own, and a file called like a library of ours."""
     (tmp_path / "registry.py").write_text("raise RuntimeError('the wrong registry')\n")
+    (tmp_path / "yaml.py").write_text("raise RuntimeError('the wrong yaml')\n")
     (tmp_path / "cli").mkdir()
     (tmp_path / "cli" / "__init__.py").write_text("raise RuntimeError('the wrong cli')\n")
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [["bin/adapterctl"], ["-m", "adapterctl"]], ids=["script", "module"])
-def test_a_working_folder_with_the_same_names_changes_nothing(
-    command: list[str], installed: Path, crowded_folder: Path
-):
-    start = [str(installed / command[0])] if command[0] != "-m" else [sys.executable, *command]
-    environment = {"PYTHONPATH": str(installed), "ADAPTERCTL_HOME": str(crowded_folder / "home")}
-    run = partial(subprocess.run, cwd=crowded_folder, env=environment, capture_output=True, text=True)
+def test_an_installed_program_merges_in_a_folder_with_the_same_names(installed: Path, crowded_folder: Path):
+    home = crowded_folder / "home"
+    shipped = installed / "adapterctl" / "examples" / "adapters"
+    environment = os.environ | {"PYTHONPATH": str(installed), "ADAPTERCTL_HOME": str(home), "ADAPTERCTL_IDLE_S": "0"}
+    adapterctl = partial(_run, str(installed / "bin" / "adapterctl"), cwd=crowded_folder, env=environment)
 
-    version, bases = run([*start, "--version"]), run([*start, "base", "add", "some/base"])
+    adapterctl("register", str(shipped / "translate" / "v3"), "--name", "translate")
+    adapterctl("register", str(shipped / "chat" / "v5"), "--name", "chat")
+    merged = adapterctl("merge", "translate:v1", "chat:v1", "-q")
 
-    assert (version.returncode, version.stdout, version.stderr) == (0, f"adapterctl {adapterctl.__version__}\n", "")
-    assert bases.returncode == 0, bases.stderr
+    assert merged.split() == ["translate-chat:v1"]
 
 
-def test_the_tests_above_run_the_wheel_and_not_the_checkout(installed: Path):
+def test_the_program_starts_as_a_module(installed: Path, tmp_path: Path):
+    environment = {"PYTHONPATH": str(installed)}
+
+    told = _run(sys.executable, "-m", "adapterctl", "--version", cwd=tmp_path, env=environment)
+
+    assert told == f"adapterctl {adapterctl.__version__}\n"
+
+
+def test_the_tests_above_run_the_wheel_and_not_the_checkout(installed: Path, tmp_path: Path):
     code = "import adapterctl.migrations as m; print(m.__file__)"
 
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": str(installed)}, capture_output=True, text=True
-    )
+    file = _run(sys.executable, "-c", code, cwd=tmp_path, env={"PYTHONPATH": str(installed)})
 
-    assert Path(done.stdout.strip()).is_relative_to(installed)
+    assert Path(file.strip()).is_relative_to(installed)
 
 
 def test_locks_pin_exact_versions_that_any_machine_can_get(checkout: Path):
@@ -130,6 +137,12 @@ def test_no_package_is_locked_twice(checkout: Path):
     names = [name for lock in checkout.glob("requirements*.lock") for name in _locked(lock)]
 
     assert sorted(names) == sorted(set(names))
+
+
+def _run(*command: str, cwd: Path, env: dict[str, str]) -> str:
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _locked(lock: Path) -> dict[str, Requirement]:
