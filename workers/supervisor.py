@@ -25,7 +25,7 @@ from typing import IO, Any, Literal
 
 from ..registry.crashpoints import reached
 from ..registry.domain.errors import AdapterctlError, Conflict, Unavailable
-from ..registry.domain.job import LIVE, Job, JobState, Progress
+from ..registry.domain.job import Job, JobState, Progress
 from ..registry.ports import Ledger
 from ..registry.services.schedule import Done, JobHandler, Task
 from ..registry.settings import Settings, load_settings
@@ -100,7 +100,8 @@ class Supervisor:
         self._ledger.reap(abandoned=True)
 
     def work_is_left(self) -> bool:
-        return bool(self._ledger.jobs(states=sorted(LIVE), limit=1))
+        """Whether something is queued that we could do; a kind that a newer program queued is not for us."""
+        return any(self._ledger.jobs(states=[JobState.QUEUED], kind=kind, limit=1) for kind in self._handlers)
 
     def run_next(self) -> bool:
         """Claim one job and bring this attempt to its end; False where nothing is queued."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
+from ..domain.errors import NotAllowed
 from ..settings import Settings
 
 SUPERVISOR = "adapterctl.workers.supervisor"
@@ -64,8 +65,12 @@ class SpawnBell:
 def only_one(home: Path) -> Iterator[bool]:
     """Hold the supervisor's lock of this home; False, without waiting, where another process holds it."""
     file = home / "locks" / "supervisor.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as handle:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = file.open("a")
+    except OSError as error:
+        raise NotAllowed(f"{file} cannot be written: {error.strerror}", hint="use a home that is yours") from error
+    with handle:
         try:
             flock(handle, LOCK_EX | LOCK_NB)
         except BlockingIOError:

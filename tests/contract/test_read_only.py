@@ -50,6 +50,8 @@ def _reads_but_cannot_write(home: Path, version: AdapterVersion) -> None:
     assert other.versions() == [version]
     with pytest.raises(NotAllowed, match="cannot be written"):
         other.submit(NewJob("merge", "k", "t", {}, "ada"))
+    with pytest.raises(NotAllowed, match="cannot be written"), other.exclusive("key"):
+        pass
     other.close()
 
 

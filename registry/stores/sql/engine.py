@@ -81,10 +81,7 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """One transaction, alone among the writers. Raises `NotAllowed` where the home is read-only."""
-        if not self.writable:
-            raise NotAllowed(
-                f"{self.folder} cannot be written", hint="use a home that is yours: --home or ADAPTERCTL_HOME"
-            )
+        self._check_writable()
         with _translated(self.path), self._open().execution_options(writes=True).begin() as connection:
             yield connection
 
@@ -99,6 +96,7 @@ class Database:
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
         """Hold the lock `name` of this registry. It dies with its process; a process must not take it twice."""
+        self._check_writable()
         file = self.folder / "locks" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as handle:
@@ -109,6 +107,12 @@ class Database:
         if self._engine is not None:
             self._engine.dispose()
             self._engine = None
+
+    def _check_writable(self) -> None:
+        if not self.writable:
+            raise NotAllowed(
+                f"{self.folder} cannot be written", hint="use a home that is yours: --home or ADAPTERCTL_HOME"
+            )
 
     def _open(self) -> Engine:
         if self._engine is None:
