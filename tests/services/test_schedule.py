@@ -1,0 +1,138 @@
+"""Following a job, ringing for it again, and what its end means for who waited."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapterctl.registry.domain.errors import (
+    Corrupt,
+    InvalidInput,
+    JobCancelled,
+    JobFailed,
+    LossTooHigh,
+    NotFound,
+    WaitTimedOut,
+)
+from adapterctl.registry.domain.job import Job, JobState, NewJob, Progress
+from adapterctl.registry.services.schedule import find_job, follow, parse_states, raise_for, retry, submit
+from adapterctl.registry.stores.sql.ledger import SqlLedger
+
+NEW = NewJob("merge", "k", "merge a b", {}, "ada")
+
+
+class CountingBell:
+    """Remembers the rings; may do something at one, as a worker would."""
+
+    def __init__(self) -> None:
+        self.rings: list[str] = []
+
+    def ring(self, job_id: str) -> None:
+        self.rings.append(job_id)
+
+
+def ended(ledger: SqlLedger, state: JobState, **error: str) -> Job:
+    job, _ = ledger.submit(NEW)
+    ledger.claim("w", 60)
+    ledger.finish(job.id, 1, state, error=error or None)
+    return find_job(ledger, job.id)
+
+
+def test_submit_rings_for_a_new_job_and_for_a_joined_one(sql_ledger: SqlLedger):
+    bell = CountingBell()
+
+    first, created = submit(sql_ledger, bell, NEW)
+    second, again = submit(sql_ledger, bell, NEW)
+
+    assert (created, again, second.id) == (True, False, first.id)
+    assert bell.rings == [first.id, first.id]
+
+
+def test_retry_rings(sql_ledger: SqlLedger):
+    bell = CountingBell()
+    failed = ended(sql_ledger, JobState.FAILED, code="crashed", message="m")
+
+    assert retry(sql_ledger, bell, failed.id).state is JobState.QUEUED
+    assert bell.rings == [failed.id]
+
+
+def test_a_follower_sees_each_change_once_and_the_end_last(sql_ledger: SqlLedger):
+    job, _ = sql_ledger.submit(NEW)
+    moves = iter(
+        [
+            lambda: sql_ledger.claim("w", 60),
+            lambda: sql_ledger.renew(job.id, 1, 60, Progress("merge", 1, 2)),
+            lambda: sql_ledger.finish(job.id, 1, JobState.SUCCEEDED),
+        ]
+    )
+
+    seen = []
+    for each in follow(sql_ledger, CountingBell(), job.id):
+        seen.append((each.state, each.progress))
+        next(moves, lambda: None)()
+
+    assert seen == [
+        (JobState.QUEUED, None),
+        (JobState.RUNNING, None),
+        (JobState.RUNNING, Progress("merge", 1, 2)),
+        (JobState.SUCCEEDED, Progress("merge", 1, 2)),
+    ]
+
+
+def test_a_follower_of_a_silent_job_rings_again_and_gives_up_in_time(sql_ledger: SqlLedger):
+    bell = CountingBell()
+    job, _ = sql_ledger.submit(NEW)
+
+    with pytest.raises(WaitTimedOut, match=f"job {job.id} is queued after") as caught:
+        list(follow(sql_ledger, bell, job.id, timeout_s=0.3, silence_s=0.05))
+
+    assert len(bell.rings) >= 2
+    assert f"jobs wait {job.id}" in caught.value.hint
+    assert find_job(sql_ledger, job.id).state is JobState.QUEUED
+
+
+def test_an_unknown_job_is_not_found(sql_ledger: SqlLedger):
+    with pytest.raises(NotFound, match="no job nobody"):
+        next(follow(sql_ledger, CountingBell(), "nobody"))
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "raised"),
+    [
+        (JobState.FAILED, LossTooHigh.code, LossTooHigh),
+        (JobState.FAILED, Corrupt.code, JobFailed),
+        (JobState.FAILED, "crashed", JobFailed),
+        (JobState.CANCELLED, "", JobCancelled),
+    ],
+)
+def test_the_end_of_a_job_is_raised_as_what_it_was(
+    sql_ledger: SqlLedger, state: JobState, code: str, raised: type[Exception]
+):
+    job = ended(sql_ledger, state, **({"code": code, "message": "because", "hint": "do this"} if code else {}))
+
+    with pytest.raises(raised, match="because" if code else "was cancelled"):
+        raise_for(job)
+
+
+def test_success_raises_nothing(sql_ledger: SqlLedger):
+    raise_for(ended(sql_ledger, JobState.SUCCEEDED))
+
+
+@pytest.mark.parametrize(
+    ("text", "states"),
+    [
+        (None, ()),
+        ("failed", (JobState.FAILED,)),
+        ("queued, running", (JobState.QUEUED, JobState.RUNNING)),
+        ("live", (JobState.QUEUED, JobState.RUNNING)),
+        ("ended", (JobState.CANCELLED, JobState.FAILED, JobState.SUCCEEDED)),
+    ],
+)
+def test_states_are_read_by_name_or_by_group(text: str | None, states: tuple[JobState, ...]):
+    assert parse_states(text) == states
+
+
+def test_an_unknown_state_is_refused_with_the_known_ones():
+    with pytest.raises(InvalidInput, match="'done' is unknown") as caught:
+        parse_states("done")
+
+    assert "live" in caught.value.hint
