@@ -11,8 +11,7 @@ import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,11 @@ from ..registry.merging.grams import (
     Grams,
     block_products,
     exact_norm,
-    overlap,
     retained,
     size_of_parts,
 )
 from ..registry.merging.method import find_method
+from ..registry.merging.pairs import Meeting, meet, pairs
 from ..registry.merging.stack import Stack, coefficients, load_stack
 from ..registry.merging.tensors import TensorReader
 from .engine import CONFIG_FILE, WEIGHTS_FILE, Outcome, Stop, for_each_module, header_metadata, never, output_tensors
@@ -56,19 +55,20 @@ Rows = NDArray[np.floating]
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was found in one module; `error`, `norm` and `bound` are Frobenius norms of the delta, not relative."""
+    """What was found in one module; `error`, `norm`, `bound` and `child_norm` are Frobenius norms, not relative.
+
+    `with_child` holds the product of the child's delta with each weighted parent's, `kept` how much of each parent lies
+    in the child's row and column spaces, `sigma` the singular values of the exact sum.
+    """
 
     error: float
     bound: float
     norm: float
     child_norm: float
     sigma: Array
-    products: Array
-    parents: tuple[int, ...]
-    kept: tuple[float, ...]
-    rows: tuple[tuple[int, int, float], ...]
-    columns: tuple[tuple[int, int, float], ...]
-    problems: tuple[Problem, ...]
+    with_child: Array
+    kept: Array
+    meeting: Meeting
 
 
 def prove(
@@ -90,17 +90,18 @@ def prove(
         readers = [files.enter_context(TensorReader(path)) for path in parent_files]
         child = files.enter_context(TensorReader(out_dir / WEIGHTS_FILE))
 
-        def work(module: ModulePlan) -> Proof:
+        def work(module: ModulePlan) -> Proof | list[Problem]:
             return _prove_module(module, children[module.name], outcomes[module.name], plan, [*readers, child])
 
-        proofs = for_each_module(plan, work, threads=threads, should_stop=should_stop)
-    problems = [problem for proof in proofs.values() for problem in proof.problems]
+        findings = for_each_module(plan, work, threads=threads, should_stop=should_stop)
+    problems = [problem for found in findings.values() if isinstance(found, list) for problem in found]
     raise_all(
         ReceiptFailed,
         f"{len(problems)} checks of the merged files failed:",
         problems[:20],
         hint="nothing was registered; merge again with --dtype f32, and check the memory and disk of this machine",
     )
+    proofs = {name: found for name, found in findings.items() if isinstance(found, Proof)}
     return _receipt(plan, outcomes, proofs), facts
 
 
@@ -153,43 +154,32 @@ def _differences(plan: MergePlan, header: Header, facts: AdapterFacts) -> list[P
 
 def _prove_module(
     module: ModulePlan, child: LoraModule, outcome: Outcome, plan: MergePlan, readers: Sequence[TensorReader]
-) -> Proof:
-    place = len(readers) - 1
-    stack = load_stack([*module.parts, Part(place, child.rank, -1.0, child.a, child.b)], readers)
-    grams = stack.grams()
-    rank = grams.rank - child.rank
-    exact = Grams(grams.a[:rank, :rank], grams.b[:rank, :rank], grams.c[:rank], grams.blocks[:-1])
-    error = exact_norm(grams)
-    promised = math.sqrt(outcome.error_squared)
-    bound = _bound(grams, outcome, plan, stack)
+) -> Proof | list[Problem]:
+    """Everything that is wrong with the module, or what was measured. The last reader is the child's."""
+    own = Part(len(readers) - 1, child.rank, -1.0, child.a, child.b)
+    stack = load_stack([*module.parts, own], readers)
+    rank = len(stack.c) - child.rank
     problems = _value_problems(module, stack, rank, plan)
-    if not problems and not abs(error - promised) <= bound:
-        problems.append(
-            Problem(
-                "error_differs",
-                f"{module.name} is {error:.3g} away from the exact sum, the method promised {promised:.3g}"
-                f" and rounding explains {bound:.3g}",
-            )
-        )
     if module.bias_key:
         problems += _bias_problems(module, child, plan, readers)
-    measured = not problems
-    sigma = spectrum(exact) if measured else np.zeros(rank)
-    products = block_products(grams) if measured else np.zeros((len(grams.blocks),) * 2)
-    pairs = [(i, j) for i in range(len(module.parts)) for j in range(i)] if measured else []
-    blocks = exact.blocks
+    if problems:
+        return problems
+    grams = stack.grams()
+    error, promised, bound = exact_norm(grams), math.sqrt(outcome.error_squared), _bound(grams, outcome, plan, stack)
+    if not abs(error - promised) <= bound:
+        text = f"is {error:.3g} away from the exact sum, {promised:.3g} was promised, rounding explains {bound:.3g}"
+        return [Problem("error_differs", f"{module.name} {text}")]
+    parents = Grams(grams.a[:rank, :rank], grams.b[:rank, :rank], grams.c[:rank], grams.blocks[:-1])
+    products = block_products(grams)
     return Proof(
         error=error,
         bound=bound,
-        norm=exact_norm(exact),
+        norm=exact_norm(parents),
         child_norm=math.sqrt(max(0.0, products[-1, -1])),
-        sigma=sigma,
-        products=products,
-        parents=tuple(part.parent for part in module.parts),
-        kept=tuple(retained(grams, block, grams.blocks[-1]) for block in blocks) if measured else (),
-        rows=tuple((blocks[j].parent, blocks[i].parent, overlap(grams.a, blocks[j], blocks[i])) for i, j in pairs),
-        columns=tuple((blocks[j].parent, blocks[i].parent, overlap(grams.b, blocks[j], blocks[i])) for i, j in pairs),
-        problems=tuple(problems),
+        sigma=spectrum(parents),
+        with_child=-products[-1, :-1],  # the child stands at coefficient -1 in the stack
+        kept=retained(grams),
+        meeting=meet(parents),
     )
 
 
@@ -232,9 +222,10 @@ def _touched(module: ModulePlan, stack: Stack, a: Rows, b: Rows, plan: MergePlan
     for part, block in zip(module.parts, stack.blocks, strict=False):
         if plan.recipe.dtype not in {part.a.dtype, "F64"} or part.a.dtype != part.b.dtype:
             continue
-        rows = np.arange(block.start, block.stop)
-        same_a, same_b = rows[factors.a[rows] == 1], rows[factors.b[rows] == 1]
-        if not np.array_equal(a[same_a], stack.a[same_a]) or not np.array_equal(b[:, same_b], stack.b[:, same_b]):
+        rows = slice(block.start, block.stop)
+        if np.all(factors.a[rows] == 1) and not np.array_equal(a[rows], stack.a[rows]):
+            return True
+        if np.all(factors.b[rows] == 1) and not np.array_equal(b[:, rows], stack.b[:, rows]):
             return True
     return False
 
@@ -302,25 +293,22 @@ def relative(error: float, norm: float) -> float:
 
 def _parents(plan: MergePlan, proofs: Sequence[Proof], norm: float) -> list[dict[str, Any]]:
     """How much of each parent is in the sum, and how much of it the child's row and column spaces still hold."""
+    child = _root_sum(proof.child_norm for proof in proofs)
     rows = []
     for place, parent in enumerate(plan.recipe.parents):
-        shares = [(proof, proof.parents.index(place)) for proof in proofs if place in proof.parents]
-        squares = [proof.products[i, i] for proof, i in shares]
-        with_child = math.fsum(proof.products[i, -1] for proof, i in shares)
-        child = _root_sum(proof.child_norm for proof in proofs)
-        whole = math.sqrt(max(0.0, math.fsum(squares)))
-        kept = math.sqrt(
-            math.fsum(square * proof.kept[i] ** 2 for square, (proof, i) in zip(squares, shares, strict=True))
-        )
+        found = [(p, p.meeting.parents.index(place)) for p in proofs if place in p.meeting.parents]
+        norms = [math.sqrt(max(0.0, proof.meeting.products[i, i])) for proof, i in found]
+        whole = _root_sum(norms)
+        kept = _root_sum(size * proof.kept[i] for size, (proof, i) in zip(norms, found, strict=True))
+        product = math.fsum(proof.with_child[i] for proof, i in found)
         rows.append(
             {
                 "digest": parent.digest,
                 "weight": parent.weight,
-                "modules": len(shares),
+                "modules": len(found),
                 "norm": _short(whole),
                 "share": _short(relative(whole, norm)),
-                # the child stands at coefficient -1 in the stack, hence the sign
-                "cosine": _short(-with_child / (whole * child)) if whole * child > 0 else 0.0,
+                "cosine": _short(product / (whole * child)) if whole * child > 0 else 0.0,
                 "retention": _short(kept / whole) if whole > 0 else 1.0,
             }
         )
@@ -328,42 +316,10 @@ def _parents(plan: MergePlan, proofs: Sequence[Proof], norm: float) -> list[dict
 
 
 def _pairs(plan: MergePlan, proofs: Sequence[Proof]) -> list[dict[str, Any]]:
-    """How parents meet: cosine over all their modules, overlap of spaces averaged over the shared ones."""
-    rows = []
-    signs = [math.copysign(1, parent.weight) for parent in plan.recipe.parents]
-    for first, second in combinations(range(len(signs)), 2):
-        shared = [p for p in proofs if first in p.parents and second in p.parents]
-        if not shared:
-            continue
-        rows.append(
-            {
-                "first": first,
-                "second": second,
-                "shared_modules": len(shared),
-                "cosine": _short(_cosine(first, second, proofs) * signs[first] * signs[second]),
-                "row_overlap": _short(_mean_overlap(first, second, [p.rows for p in shared])),
-                "column_overlap": _short(_mean_overlap(first, second, [p.columns for p in shared])),
-            }
-        )
-    return rows
-
-
-def _cosine(first: int, second: int, proofs: Sequence[Proof]) -> float:
-    """Of the weighted deltas, over all modules."""
-    product, squares = 0.0, [0.0, 0.0]
-    for proof in proofs:
-        places = [proof.parents.index(parent) if parent in proof.parents else None for parent in (first, second)]
-        for side, place in enumerate(places):
-            if place is not None:
-                squares[side] += proof.products[place, place]
-        if places[0] is not None and places[1] is not None:
-            product += proof.products[places[0], places[1]]
-    return product / math.sqrt(squares[0] * squares[1]) if squares[0] * squares[1] > 0 else 0.0
-
-
-def _mean_overlap(first: int, second: int, overlaps: Sequence[tuple[tuple[int, int, float], ...]]) -> float:
-    found = [value for rows in overlaps for i, j, value in rows if (i, j) == (first, second)]
-    return math.fsum(found) / len(found)
+    """`Pair` of every two parents as JSON, each called by its digest."""
+    weights, digests = [p.weight for p in plan.recipe.parents], [p.digest for p in plan.recipe.parents]
+    rows = [asdict(pair) for pair in pairs([proof.meeting for proof in proofs], weights, digests)]
+    return [{key: _short(v) if isinstance(v, float) else v for key, v in row.items()} for row in rows]
 
 
 def _spectrum(plan: MergePlan, proofs: Sequence[Proof]) -> dict[str, Any]:

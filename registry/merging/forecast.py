@@ -7,8 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +14,9 @@ import numpy as np
 from ..domain.adapter import AdapterFacts
 from ..domain.plan import Forecast, MergePlan, Pair, Part
 from .core import spectrum
-from .grams import Array, Grams, block_products, overlap
+from .grams import Array, block_products
 from .method import methods
+from .pairs import meet, pairs
 from .stack import load_stack
 from .tensors import TensorReader
 
@@ -25,16 +24,6 @@ from .tensors import TensorReader
 USUAL_RANKS = (8, 16, 32, 64, 128, 256)
 #: A loss of which people say that nothing is lost: one percent.
 SMALL_LOSS = 0.01
-
-
-@dataclass(slots=True)
-class _Tally:
-    """Sums over modules, filled module by module so that memory does not grow with their number."""
-
-    energy: Array
-    pairs: dict[tuple[int, int], list[tuple[float, float]]] = field(default_factory=dict)
-    products: dict[tuple[int, int], float] = field(default_factory=dict)
-    squares: dict[int, float] = field(default_factory=dict)
 
 
 def forecast(
@@ -47,13 +36,16 @@ def forecast(
         files: the weights file of each parent. labels: what to call each one.
     """
     full_rank = max(sum(part.rank for part in module.parts) for module in plan.modules)
-    tally = _Tally(np.zeros(full_rank))
-    signs = np.sign([parent.weight for parent in plan.recipe.parents])
+    energy = np.zeros(full_rank)
+    meetings = []
     with ExitStack() as stack:
         readers = [stack.enter_context(TensorReader(path)) for path in files]
         for module in plan.modules:
-            _count(tally, load_stack(module.parts, readers).grams(), signs)
-    return _forecasts(tally.energy, plan), _pairs(tally, labels)
+            grams = load_stack(module.parts, readers).grams()
+            energy[: grams.rank] += spectrum(grams) ** 2
+            meetings.append(meet(grams))
+    weights = [parent.weight for parent in plan.recipe.parents]
+    return _forecasts(energy, plan), pairs(meetings, weights, labels)
 
 
 def compare(first: AdapterFacts, first_file: Path, second: AdapterFacts, second_file: Path) -> tuple[float, float]:
@@ -86,20 +78,6 @@ def _differences(first: AdapterFacts, second: AdapterFacts) -> Iterator[list[Par
     return iter(modules.values())
 
 
-def _count(tally: _Tally, grams: Grams, signs: Array) -> None:
-    """Add one module. `signs` of the weights are taken out of the products: a pair describes the adapters."""
-    sigma = spectrum(grams)
-    tally.energy[: len(sigma)] += sigma**2
-    products = block_products(grams)
-    for j, second in enumerate(grams.blocks):
-        tally.squares[second.parent] = tally.squares.get(second.parent, 0.0) + float(products[j, j])
-        for i, first in enumerate(grams.blocks[:j]):
-            pair = (first.parent, second.parent)
-            product = float(products[i, j] * signs[first.parent] * signs[second.parent])
-            tally.products[pair] = tally.products.get(pair, 0.0) + product
-            tally.pairs.setdefault(pair, []).append((overlap(grams.a, first, second), overlap(grams.b, first, second)))
-
-
 def _forecasts(energy: Array, plan: MergePlan) -> tuple[Forecast, ...]:
     losses, full_rank, row_bytes = _losses(energy), len(energy), plan.size_bytes // plan.recipe.rank
     enough = int(np.argmax(losses <= SMALL_LOSS)) + 1
@@ -127,22 +105,3 @@ def _losses(energy: Array) -> Array:
     total = float(energy.sum())
     losses: Array = np.sqrt(tails / total) if total > 0 else np.zeros_like(tails)
     return losses
-
-
-def _pairs(tally: _Tally, labels: Sequence[str]) -> tuple[Pair, ...]:
-    rows = []
-    for i, j in combinations(range(len(labels)), 2):
-        overlaps = tally.pairs.get((i, j), [])
-        norms = [math.sqrt(max(0.0, tally.squares.get(parent, 0.0))) for parent in (i, j)]
-        rows.append(
-            Pair(
-                first=labels[i],
-                second=labels[j],
-                shared_modules=len(overlaps),
-                cosine=tally.products.get((i, j), 0.0) / (norms[0] * norms[1]) if norms[0] * norms[1] > 0 else 0.0,
-                row_overlap=float(np.mean([row for row, _ in overlaps])) if overlaps else 0.0,
-                column_overlap=float(np.mean([column for _, column in overlaps])) if overlaps else 0.0,
-                norm_ratio=norms[0] / norms[1] if norms[1] > 0 else 0.0,
-            )
-        )
-    return tuple(rows)

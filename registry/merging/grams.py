@@ -7,7 +7,10 @@ alone, so once these two are known no question about a merge needs the large fac
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -70,11 +73,6 @@ def gram(rows: npt.NDArray[np.floating]) -> Array:
     return wide @ wide.T
 
 
-def inner(b: Array, a: Array) -> float:
-    """Frobenius inner product of X = B_x A_x and Y = B_y A_y, from `b` = B_xᵀ B_y and `a` = A_x A_yᵀ (same shape)."""
-    return float(np.sum(b * a))
-
-
 def squared_norm(grams: Grams, middle: Array) -> float:
     """||B @ middle @ A||² for `middle` (R, R); never negative."""
     return max(0.0, float(np.sum((grams.b @ middle @ grams.a) * middle)))
@@ -96,13 +94,6 @@ def error_squared(grams: Grams, maps: Maps) -> float:
     return squared_norm(grams, maps.b @ maps.a - np.diag(grams.c))
 
 
-def parent_norms(grams: Grams) -> Array:
-    """||c_i B_i A_i|| of each block, in the order of `blocks`."""
-    weighted = grams.b * grams.a * np.outer(grams.c, grams.c)
-    squares = [float(np.sum(weighted[_of(block), _of(block)])) for block in grams.blocks]
-    return np.sqrt(np.maximum(squares, 0.0))
-
-
 def block_products(grams: Grams) -> Array:
     """(parents, parents): <c_i B_i A_i, c_j B_j A_j> between the blocks."""
     weighted = grams.b * grams.a * np.outer(grams.c, grams.c)
@@ -114,31 +105,30 @@ def block_products(grams: Grams) -> Array:
     return products
 
 
-def overlap(square: Array, first: Block, second: Block) -> float:
-    """How far two blocks span the same space, 0..1: mean squared cosine of the principal angles.
+def overlaps(square: Array, blocks: Sequence[Block]) -> Array:
+    """(n, n): how far two blocks span the same space, 0..1, the mean squared cosine of their principal angles.
 
     Source: Björck & Golub 1973, https://doi.org/10.2307/2005662 (angles), from one Gram matrix.
     """
-    left = _inverse_root(square[_of(first), _of(first)])
-    right = _inverse_root(square[_of(second), _of(second)])
-    dimensions = min(left.shape[0], right.shape[0])
-    if dimensions == 0:
-        return 0.0
-    return float(np.sum((left @ square[_of(first), _of(second)] @ right.T) ** 2) / dimensions)
+    roots = [_inverse_root(square[_of(block), _of(block)]) for block in blocks]
+    result = np.eye(len(blocks))
+    for i, j in combinations(range(len(blocks)), 2):
+        between = roots[i] @ square[_of(blocks[i]), _of(blocks[j])] @ roots[j].T
+        result[i, j] = result[j, i] = np.sum(between**2) / max(1, min(between.shape))
+    return result
 
 
-def retained(grams: Grams, block: Block, onto: Block) -> float:
-    """Share of a block's delta that lies in the row and column space of block `onto`: ||P_U D P_V|| / ||D||, 0..1."""
-    whole = inner(grams.b[_of(block), _of(block)], grams.a[_of(block), _of(block)])
-    kept = inner(_projected(grams.b, block, onto), _projected(grams.a, block, onto))
-    return min(1.0, float(np.sqrt(max(kept, 0.0) / whole))) if whole > 0 else 1.0
-
-
-def _projected(square: Array, block: Block, onto: Block) -> Array:
-    """Gram matrix of the block's vectors after projection onto the span of the other block's."""
-    seen = _inverse_root(square[_of(onto), _of(onto)]) @ square[_of(onto), _of(block)]
-    gram_of_seen: Array = seen.T @ seen
-    return gram_of_seen
+def retained(grams: Grams) -> Array:
+    """Share of each delta that lies in the row and column space of the last block: ||P_U D P_V|| / ||D||, 0..1."""
+    last, shares = _of(grams.blocks[-1]), []
+    root_a, root_b = _inverse_root(grams.a[last, last]), _inverse_root(grams.b[last, last])
+    for block in grams.blocks[:-1]:
+        rows = _of(block)
+        seen_a, seen_b = root_a @ grams.a[last, rows], root_b @ grams.b[last, rows]
+        whole = float(np.sum(grams.b[rows, rows] * grams.a[rows, rows]))
+        kept = float(np.sum((seen_b.T @ seen_b) * (seen_a.T @ seen_a)))
+        shares.append(min(1.0, math.sqrt(max(kept, 0.0) / whole)) if whole > 0 else 1.0)
+    return np.array(shares)
 
 
 def _inverse_root(square: Array) -> Array:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -139,8 +138,10 @@ def merge_method(
 @cache
 def methods() -> Mapping[str, MethodSpec]:
     """Every registered method by name: ours (one file each in `methods/`) and those of installed packages."""
-    for file in sorted((Path(__file__).parent / "methods").glob("[a-z]*.py")):
-        import_module(f"{__package__}.methods.{file.stem}")
+    # deferred: looking through all installed packages costs a merge more than the merge itself
+    from importlib.metadata import entry_points
+
+    _load_ours()
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
         try:
             entry.load()
@@ -154,6 +155,9 @@ def methods() -> Mapping[str, MethodSpec]:
 
 def find_method(name: str) -> MethodSpec:
     """The method called `name`. Raises `Refused` for `linear`, `NotFound` with a suggestion for a name unknown."""
+    _load_ours()
+    if name in _registered:
+        return _registered[name]
     known = methods()
     if name in known:
         return known[name]
@@ -223,6 +227,12 @@ def output_dtype(dtypes: Sequence[str]) -> str:
     if len(set(dtypes)) == 1:
         return dtypes[0]
     return "F64" if "F64" in dtypes else "F32"
+
+
+@cache
+def _load_ours() -> None:
+    for file in sorted((Path(__file__).parent / "methods").glob("[a-z]*.py")):
+        import_module(f"{__package__}.methods.{file.stem}")
 
 
 def _weight_problems(request: MergeRequest) -> list[Problem]:
