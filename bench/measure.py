@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,19 +96,33 @@ class Ended:
 
 def run_process(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:
     """Run a process to its end and read its costs from the kernel. A process that fails is an error."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        arguments,
-        env=None if environment is None else dict(environment),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    complaint = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}:\n{complaint[-4000:]}")
-    wall = time.perf_counter() - start
-    return Ended(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss * 1024)
+    with tempfile.TemporaryFile() as complaint:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            arguments,
+            env=None if environment is None else dict(environment),
+            stdout=subprocess.DEVNULL,
+            stderr=complaint,
+        )
+        peak = 0
+        while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            # not ru_maxrss: a child inherits that of the process that started it, torch included
+            peak = max(peak, _peak_so_far(process.pid))
+            time.sleep(0.01)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            complaint.seek(0)
+            said = complaint.read().decode(errors="replace")[-4000:]
+            raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}:\n{said}")
+    return Ended(usage.ru_utime + usage.ru_stime, wall, peak)
+
+
+def _peak_so_far(pid: int) -> int:
+    """VmHWM of a live process in bytes; 0 for one that has just ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
