@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..crashpoints import reached
-from ..domain.errors import InvalidInput, JobCancelled, JobFailed, NotFound, Refused, WaitTimedOut
+from ..domain.errors import InvalidInput, JobCancelled, JobFailed, NotAllowed, NotFound, Refused, WaitTimedOut
 from ..domain.job import ENDED, LIVE, Job, JobState, NewJob
 from ..ports import Doorbell, Ledger
 
@@ -128,7 +128,8 @@ def follow(
                 f"job {job_id} is {job.state} after {timeout_s:g} s", hint=f"it goes on: adapterctl jobs wait {job_id}"
             )
         if now - changed >= silence_s:
-            bell.ring(job_id)
+            with suppress(NotAllowed):  # who may only read cannot wake anyone, but may wait
+                bell.ring(job_id)
             changed = now
         time.sleep(pause_s)
         pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
