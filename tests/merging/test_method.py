@@ -196,3 +196,27 @@ def test_an_option_needs_a_default_and_a_simple_type():
         @merge_method("odd", form="grams", rev=1, exact=False, when="", cost="")
         def odd(grams: Grams, *, rank: int, table: dict[str, int]) -> Maps:
             raise AssertionError
+
+
+def test_methods_of_other_packages_come_in_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "theirs.py").write_text(
+        "from adapterctl.registry.merging.method import merge_method\n"
+        "@merge_method('theirs', form='factors', rev=1, exact=False, when='', cost='')\n"
+        "def theirs(c): ...\n"
+    )
+    package = tmp_path / "theirs-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[adapterctl.merge_methods]\ntheirs = theirs:theirs\nbroken = theirs:missing\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    methods.cache_clear()
+
+    with pytest.raises(Misconfigured, match="merge method broken of theirs:missing cannot be loaded"):
+        methods()
+    (package / "entry_points.txt").write_text("[adapterctl.merge_methods]\ntheirs = theirs:theirs\n")
+
+    assert find_method("theirs").name == "theirs"
+    del method_module._registered["theirs"]
+    methods.cache_clear()

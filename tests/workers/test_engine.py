@@ -95,6 +95,17 @@ def test_modules_of_one_parent_alone_are_kept(tmp_path: Path):
     assert distance(deltas(merged.folder), exact_sum(parents, (1.0, 0.5))) == 0
 
 
+def test_merging_a_merge_is_merging_its_parents(parents: list[Path], tmp_path: Path):
+    third = write_tiny_adapter(tmp_path / "p2", seed=2, rank=5, config={"use_rslora": True})
+    pair = run_merge(parents, tmp_path / "pair", weights=(0.5, -2.0))
+
+    nested = run_merge([pair.folder, third], tmp_path / "nested", weights=(3.0, 0.25))
+
+    flat = run_merge([*parents, third], tmp_path / "flat", weights=(1.5, -6.0, 0.25))
+    assert nested.facts.max_rank == flat.facts.max_rank
+    assert distance(deltas(nested.folder), deltas(flat.folder)) <= 2e-7
+
+
 def test_a_merge_that_is_told_to_stop_leaves_no_weights(parents: list[Path], tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
