@@ -39,18 +39,21 @@ _log = logging.getLogger("adapterctl")
 def connect(settings: Settings | None = None, *, readonly: bool = False) -> LocalRegistry:
     """Open the registry of `settings` (default: those of this process), making it unless `readonly`.
 
+    With `readonly`, and where there is no registry yet, reading from it raises `NotFound`; what needs no registry, such
+    as the list of merge methods, works all the same.
+
     Raises:
-        NotFound: `readonly`, and there is no registry yet.
         Misconfigured: the tables are those of a newer adapterctl, or MLflow belongs to another registry.
         NotAllowed: the home cannot be written.
     """
     settings = settings or load_settings()
     url = sqlite_url(settings.home)
-    if readonly:
-        check_schema(url)
-    else:
+    database = Database(url)
+    if not readonly:
         migrate(url)
-    ledger = SqlLedger(Database(url))
+    elif database.exists:
+        check_schema(url)
+    ledger = SqlLedger(database)
     if not readonly:
         _establish(ledger, settings)
     stores = _Stores(settings, ledger)

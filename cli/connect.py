@@ -48,7 +48,17 @@ class Session:
         """Open the registry; with `readonly` nothing is created or migrated, and a read-only home is enough."""
         from ..bootstrap import connect  # deferred: opens databases
 
+        _show_warnings()
         return connect(self.settings(), readonly=readonly)
+
+
+def _show_warnings() -> None:
+    """Let what the registry logs look like the warnings of the commands."""
+    import logging  # deferred: help and completion log nothing
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    logging.getLogger("adapterctl").handlers = [handler]
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ def _line(ref: str, edge: LineageEdgeView | None, version: VersionView | None, o
         parts.append(out.paint(printable(", ".join(version.stages)), "green"))
         parts.append("removed" if version.state == "removed" else "")
         parts.append(out.paint(printable(_made(version)), "dim"))
-        parts.append(out.paint(printable(metrics(version.metrics, most=2)), "cyan"))
+        parts.append(out.paint(printable(metrics(dict(list(version.metrics.items())[:2]))), "cyan"))
     return "  ".join(part for part in parts if part)
 
 

@@ -26,6 +26,9 @@ PARENTS = ("translate:v3", "chat:v5")
 INTO = "translate-chat"
 SVD_RANK = 4
 SAMPLES = 20
+LEGEND = """\
+nll: loss per token of the answer, chrf: character overlap with it; ↓ lower is better, ↑ higher is better
+* the parent that the task belongs to   [90 % interval]   gain kept: of what that parent gained over the base"""
 
 Wait = Callable[[Job], Job]
 
@@ -72,19 +75,19 @@ def tell(
 def look_next(story: Story, home: Path) -> str:
     """The commands to try now."""
     lines = [
-        ("ui", "MLflow's own pages: versions, runs, metrics, links between parents and children"),
-        (f"show {story.promoted}", "everything about it, its receipt too with -o json"),
+        ("ui", "versions, runs and metrics in MLflow's own pages"),
+        (f"show {story.promoted}", "all about it; its receipt with -o json"),
         (f"diff {story.merged[0].ref} {story.merged[-1].ref}", "what the lower rank changed"),
-        (f"verify {story.promoted}", "run the recipe again and compare the bytes"),
+        (f"verify {story.promoted}", "run the recipe again, compare the bytes"),
         (f"history {INTO} --verify", "who promoted what, when and why"),
     ]
     width = max(len(command) for command, _ in lines)
-    shown = "\n".join(f"  adapterctl {command.ljust(width)}   {about}" for command, about in lines)
-    return f"Next, after  export ADAPTERCTL_HOME={home}\n{shown}"
+    shown = "\n".join(f"   adapterctl {command.ljust(width)}  {about}" for command, about in lines)
+    return f"Done in {story.seconds:.0f} s. Look around:\n   export ADAPTERCTL_HOME={home}\n{shown}"
 
 
 def _register(registry: RegistryAPI, examples: Path, story: Story, chapter: _Chapters) -> None:
-    chapter.command("register --batch adapters.yaml")
+    chapter.command("register --batch examples/adapters/batch.yaml")
     entries = read_batch(examples / "adapters" / "batch.yaml")
     done: list[Registered] = [entry.register(registry) for entry in entries]
     story.registered = [registered.version.ref for registered in done]
@@ -101,14 +104,14 @@ def _register(registry: RegistryAPI, examples: Path, story: Story, chapter: _Cha
 
 
 def _merge(registry: RegistryAPI, story: Story, chapter: _Chapters, wait: Wait) -> None:
-    rows = []
     for method, rank in (("cat", None), ("svd", SVD_RANK)):
         chapter.command(f"merge {' '.join(PARENTS)} --method {method}" + (f" --rank {rank}" if rank else ""))
         request = MergeRequest(parents=tuple(map(parse_parent, PARENTS)), into=INTO, method=method, rank=rank)
         version = _merged(registry, request, wait)
         story.merged.append(version)
-        rows.append([version.ref, method, _shape(version), f"loss {views.loss(version.loss)}"])
-    chapter.table(rows)
+        lost = views.loss(version.loss) if version.loss else "nothing"
+        proof = len((version.receipt or {}).get("checks", ()))
+        chapter.table([[version.ref, _shape(version), f"loses {lost} of the exact sum", f"{proof} checks passed"]])
 
 
 def _merged(registry: RegistryAPI, request: MergeRequest, wait: Wait) -> VersionView:
@@ -136,6 +139,8 @@ def _evaluate(registry: RegistryAPI, examples: Path, story: Story, chapter: _Cha
     story.retention = [registry.retention(ref) for ref in wanted]
     for table in story.retention:
         chapter.text(views.retention_text(table, out))
+        chapter.text("")
+    chapter.text(LEGEND)
 
 
 def _promote(registry: RegistryAPI, story: Story, chapter: _Chapters, out: Output) -> None:
@@ -179,6 +184,7 @@ class _Chapters:
     def __call__(self, title: str, about: str) -> Iterator[None]:
         self._number += 1
         self._write(f"{self._out.paint(f'{self._number}  {title}', 'bold')}  {about}")
+        self._write("")
         yield
         self._write("")
 
@@ -186,7 +192,7 @@ class _Chapters:
         self._write(self._out.paint(f"   $ adapterctl {words}", "cyan"))
 
     def text(self, text: str) -> None:
-        for line in text.splitlines():
+        for line in text.splitlines() or [""]:
             self._write(f"   {line}".rstrip())
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:

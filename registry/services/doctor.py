@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..api import Check
-from ..domain.errors import AdapterctlError
+from ..domain.errors import AdapterctlError, NotFound
 from ..domain.job import JobState
 from ..ports import Ledger, VersionStore
 from ..settings import Settings
@@ -22,11 +22,15 @@ _LOW_SPACE_BYTES = 1 << 30
 
 def examine(settings: Settings, ledger: Ledger, open_versions: Callable[[], VersionStore]) -> list[Check]:
     """Every check, in the order in which a fault would matter."""
+    try:
+        registry_id = ledger.registry_id
+    except NotFound as error:
+        return [Check("home", "warning", error.message, error.hint), _evaluation()]
     return [
         _home(settings.home),
         _filesystem(settings.home),
         _space(settings.home),
-        Check("ledger", "ok", f"registry {ledger.registry_id}, {len(ledger.versions())} versions"),
+        Check("ledger", "ok", f"registry {registry_id}, {len(ledger.versions())} versions"),
         *_mlflow(ledger, open_versions),
         *_jobs(ledger),
         _evaluation(),
