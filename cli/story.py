@@ -130,6 +130,7 @@ def _evaluate(registry: RegistryAPI, examples: Path, story: Story, chapter: _Cha
         registry.set_suite(name, str(examples / "suites" / f"{name}.yaml"))
     chapter.command(f"eval {' '.join(refs)} --limit {SAMPLES}")
     wanted = [parse_ref(ref) for ref in refs]
+    registry.import_reports(examples / "results")  # base and parents, so that only the merges are computed here
     try:
         wait(registry.evaluate(wanted, suites=(), limit=SAMPLES))
     except (Unavailable, JobFailed) as error:
