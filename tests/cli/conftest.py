@@ -83,7 +83,7 @@ def pair(
     return home
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory, ledger_schema: Path, mlflow_schema: Path) -> Path:
     """A home with translate:v1 and v2 (trained from v1), chat:v1 and a cat of the newer two. Shared: read it only."""
     home, folder = tmp_path_factory.mktemp("family"), tmp_path_factory.mktemp("adapters")
@@ -104,3 +104,9 @@ def family(tmp_path_factory: pytest.TempPathFactory, ledger_schema: Path, mlflow
             done = CliRunner().invoke(app, ["--home", str(home), *words], catch_exceptions=False)
             assert done.exit_code == 0, done.stderr
     return home
+
+
+@pytest.fixture
+def read(family: Path, run: Callable[..., Ran]) -> Callable[..., Ran]:
+    """`run` on the shared family."""
+    return lambda *words, **options: run("--home", str(family), *words, **options)

@@ -17,11 +17,6 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture
-def read(family: Path, run: Run) -> Run:
-    return lambda *words, **options: run("--home", str(family), *words, **options)
-
-
-@pytest.fixture
 def adapter(tmp_path: Path, tiny_adapter: Callable[..., Path]) -> Callable[..., str]:
     made = iter(range(100))
     return lambda **options: str(tiny_adapter(tmp_path / f"adapter-{next(made)}", **options))

@@ -1,0 +1,46 @@
+"""The shape of `-o json` of every command that prints data: which keys, of which types. Programs read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+COMMANDS = {
+    "ls": "ls",
+    "ls-versions": "ls translate",
+    "show": "show translate:v2",
+    "show-merge": "show translate-chat:v1",
+    "diff": "diff translate:v1 translate:v2",
+    "plan": "plan translate:v2 chat:v1",
+    "methods": "methods",
+    "method": "methods svd",
+    "lineage": "lineage translate-chat:v1",
+    "history": "history translate",
+    "jobs-ls": "jobs ls",
+    "base-ls": "base ls",
+    "doctor": "doctor",
+    "ui": "ui --links",
+}
+# Their keys are the user's own, or those of a document with a version of its own.
+FREE = {"metrics", "params", "tags", "recipe", "receipt", "spec", "result", "stages", "fields", "default"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_json_has_the_shape_it_had(name: str, read: Callable[..., Any], golden: Callable[[str, str], None]):
+    value = read(*COMMANDS[name].split(), "-o", "json", code=None).data
+
+    golden(f"json/{name}.json", json.dumps(shape(value), indent=2) + "\n")
+
+
+def shape(value: Any, key: str = "") -> Any:
+    """The value with types in place of facts; a list by its first item, free mappings not looked into."""
+    if key in FREE:
+        return "any"
+    if isinstance(value, dict):
+        return {name: shape(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [shape(item) for item in value[:1]]
+    return "null" if value is None else type(value).__name__
