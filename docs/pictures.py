@@ -1,0 +1,129 @@
+"""Takes the pictures of README.md from a real run: the demo in a terminal, and MLflow's pages on the registry it made.
+
+    .venv/bin/python docs/pictures.py        needs Debian's `chromium` and the packages of requirements-dev.lock
+
+The demo runs in a home of its own, so the pictures show what a reader gets from `make demo`.
+"""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+from rich.console import Console
+from rich.text import Text
+
+PICTURES = Path(__file__).parent / "pictures"
+ADAPTERCTL = [sys.executable, "-m", "adapterctl"]
+PORT = 5077
+COLUMNS = 104
+
+
+def main() -> None:
+    PICTURES.mkdir(exist_ok=True)
+    home = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="adapterctl-pictures-"))
+    story = in_terminal([*ADAPTERCTL, "--home", str(home), "demo"])
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path="/usr/bin/chromium",
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        page = browser.new_page(viewport={"width": 1200, "height": 900}, device_scale_factor=1)
+        take_terminal(page, story)
+        with serving(home):
+            take_pages(page, home)
+        browser.close()
+
+
+def in_terminal(command: list[str]) -> str:
+    """What the command writes to a colour terminal of COLUMNS columns."""
+    written = bytearray()
+
+    def read(descriptor: int) -> bytes:
+        data = os.read(descriptor, 65536)
+        written.extend(data)
+        return data
+
+    os.environ.update(COLUMNS=str(COLUMNS), TERM="xterm-256color", LINES="60")
+    os.environ.pop("NO_COLOR", None)
+    if os.waitstatus_to_exitcode(pty.spawn(command, read)):
+        raise SystemExit(f"{' '.join(command)} failed")
+    return written.decode().replace("\r\n", "\n")
+
+
+def take_terminal(page: Page, text: str) -> None:
+    # what a progress bar wrote and took back is no part of the story
+    lines = [line.rsplit("\r", 1)[-1].replace("\x1b[2K", "") for line in text.splitlines()]
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True)
+        console.print(Text.from_ansi("\n".join(lines)), soft_wrap=True)
+    html = console.export_html(inline_styles=True)
+    style = "body{background:#fff;margin:18px 22px;font-size:13.5px}pre{font-family:'DejaVu Sans Mono'!important}"
+    page.set_viewport_size({"width": 980, "height": 400})
+    page.set_content(f"{html}<style>{style}</style>")
+    page.screenshot(path=PICTURES / "demo.png", full_page=True)
+
+
+def take_pages(page: Page, home: Path) -> None:
+    page.set_viewport_size({"width": 1280, "height": 860})
+    address = f"http://127.0.0.1:{PORT}"
+    for name, path in shown(home).items():
+        page.goto(address + path)
+        page.wait_for_load_state("networkidle")
+        for label in ("Close", "Skip", "Dismiss"):
+            for button in page.get_by_role("button", name=label).all():
+                button.click(timeout=2000)
+        page.wait_for_timeout(1500)
+        page.screenshot(path=PICTURES / f"{name}.png")
+
+
+def shown(home: Path) -> dict[str, str]:
+    """The pages worth a picture, by file name."""
+    from adapterctl.bootstrap import connect
+    from adapterctl.registry.domain.refs import Ref
+    from adapterctl.registry.settings import load_settings
+
+    registry = connect(load_settings({"home": home}), readonly=True)
+    child, parent = registry.version(Ref("translate-chat", number=1)), registry.version(Ref("translate", number=3))
+    return {
+        "mlflow-models": "/#/models",
+        "mlflow-version": child.mlflow_path,
+        "mlflow-run": f"/#/experiments/1/runs/{child.run_id}",
+        "mlflow-parent": f"/#/experiments/1/models/{parent.model_id}",
+    }
+
+
+@contextmanager
+def serving(home: Path) -> Iterator[None]:
+    command = [*ADAPTERCTL, "--home", str(home), "ui", "--port", str(PORT)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 120
+            while not _answers(f"http://127.0.0.1:{PORT}/health"):
+                if time.monotonic() > deadline:
+                    raise SystemExit("the server did not start")
+                time.sleep(0.5)
+            yield
+        finally:
+            server.terminate()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    main()
