@@ -6,6 +6,7 @@ One frozen value without a mode flag: the mode follows from which URLs are set. 
 from __future__ import annotations
 
 import os
+import pwd
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -55,13 +56,21 @@ def load_settings(
 ) -> Settings:
     """Merge the sources. Raises `Misconfigured` naming the file and the key for anything unknown or ill-typed."""
     env = os.environ if env is None else env
-    values: dict[str, Any] = {"home": Path("~/.adapterctl").expanduser(), "actor": env.get("USER", "") or "unknown"}
+    values: dict[str, Any] = {"home": Path("~/.adapterctl").expanduser(), "actor": _login(env)}
     config_home = Path(env.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser())
     values |= _from_file(user_file or config_home / "adapterctl" / "config.toml")
     values |= _from_file(_find_project_file(cwd or Path.cwd()))
     values |= _from_env(env)
     values |= {key: value for key, value in (flags or {}).items() if value is not None}
     return Settings(**{key: _convert(key, value, "settings") for key, value in values.items()})
+
+
+def _login(env: Mapping[str, str]) -> str:
+    """Who is at work, where no setting says: the login name, as `whoami` gives it."""
+    try:
+        return env.get("USER") or pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container may run as a number without a name
+        return f"uid-{os.getuid()}"
 
 
 def _find_project_file(folder: Path) -> Path:
