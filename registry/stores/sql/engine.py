@@ -152,7 +152,10 @@ def append_only(table: str) -> tuple[str, ...]:
 
 def _sqlite_engine(path: Path, *, create: bool, read_only: bool) -> Engine:
     if not create and not path.exists():
-        raise NotFound(f"there is no registry in {path.parent}", hint="`adapterctl register` makes one, `adapterctl demo` shows one")
+        raise NotFound(
+            f"there is no registry in {path.parent}",
+            hint="`adapterctl register` makes one, `adapterctl demo` shows one",
+        )
     uri = f"file:{quote(str(path.absolute()))}"
     uri += _read_only_mode(uri) if read_only else "?mode=rwc" if create else "?mode=rw"
 
