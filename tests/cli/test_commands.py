@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from adapterctl.migrations import VERSION_TABLE
 
 Run = Callable[..., Any]
 
@@ -317,8 +321,9 @@ def test_doctor_checks_a_registry_and_tells_of_a_missing_one(run: Run, pair: Pat
     checks = run("doctor", "-o", "json", code=None).data
     assert {"name", "status", "detail", "hint"} == set(checks[0])
 
-    missing = run("--home", str(tmp_path / "none"), "doctor", code=1)
-    assert "error" in missing.stdout
+    missing = run("--home", str(tmp_path / "none"), "doctor")
+    assert missing.stdout.startswith("warning  home ")
+    assert "adapterctl demo" in missing.stdout
     assert not (tmp_path / "none").exists()
 
 
@@ -371,3 +376,23 @@ def test_reads_change_no_file(read: Run, family: Path):
         read(*words.split())
 
     assert snapshot() == before
+
+
+def test_without_a_registry_reads_say_so_and_make_none(run: Run, tmp_path: Path):
+    home = tmp_path / "none"
+
+    for words in ("ls", "show translate", "jobs ls", "lineage translate", "plan a b", "ui --links"):
+        ran = run("--home", str(home), *words.split(), code=3)
+        assert f"there is no registry in {home}" in ran.stderr
+    assert "svd" in run("--home", str(home), "methods", "-q").stdout.split()
+
+    assert not home.exists()
+
+
+def test_a_registry_of_a_newer_program_is_not_touched(run: Run, pair: Path):
+    with closing(sqlite3.connect(pair / "registry.db")) as ledger, ledger:
+        ledger.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
+
+    for words in ("ls", "register folder --name x"):
+        assert "newer" in run(*words.split(), code=2).stderr
+    assert run("doctor", code=1).stdout.startswith("error ")
