@@ -1,4 +1,4 @@
-"""Kill -9 at every named point of a merge, then ask for the merge again: one version, one run, exact edges, no partial file.
+"""Kill -9 at every named point of a merge, then ask for it again: one version, one run, exact edges, no partial file.
 
 All points share one home, so what one kill leaves behind would be in the way of the next.
 """
