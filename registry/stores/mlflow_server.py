@@ -39,7 +39,8 @@ def ui_command(
     """The command that serves MLflow's own pages on the embedded registry, and what it needs in its environment.
 
     One worker and no job execution: MLflow's defaults start ten processes and use 1.9 GB. Host names other than
-    this machine's are refused by MLflow, so that no page on the web can reach the registry through a browser.
+    this machine's are refused by MLflow, so that no page on the web can reach the registry through a browser; and
+    nothing of ours is a pickle, so none is loaded.
     """
     port = port or urlsplit(settings.mlflow_ui).port or 5000
     command = [
@@ -49,4 +50,5 @@ def ui_command(
         *("--host", host, "--port", str(port), "--workers", "1"),
         *("--allowed-hosts", f"localhost:{port},127.0.0.1:{port},{host}:{port}"),
     ]
-    return command, {**ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    return command, {**ENVIRONMENT, **environment}

@@ -88,7 +88,7 @@ class MlflowVersions:
         if model.tags.get(ADAPTER_ID) != adapter_id:
             raise Refused(
                 f"MLflow has a registered model {name!r} that adapterctl did not make",
-                hint="choose another name, or rename the model in MLflow; `adapterctl doctor` lists such models",
+                hint="choose another name, or rename the model in MLflow",
             )
 
     @in_our_words
