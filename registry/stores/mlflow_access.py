@@ -16,7 +16,9 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Literal, ParamSpec, TypeVar
 
-from ..domain.errors import Misconfigured, NotFound, Unavailable
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..domain.errors import Corrupt, Misconfigured, NotAllowed, NotFound, Unavailable
 from .mlflow_server import ENVIRONMENT, artifact_root, embedded_uri
 
 for _name, _value in ENVIRONMENT.items():  # read by MLflow while it is imported
@@ -38,6 +40,8 @@ DATASET_DIGEST = 32
 MISSING = "RESOURCE_DOES_NOT_EXIST"
 EXISTS = "RESOURCE_ALREADY_EXISTS"
 
+_SQLITE = b"SQLite format 3\x00"
+
 P = ParamSpec("P")
 T = TypeVar("T")
 _global_uri = Lock()
@@ -50,7 +54,7 @@ def in_our_words(method: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return method(*args, **kwargs)
-        except MlflowException as error:
+        except (MlflowException, SQLAlchemyError) as error:  # the latter where MLflow opens its own database
             reason = str(error).strip().partition("\n")[0]
             raise Unavailable(f"MLflow refused: {reason}", hint="run `adapterctl doctor`") from error
         except OSError as error:
@@ -80,12 +84,35 @@ def dataset_input(name: str, digest: str, *, context: str) -> DatasetInput:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
+@in_our_words
+def _connect(uri: str) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _check_can_open(database: Path) -> None:
+    """Say at once what MLflow would find out by trying ten times in two minutes."""
+    if not database.exists():
+        if not os.access(database.parent, os.W_OK):
+            raise NotAllowed(f"{database} cannot be made", hint="check the rights of that folder")
+    elif not os.access(database, os.R_OK):
+        raise NotAllowed(f"{database} cannot be read", hint="check its rights")
+    elif not database.is_file() or _first_bytes(database) not in (_SQLITE, b""):
+        raise Corrupt(f"{database} is no SQLite database", hint="restore it from a backup")
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(_SQLITE))
+
+
 class Mlflow:
     """The experiment `adapters` of one MLflow, which carries the id of the ledger that it belongs to."""
 
     def __init__(self, tracking_uri: str | None, home: Path, registry_id: str) -> None:
         self.uri = tracking_uri or embedded_uri(home)
-        self.client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        if self.uri == embedded_uri(home):
+            _check_can_open(home / "mlflow.db")
+        self.client = _connect(self.uri)
         self._home = home
         self._registry_id = registry_id
         self._remote = self.uri.startswith(("http://", "https://"))

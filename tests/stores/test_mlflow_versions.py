@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -13,7 +15,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
-from adapterctl.registry.domain.errors import Corrupt, Misconfigured, NotFound, Refused
+from adapterctl.registry.domain.errors import Corrupt, Misconfigured, NotFound, Refused, Unavailable
 from adapterctl.registry.domain.evals import EvalReport, TaskResult
 from adapterctl.registry.domain.version import AdapterVersion, Base
 from adapterctl.registry.ports import Parent
@@ -275,6 +277,22 @@ def test_checking_an_empty_mlflow_writes_nothing(client, store):
     store.check_identity()
 
     assert client.get_experiment_by_name("adapters") is None
+
+
+@pytest.mark.parametrize("damage_it", [lambda path: path.write_bytes(b"text" * 9), lambda path: path.mkdir()])
+def test_a_file_that_is_no_database_is_refused_at_once(damage_it, home):
+    damage_it(home / "mlflow.db")
+
+    with pytest.raises(Corrupt, match="is no SQLite database"):
+        MlflowVersions(None, home, REGISTRY_ID)
+
+
+def test_a_database_of_a_newer_mlflow_is_refused_with_what_mlflow_says(mlflow_home):
+    with closing(sqlite3.connect(mlflow_home / "mlflow.db")) as database, database:
+        database.execute("update alembic_version set version_num = 'ffffffffffff'")
+
+    with pytest.raises(Unavailable, match="found version ffffffffffff"):
+        MlflowVersions(None, mlflow_home, REGISTRY_ID)
 
 
 def test_an_experiment_of_someone_else_is_refused(client, store):
