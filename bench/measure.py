@@ -61,9 +61,10 @@ def bench(
 
 @dataclass
 class Rounds:
-    """Seconds of each side, round by round."""
+    """Seconds of each side, round by round: by the clock, and of this process on all its CPUs."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def median(self, side: str) -> float:
         return statistics.median(self.seconds[side])
@@ -71,17 +72,22 @@ class Rounds:
     def ratio(self, side: str, to: str) -> float:
         return self.median(side) / self.median(to)
 
+    def cpu_ratio(self, side: str, to: str) -> float:
+        """Of the least CPU-seconds: what is left when neighbours take the CPUs away."""
+        return min(self.cpu_seconds[side]) / min(self.cpu_seconds[to])
+
 
 def take_turns(sides: Mapping[str, Callable[[], None]], rounds: int) -> Rounds:
     """Run every side once unmeasured, then all of them in turns, `rounds` times."""
     for run in sides.values():
         run()
-    result = Rounds({side: [] for side in sides})
+    result = Rounds({side: [] for side in sides}, {side: [] for side in sides})
     for _ in range(rounds):
         for side, run in sides.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             run()
             result.seconds[side].append(time.perf_counter() - start)
+            result.cpu_seconds[side].append(time.process_time() - cpu_start)
     return result
 
 

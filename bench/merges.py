@@ -26,7 +26,7 @@ from adapterctl.registry.merging.tensors import TensorReader, TensorWriter
 from adapterctl.registry.wire import to_builtins
 from adapterctl.workers import engine
 
-ROUNDS = 7
+ROUNDS = 15
 THREADS = 2
 RANK = 16
 
@@ -42,8 +42,9 @@ def _against_copy(room: Path, method: str, dtype: str) -> Figure:
     rounds = take_turns(sides, ROUNDS)
     return Figure(
         rounds.ratio("weighted", "copy"),
-        f"{rounds.median('weighted'):.3f} s against {rounds.median('copy'):.3f} s;"
-        f" with both weights 1: {rounds.ratio('unweighted', 'copy'):.2f}x",
+        f"{rounds.median('weighted'):.3f} s against {rounds.median('copy'):.3f} s,"
+        f" {rounds.cpu_ratio('weighted', 'copy'):.1f}× in CPU-seconds on {THREADS} threads; with both weights 1:"
+        f" {rounds.ratio('unweighted', 'copy'):.2f}×, {rounds.cpu_ratio('unweighted', 'copy'):.1f}× in CPU-seconds",
     )
 
 
@@ -147,7 +148,7 @@ def cold_cat_cpu_vs_peft(room: Path) -> Figure:
     return Figure(
         peft.cpu_s / mine,
         f"PEFT {peft.cpu_s:.1f} CPU-s and {peft.peak_bytes / 1e6:.0f} MB (once), ours {mine:.2f} CPU-s;"
-        f" with digests checked, receipt and measuring: {child:.2f} CPU-s, {peft.cpu_s / child:.0f}x",
+        f" with digests checked, receipt and measuring: {child:.2f} CPU-s, {peft.cpu_s / child:.0f}×",
     )
 
 
