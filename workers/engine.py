@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ..registry.domain.digest import canonical_json
-from ..registry.domain.errors import JobCancelled
+from ..registry.domain.errors import JobCancelled, Refused
 from ..registry.domain.header import DTYPE_BYTES
 from ..registry.domain.plan import MergePlan, ModulePlan
 from ..registry.merging.grams import GRAM_FLOOR, Factors, Grams, Maps, error_squared, exact_norm, size_of_parts
@@ -77,7 +77,7 @@ def merge(
 
     Raises `Unavailable` when the disk is full, `Corrupt` when a parent's file ends too early.
     """
-    method = find_method(plan.recipe.method)
+    method = method_of(plan)
     with ExitStack() as files:
         readers = [files.enter_context(TensorReader(path)) for path in parent_files]
         writer = files.enter_context(TensorWriter(out_dir / WEIGHTS_FILE, output_tensors(plan), header_metadata(plan)))
@@ -96,7 +96,7 @@ def predict_loss(
     plan: MergePlan, parent_files: Sequence[Path], *, threads: int = 1, should_stop: Stop = never
 ) -> float:
     """||made - exact sum|| / ||exact sum|| over all modules before rounding, from Gram matrices; writes nothing."""
-    method = find_method(plan.recipe.method)
+    method = method_of(plan)
     if method.form == "factors":
         return 0.0
     with ExitStack() as files:
@@ -109,6 +109,17 @@ def predict_loss(
         pairs = for_each_module(plan, work, threads=threads, should_stop=should_stop).values()
     error, norm = (math.fsum(pair[side] for pair in pairs) for side in (0, 1))
     return math.sqrt(error / norm) if norm > 0 else 0.0
+
+
+def method_of(plan: MergePlan) -> MethodSpec:
+    """The method of the plan's recipe. Raises `Refused` when ours gives another output than the one it names."""
+    method, revision = find_method(plan.recipe.method), plan.recipe.method_rev
+    if method.rev != revision:
+        raise Refused(
+            f"the recipe names revision {revision} of {method.name}, this adapterctl has revision {method.rev}",
+            hint="merge again, or run the recipe with the adapterctl that made it (`fingerprint` in its receipt)",
+        )
+    return method
 
 
 def merge_module(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..domain.adapter import AdapterFacts
+from ..domain.errors import IncompatibleParents
 from ..domain.plan import Forecast, MergePlan, Pair, Part
 from .core import spectrum
 from .grams import Array, block_products
@@ -51,7 +52,8 @@ def forecast(
 def compare(first: AdapterFacts, first_file: Path, second: AdapterFacts, second_file: Path) -> tuple[float, float]:
     """(cosine, distance) of two adapters over all modules: distance is ||first - second|| / ||first||, 0 when equal.
 
-    Biases are left out. Where `first` is zero the distance is ||second||.
+    Biases are left out. Where `first` is zero the distance is ||second||. Raises `IncompatibleParents` where a module
+    has another shape in the other adapter, as adapters of different bases have.
     """
     squares = [0.0, 0.0]
     product = difference = 0.0
@@ -75,7 +77,12 @@ def _differences(first: AdapterFacts, second: AdapterFacts) -> Iterator[list[Par
     for place, (adapter, sign) in enumerate(((first, 1.0), (second, -1.0))):
         for m in adapter.modules:
             modules.setdefault(m.name, []).append(Part(place, m.rank, sign * m.scaling, m.a, m.b))
-    return iter(modules.values())
+    for name, parts in modules.items():
+        if len({(part.a.shape[1:], part.b.shape[:1]) for part in parts}) > 1:
+            raise IncompatibleParents(
+                f"{name} has another shape in each adapter: their bases differ", hint="compare adapters of one base"
+            )
+        yield parts
 
 
 def _forecasts(energy: Array, plan: MergePlan) -> tuple[Forecast, ...]:

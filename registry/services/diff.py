@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from ..api import DiffView, VersionView
+from ..domain.errors import IncompatibleParents
 from ..domain.version import AdapterVersion
 from ..ports import Ledger
 from .merge import WEIGHTS_FILE, Folders
@@ -42,7 +43,8 @@ def diff(ledger: Ledger, folders: Folders, first: AdapterVersion, second: Adapte
 
         with ExitStack() as opened:
             files = [opened.enter_context(folders(version)) / WEIGHTS_FILE for version in (first, second)]
-            cosine, distance = compare(facts[0], files[0], facts[1], files[1])
+            with suppress(IncompatibleParents):  # a base without pins may stand for two models
+                cosine, distance = compare(facts[0], files[0], facts[1], files[1])
     return DiffView(
         first=first.label,
         second=second.label,

@@ -9,6 +9,7 @@ import pytest
 from tiny import LINEAR, write_tiny_adapter
 from tiny_merge import WEIGHTS, deltas, distance, facts_of, plan_of, run_merge, write_factors
 
+from adapterctl.registry.domain.errors import IncompatibleParents
 from adapterctl.registry.merging.forecast import compare, forecast
 
 
@@ -101,3 +102,11 @@ def test_adapters_that_share_no_module_are_at_a_right_angle(tmp_path: Path):
 
     assert cosine == 0
     assert apart > 1
+
+
+def test_adapters_of_different_bases_cannot_be_compared(tmp_path: Path):
+    one = write_tiny_adapter(tmp_path / "p0", linear={"m": (8, 16)})
+    other = write_tiny_adapter(tmp_path / "p1", linear={"m": (8, 24)})
+
+    with pytest.raises(IncompatibleParents, match="m has another shape"):
+        compare(facts_of(one), one / WEIGHTS, facts_of(other), other / WEIGHTS)

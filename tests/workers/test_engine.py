@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from tiny import write_tiny_adapter
 from tiny_merge import WEIGHTS, deltas, distance, exact_sum, facts_of, plan_of, run_merge, write_factors
 
-from adapterctl.registry.domain.errors import Corrupt, JobCancelled
+from adapterctl.registry.domain.errors import Corrupt, JobCancelled, Refused
 from adapterctl.registry.domain.header import read_header
 from adapterctl.registry.domain.recipe import recipe_from_json
 from adapterctl.workers import engine
@@ -150,3 +151,11 @@ def test_the_predicted_loss_is_the_loss(parents: list[Path], tmp_path: Path):
     merged = run_merge(parents, tmp_path / "out", method="svd", rank=2)
     assert predicted == pytest.approx(merged.receipt["loss"], rel=1e-5)
     assert engine.predict_loss(plan_of(parents, method="cat"), files_of(parents)) == 0
+
+
+def test_a_recipe_of_another_revision_of_the_method_is_refused(parents: list[Path], tmp_path: Path):
+    plan = plan_of(parents)
+    older = replace(plan, recipe=replace(plan.recipe, method_rev=99))
+
+    with pytest.raises(Refused, match="names revision 99 of cat, this adapterctl has revision 1"):
+        engine.merge(older, files_of(parents), tmp_path)
