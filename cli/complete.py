@@ -6,8 +6,11 @@ is silent whatever goes wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING
 
 import typer
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from ..registry.settings import Settings
 
 _LIMIT = 200
+_ENDS = frozenset(":@=")
 
 
 def complete_names(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -35,6 +39,39 @@ def complete_stages(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def complete_jobs(ctx: typer.Context, incomplete: str) -> list[str]:
     return _silent(lambda: _jobs(_settings(ctx), incomplete))
+
+
+@contextmanager
+def whole_words() -> Iterator[None]:
+    """Undo that bash ends a word at ':', '@' and '=', around the program's answer to bash.
+
+    The script that typer installs hands over the pieces, one a line; bash puts an answer behind the last end.
+    """
+    words, place, cut = glue(os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"]))
+    os.environ |= {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(place)}
+    answers = io.StringIO()
+    try:
+        with redirect_stdout(answers):
+            yield
+    finally:
+        sys.stdout.writelines(f"{line[cut:]}\n" for line in answers.getvalue().splitlines())
+
+
+def glue(pieces: Sequence[str], current: int) -> tuple[list[str], int, int]:
+    """Whole words up to piece `current`, the place of the last one, and how much of it stands before that piece."""
+    words: list[str] = []
+    cut = 0
+    joining = False
+    for piece in pieces[: current + 1]:
+        is_end = bool(piece) and _ENDS.issuperset(piece)
+        cut = 0
+        if words and (is_end or joining):
+            words[-1] += piece
+            cut = len(words[-1]) if is_end else len(words[-1]) - len(piece)
+        else:
+            words.append(piece)
+        joining = is_end
+    return words, len(words) - 1, cut
 
 
 def _settings(ctx: typer.Context) -> Settings:

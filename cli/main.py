@@ -6,8 +6,10 @@ runs. A test in a fresh process holds them to it.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +17,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from .commands import adapters, admin, base, demo, evals, jobs, lineage, merge, stages
+from .complete import whole_words
 from .connect import Common, Format, Home, NoColor, Quiet, Verbose
 from .output import printable, write
 
@@ -73,8 +76,10 @@ for module in (demo, adapters, merge, lineage, evals, stages, jobs, base, admin)
 
 def main() -> None:
     """Entry point of the console script. Errors of ours are handled where they arise, in `connect.add_verbs`."""
+    in_bash = os.environ.get("_ADAPTERCTL_COMPLETE") == "complete_bash"
     try:
-        app(prog_name="adapterctl")
+        with whole_words() if in_bash else nullcontext():
+            app(prog_name="adapterctl")
     except Exception as error:  # noqa: BLE001 - the edge of the process: whatever came this far is told, not dumped
         if {"-v", "--verbose"}.intersection(sys.argv):
             traceback.print_exception(error)

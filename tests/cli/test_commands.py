@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import subprocess
 import sys
@@ -333,23 +332,6 @@ def test_ui_prints_addresses(run: Run, pair: Path):
     assert [link["url"] for link in links] == [
         f"http://127.0.0.1:5999/#/models/{name}/versions/1" for name in ("chat", "translate")
     ]
-
-
-def test_completion_knows_names_versions_and_stages(pair: Path, home: Path):
-    def complete(line: str, position: int) -> list[str]:
-        environment = os.environ | {
-            "_ADAPTERCTL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(position),
-        }  # fmt: skip
-        code = "from adapterctl.cli.main import main; main()"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        assert done.stderr == ""
-        return done.stdout.split()
-
-    assert complete("adapterctl show tr", 2) == ["translate"]
-    assert complete("adapterctl show translate:", 2) == ["translate:v1"]
-    assert complete("adapterctl promote chat@", 2) == ["chat@staging", "chat@production"]
-    assert complete("adapterctl promote chat --to p", 4) == ["production"]
-    assert complete(f"adapterctl --home {home / 'none'} show tr", 4) == []
 
 
 def test_reads_load_neither_mlflow_nor_numpy(family: Path):
