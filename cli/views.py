@@ -202,6 +202,7 @@ def retention_text(view: RetentionView, out: Output) -> str:
         lines.append(out.table(header, rows, right=range(2, len(header) - 2)))
     notes = {f"{row.task}: {row.note}" for row in view.rows if row.note}
     lines += [out.paint(f"  {printable(note)}", "dim") for note in sorted(notes)]
+    lines += [out.paint(f"  {printable(note)}", "dim") for note in view.notes]
     lines += [printable(f"  not evaluated: {name}") for name in view.missing]
     if not view.rows and not view.missing:
         lines.append("  not evaluated yet")

@@ -53,8 +53,7 @@ class Engine:
     """
 
     def __init__(self, base: Path, *, device: str, batch_size: int, threads: int, tick: Tick) -> None:
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("torch sees no CUDA device", hint="set ADAPTERCTL_EVAL_DEVICE=cpu")
         self._device = device
