@@ -10,7 +10,7 @@ ONLY ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # The names of the stamps hold what is in the locks: another lock, another environment.
-RUN_LOCKS := requirements.lock requirements-eval.lock
+RUN_LOCKS := requirements.lock requirements-eval.lock requirements-service.lock
 LIBS := .venv/stamps/libs-$(shell cat $(RUN_LOCKS) | cksum | cut -d' ' -f1)
 RUN := .venv/stamps/package-$(shell cat $(RUN_LOCKS) pyproject.toml | cksum | cut -d' ' -f1)
 DEV := .venv/stamps/dev-$(shell cat $(RUN_LOCKS) pyproject.toml requirements-dev.lock | cksum | cut -d' ' -f1)

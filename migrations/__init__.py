@@ -42,7 +42,7 @@ def check_schema(url: str) -> None:
         raise _too_new(database, revision)
     if state != "current":
         raise Misconfigured(
-            f"{database.path} has {'no tables yet' if state == 'empty' else f'tables of revision {revision}'}",
+            f"{database.label} has {'no tables yet' if state == 'empty' else f'tables of revision {revision}'}",
             hint="a command that writes, such as `adapterctl register`, brings them up to date",
         )
 
@@ -56,7 +56,7 @@ def migrate(url: str) -> None:
     try:
         if _state(_revision(database)) == "current":
             return
-        database.folder.mkdir(parents=True, exist_ok=True)
+        database.prepare()
         with database.exclusive("migrate"):
             revision = _revision(database)
             if _state(revision) == "newer":
@@ -86,7 +86,7 @@ def _revision(database: Database) -> str | None:
 
 def _too_new(database: Database, revision: str | None) -> Misconfigured:
     return Misconfigured(
-        f"{database.path} is at revision {revision}, this adapterctl knows revisions up to {HEAD_REVISION}",
+        f"{database.label} is at revision {revision}, this adapterctl knows revisions up to {HEAD_REVISION}",
         hint="install the adapterctl that wrote it, or a newer one: pip install --upgrade adapterctl",
     )
 

@@ -75,6 +75,7 @@ def upgrade() -> None:
         ["kind", "key"],
         unique=True,
         sqlite_where=sa.text("state IN ('queued', 'running')"),
+        postgresql_where=sa.text("state IN ('queued', 'running')"),
     )
     op.create_table(
         "meta",
@@ -161,6 +162,7 @@ def upgrade() -> None:
         ["adapter_id", "content_digest", "base_id"],
         unique=True,
         sqlite_where=sa.text("state = 'live' AND kind <> 'merge'"),
+        postgresql_where=sa.text("state = 'live' AND kind <> 'merge'"),
     )
     op.create_index(
         "uq_version_live_recipe",
@@ -168,6 +170,7 @@ def upgrade() -> None:
         ["adapter_id", "recipe_digest"],
         unique=True,
         sqlite_where=sa.text("state = 'live' AND kind = 'merge'"),
+        postgresql_where=sa.text("state = 'live' AND kind = 'merge'"),
     )
     op.create_table(
         "base_assignment",
@@ -225,5 +228,5 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("version_id", name="pk_version_detail"),
     )
     for table in ("base_assignment", "edge", "stage_history"):
-        for statement in append_only(table):
+        for statement in append_only(table, op.get_bind().dialect.name):
             op.execute(statement)

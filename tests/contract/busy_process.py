@@ -1,6 +1,6 @@
 """One of several processes that work on one registry at once; `test_concurrency.py` starts them.
 
-    python busy_process.py HOME NUMBER COMMANDS
+    python busy_process.py HOME-OR-ADDRESS NUMBER COMMANDS
 
 Each command is what a command line would do: look, think, write. Prints how many stage moves it won.
 """
@@ -16,8 +16,8 @@ from adapterctl.registry.stores.sql.engine import Database, sqlite_url
 from adapterctl.registry.stores.sql.ledger import SqlLedger
 
 
-def main(home: Path, number: int, commands: int) -> None:
-    ledger = SqlLedger(Database(sqlite_url(home)))
+def main(place: str, number: int, commands: int) -> None:
+    ledger = SqlLedger(Database(place if "://" in place else sqlite_url(Path(place))))
     adapter_id = ledger.adapter_id("translate")
     versions = ledger.versions("translate")
     won = 0
@@ -52,4 +52,4 @@ def main(home: Path, number: int, commands: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -16,10 +16,17 @@ from adapterctl.registry.ports import Ledger
 AddVersion = Callable[..., AdapterVersion]
 
 
-@pytest.fixture(params=["sql_ledger"])
+@pytest.fixture(params=["sql_ledger", "postgres_ledger"])
 def ledger(request: pytest.FixtureRequest) -> Ledger:
     """An empty ledger of each kind; the parameter names the fixture that makes it."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def address(ledger: Ledger, request: pytest.FixtureRequest) -> str:
+    """What leads another process to that ledger: a home, or an address."""
+    shared = request.node.callspec.params["ledger"] == "postgres_ledger"
+    return str(request.getfixturevalue("postgres_url" if shared else "home"))
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ def test_without_the_unique_index_a_job_is_live_twice(sql_ledger: SqlLedger, hom
     assert first.state is JobState.QUEUED
 
 
+@pytest.mark.parametrize("ledger", ["sql_ledger"], indirect=True)
 def test_with_deferred_transactions_commands_fail_under_load(
     sql_ledger: SqlLedger, add_version: Callable[..., AdapterVersion], home: Path
 ):

@@ -16,11 +16,11 @@ from adapterctl.registry.ports import Ledger
 PROCESSES, COMMANDS = 6, 200
 
 
-def test_six_processes_at_once_lose_nothing(ledger: Ledger, add_version: Callable[..., AdapterVersion], home: Path):
+def test_six_processes_at_once_lose_nothing(ledger: Ledger, add_version: Callable[..., AdapterVersion], address: str):
     adapter_id = add_version().adapter_id
     add_version()
     script = Path(__file__).with_name("busy_process.py")
-    command = [sys.executable, str(script), str(home)]
+    command = [sys.executable, str(script), address]
 
     processes = [
         subprocess.Popen(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from sqlalchemy import text
 
 from adapterctl.registry.domain.errors import Conflict
 from adapterctl.registry.domain.job import ENDED, LIVE, MOVES, JobState, NewJob
@@ -34,19 +38,17 @@ class Row:
 class JobTable(RuleBasedStateMachine):
     """Rules are the calls of the ledger; `attempt` of a fenced call may be any number that was ever handed out."""
 
-    schema: Path  # set by the test
+    new_ledger: Callable[[], AbstractContextManager[SqlLedger]]  # set by the test
     job_ids = Bundle("job_ids")
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
-        shutil.copy(self.schema, self.folder / "registry.db")
-        self.ledger = SqlLedger(Database(sqlite_url(self.folder)))
+        self.opened = type(self).new_ledger()
+        self.ledger = self.opened.__enter__()
         self.model: dict[str, Row] = {}
 
     def teardown(self) -> None:
-        self.ledger.close()
-        shutil.rmtree(self.folder)
+        self.opened.__exit__(None, None, None)
 
     @rule(target=job_ids, key=st.sampled_from("abc"))
     def submit(self, key: str) -> str:
@@ -158,12 +160,48 @@ class JobTable(RuleBasedStateMachine):
         return row.state is JobState.RUNNING and row.attempt == attempt
 
 
-def test_the_job_table_obeys_its_model(ledger_schema: Path):
-    JobTable.schema = ledger_schema
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_ledger(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[SqlLedger]]:
+    """Opens a ledger without jobs, of each kind."""
+    if request.param == "sqlite":
+        return partial(_on_sqlite, request.getfixturevalue("ledger_schema"))
+    return partial(_on_postgresql, request.getfixturevalue("postgres_url"))
+
+
+@contextmanager
+def _on_sqlite(schema: Path) -> Iterator[SqlLedger]:
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(schema, Path(folder) / "registry.db")
+        ledger = SqlLedger(Database(sqlite_url(Path(folder))))
+        yield ledger
+        ledger.close()
+
+
+@contextmanager
+def _on_postgresql(url: str) -> Iterator[SqlLedger]:
+    """One database for all of them, emptied: a new one takes longer than what is tested."""
+    database = Database(url)
+    with database.write() as connection:
+        connection.execute(text("TRUNCATE job CASCADE"))
+    yield SqlLedger(database)
+    database.close()
+
+
+#: Examples of a hundred steps each; a step on a server costs several times as much.
+EXAMPLES = {"sqlite": 100, "postgresql": 10}
+
+
+def test_the_job_table_obeys_its_model(
+    new_ledger: Callable[[], AbstractContextManager[SqlLedger]], request: pytest.FixtureRequest
+):
+    machine = type("JobTable", (JobTable,), {"new_ledger": staticmethod(new_ledger)})
 
     run_state_machine_as_test(
-        JobTable,
+        machine,
         settings=settings(
-            max_examples=100, stateful_step_count=100, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+            max_examples=EXAMPLES[request.node.callspec.params["new_ledger"]],
+            stateful_step_count=100,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
         ),
     )

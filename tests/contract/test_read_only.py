@@ -27,6 +27,7 @@ def shared(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.parametrize("ledger", ["sql_ledger"], indirect=True)
 @pytest.mark.parametrize("open_elsewhere", [False, True], ids=["closed", "in use"])
 def test_a_read_only_home_is_read_and_not_written(
     ledger: Ledger, add_version: Callable[..., AdapterVersion], home: Path, shared: Path, open_elsewhere: bool

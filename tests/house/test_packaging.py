@@ -118,6 +118,7 @@ def test_locks_pin_exact_versions_that_any_machine_can_get(checkout: Path):
     [
         (None, ["requirements.lock"]),
         ("eval", ["requirements.lock", "requirements-eval.lock"]),
+        ("service", ["requirements.lock", "requirements-service.lock"]),
         ("dev", ["requirements.lock", "requirements-eval.lock", "requirements-dev.lock"]),
     ],
 )

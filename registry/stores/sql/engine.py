@@ -3,6 +3,10 @@
 SQLite as we use it: WAL, a transaction that writes begins with BEGIN IMMEDIATE (the default of the driver lost 242 of
 300 concurrent updates without one error), 30 s patience, every commit synced to disk, foreign keys enforced. Where the
 home cannot be written, the file is opened read-only and every write is refused before it starts.
+
+PostgreSQL: a transaction that reads is one snapshot (REPEATABLE READ, read-only), one that writes sees what others
+committed meanwhile (READ COMMITTED); a write whose rule needs more locks the row that stands for it. `exclusive` is a
+session-level advisory lock on a connection of its own, so it dies with its process as a file lock does.
 """
 
 from __future__ import annotations
@@ -13,9 +17,9 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from sqlalchemy import (
@@ -24,22 +28,38 @@ from sqlalchemy import (
     Engine,
     Executable,
     Float,
+    NullPool,
     QueuePool,
+    Text,
     bindparam,
     create_engine,
     event,
-    func,
     select,
+    text,
 )
-from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from ...domain.errors import Corrupt, Misconfigured, NotAllowed, NotFound, Unavailable
+from ...domain.errors import (
+    AdapterctlError,
+    Conflict,
+    Corrupt,
+    InvalidInput,
+    Misconfigured,
+    NotAllowed,
+    NotFound,
+    Unavailable,
+)
 
 BUSY_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 10
 _SQLITE = "sqlite:///"
+_POSTGRES = ("postgresql", "postgres")
+#: Two writers in each other's way, and PostgreSQL ended one: deadlock_detected, serialization_failure.
+_GAVE_WAY = ("40P01", "40001")
 
 
 class Now(FunctionElement[float]):
@@ -55,69 +75,113 @@ def _now_sqlite(element: Now, compiler: SQLCompiler, **kw: Any) -> str:
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
+@compiles(Now, "postgresql")
+def _now_postgresql(element: Now, compiler: SQLCompiler, **kw: Any) -> str:
+    # now() would stand still while a transaction waits for a lock
+    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)"
+
+
+class _Strings(FunctionElement[str]):
+    """The strings of a JSON list, as a table with the column `value`."""
+
+    name = "strings"
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(_Strings, "sqlite")
+def _strings_sqlite(element: _Strings, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"json_each({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(_Strings, "postgresql")
+def _strings_postgresql(element: _Strings, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"json_array_elements_text(CAST({compiler.process(element.clauses, **kw)} AS JSON))"
+
+
 def sqlite_url(home: Path) -> str:
     """Address of the embedded registry in `home`."""
     return f"{_SQLITE}{home.absolute() / 'registry.db'}"
+
+
+def is_shared(url: str) -> bool:
+    """Whether the address is one of a database server, which several machines may use."""
+    return url.partition(":")[0].partition("+")[0] in _POSTGRES
 
 
 class Database:
     """One database of one registry. Opens nothing until it is used; `create` makes the file where there is none."""
 
     def __init__(self, url: str, *, create: bool = False) -> None:
-        if not url.startswith(_SQLITE):
-            raise Misconfigured(f"{url.partition(':')[0]} is no database that the ledger speaks", hint="use a home")
-        # cut by hand: SQLAlchemy would take a '?' in the path for the start of options
-        self.path = Path(url.removeprefix(_SQLITE))
-        self.folder = self.path.parent
-        self._create = create
-        self._engine: Engine | None = None
+        self._product: _Product
+        if url.startswith(_SQLITE):
+            # cut by hand: SQLAlchemy would take a '?' in the path for the start of options
+            self._product = _Sqlite(Path(url.removeprefix(_SQLITE)), create=create)
+        elif is_shared(url):
+            self._product = _Postgres(url)
+        else:
+            raise Misconfigured(
+                f"{url.partition(':')[0]} is no database that the ledger speaks", hint="use a home, or postgresql://"
+            )
+        self._engines: tuple[Engine, Engine] | None = None
+
+    @property
+    def label(self) -> str:
+        """The database in words, without a password."""
+        return self._product.label
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """One snapshot: all that is read in the block fits together."""
-        with _translated(self.path), self._open().begin() as connection:
+        with self._translated(), self._open()[0].begin() as connection:
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """One transaction, alone among the writers. Raises `NotAllowed` where the home is read-only."""
-        self._check_writable()
-        with _translated(self.path), self._open().execution_options(writes=True).begin() as connection:
+        """One transaction. SQLite has one writer at a time; elsewhere a block that reads first locks what it read.
+
+        Raises `NotAllowed` where the home is read-only.
+        """
+        self._product.check_writable()
+        with self._translated(), self._open()[1].begin() as connection:
             yield connection
 
     @property
     def exists(self) -> bool:
-        return self.path.exists()
+        """Whether there is a database; its tables may be missing."""
+        return self._product.exists
 
-    @property
-    def writable(self) -> bool:
-        return os.access(self.folder, os.W_OK) and (not self.exists or os.access(self.path, os.W_OK))
+    def prepare(self) -> None:
+        """Make the place of a new database."""
+        self._product.prepare()
 
-    @contextmanager
-    def exclusive(self, name: str) -> Iterator[None]:
+    def exclusive(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock `name` of this registry. It dies with its process; a process must not take it twice."""
-        self._check_writable()
-        file = self.folder / "locks" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+        return self._product.exclusive(name)
 
     def close(self) -> None:
-        if self._engine is not None:
-            self._engine.dispose()
-            self._engine = None
+        if self._engines is not None:
+            self._engines[0].dispose()
+            self._engines = None
 
-    def _check_writable(self) -> None:
-        if not self.writable:
-            raise NotAllowed(
-                f"{self.folder} cannot be written", hint="use a home that is yours: --home or ADAPTERCTL_HOME"
+    def _open(self) -> tuple[Engine, Engine]:
+        """One engine twice: as it begins a transaction that reads, and one that writes."""
+        if self._engines is None:
+            engine = self._product.engine()
+            self._engines = (
+                engine.execution_options(**self._product.reading),
+                engine.execution_options(**self._product.writing),
             )
+        return self._engines
 
-    def _open(self) -> Engine:
-        if self._engine is None:
-            self._engine = _sqlite_engine(self.path, create=self._create, read_only=not self.writable)
-        return self._engine
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except IntegrityError:
+            raise  # the ledger knows which rule was broken
+        except DBAPIError as error:
+            raise self._product.in_our_words(error) from error
 
 
 def insert_once(connection: Connection, statement: Executable) -> bool:
@@ -132,7 +196,7 @@ def insert_once(connection: Connection, statement: Executable) -> bool:
 
 def among(column: ColumnElement[str]) -> ColumnElement[bool]:
     """`column IN (...)` for any number of values, which are given at execution by `these(values)`."""
-    listed = func.json_each(bindparam("these")).table_valued("value")
+    listed = _Strings(bindparam("these", type_=Text())).table_valued("value")
     return column.in_(select(listed.c.value))
 
 
@@ -141,38 +205,108 @@ def these(values: Iterable[str]) -> dict[str, str]:
     return {"these": json.dumps(list(values))}
 
 
-def append_only(table: str) -> tuple[str, ...]:
+def append_only(table: str, dialect: str) -> tuple[str, ...]:
     """DDL after which rows of `table` can be added but not changed or deleted, whoever asks."""
-    return tuple(
-        f"CREATE TRIGGER {table}_no_{move.lower()} BEFORE {move} ON {table} "
-        f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-        for move in ("UPDATE", "DELETE")
+    if dialect == "sqlite":
+        return tuple(
+            f"CREATE TRIGGER {table}_no_{move.lower()} BEFORE {move} ON {table} "
+            f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+            for move in ("UPDATE", "DELETE")
+        )
+    # the error class of a broken rule, as a CHECK would raise it
+    body = f"BEGIN RAISE EXCEPTION '{table} is append-only' USING ERRCODE = 'integrity_constraint_violation'; END"
+    return (
+        f"CREATE FUNCTION {table}_is_append_only() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$",
+        f"CREATE TRIGGER {table}_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
+        f"FOR EACH STATEMENT EXECUTE FUNCTION {table}_is_append_only()",
     )
 
 
-def _sqlite_engine(path: Path, *, create: bool, read_only: bool) -> Engine:
-    if not create and not path.exists():
-        raise NotFound(
-            f"there is no registry in {path.parent}",
-            hint="`adapterctl register` makes one, `adapterctl demo` shows one",
-        )
-    uri = f"file:{quote(str(path.absolute()))}"
-    uri += _read_only_mode(uri) if read_only else "?mode=rwc" if create else "?mode=rw"
+class _Product(Protocol):
+    """What differs between databases. `reading` and `writing` are SQLAlchemy's options of a transaction."""
 
-    def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            uri, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False, isolation_level=None
-        )
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA cache_size = -65536")  # KiB, taken only as needed; the default is 2 MB
-        if create:  # stays with the file, so the others need not ask
-            connection.execute("PRAGMA journal_mode = WAL")
-        return connection
+    reading: dict[str, Any]
+    writing: dict[str, Any]
 
-    engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool)
-    event.listen(engine, "begin", _begin)
-    return engine
+    @property
+    def label(self) -> str: ...
+    @property
+    def exists(self) -> bool: ...
+    def engine(self) -> Engine: ...
+    def check_writable(self) -> None: ...
+    def prepare(self) -> None: ...
+    def exclusive(self, name: str) -> AbstractContextManager[None]: ...
+    def in_our_words(self, error: DBAPIError) -> AdapterctlError: ...
+
+
+class _Sqlite:
+    """One file in a home, and its locks beside it."""
+
+    reading: dict[str, Any] = {}  # noqa: RUF012 - never changed; the protocol wants a dict
+    writing: dict[str, Any] = {"writes": True}  # noqa: RUF012
+
+    def __init__(self, path: Path, *, create: bool) -> None:
+        self._path = path
+        self._create = create
+
+    @property
+    def label(self) -> str:
+        return str(self._path)
+
+    @property
+    def exists(self) -> bool:
+        return self._path.exists()
+
+    def prepare(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def check_writable(self) -> None:
+        if not self._writable:
+            raise NotAllowed(
+                f"{self._path.parent} cannot be written", hint="use a home that is yours: --home or ADAPTERCTL_HOME"
+            )
+
+    @property
+    def _writable(self) -> bool:
+        return os.access(self._path.parent, os.W_OK) and (not self.exists or os.access(self._path, os.W_OK))
+
+    @contextmanager
+    def exclusive(self, name: str) -> Iterator[None]:
+        self.check_writable()
+        file = self._path.parent / "locks" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def engine(self) -> Engine:
+        if not self._create and not self.exists:
+            raise NotFound(
+                f"there is no registry in {self._path.parent}",
+                hint="`adapterctl register` makes one, `adapterctl demo` shows one",
+            )
+        uri = f"file:{quote(str(self._path.absolute()))}"
+        uri += "?mode=rwc" if self._create else "?mode=rw" if self._writable else _read_only_mode(uri)
+
+        def connect() -> sqlite3.Connection:
+            connection = sqlite3.connect(
+                uri, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False, isolation_level=None
+            )
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA cache_size = -65536")  # KiB, taken only as needed; the default is 2 MB
+            if self._create:  # stays with the file, so the others need not ask
+                connection.execute("PRAGMA journal_mode = WAL")
+            return connection
+
+        engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool)
+        event.listen(engine, "begin", _begin)
+        return engine
+
+    def in_our_words(self, error: DBAPIError) -> AdapterctlError:
+        if isinstance(error, OperationalError):
+            return Unavailable(f"{self.label} cannot be used: {error.orig}", hint="see `adapterctl doctor`")
+        return Corrupt(f"{self.label} is damaged: {error.orig}", hint="restore it from a backup")
 
 
 def _begin(connection: Connection) -> None:
@@ -193,13 +327,81 @@ def _read_only_mode(uri: str) -> str:
     return "?mode=ro"
 
 
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
+class _Postgres:
+    """A database on a server, through psycopg 3."""
+
+    reading: dict[str, Any] = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}  # noqa: RUF012
+    writing: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, url: str) -> None:
+        self._url = psycopg_url(url)
+
+    @property
+    def label(self) -> str:
+        return f"{self._url.host or 'local'}:{self._url.port or 5432}/{self._url.database}"
+
+    @property
+    def exists(self) -> bool:
+        return True
+
+    def prepare(self) -> None:
+        """The server's owner makes databases, not we."""
+
+    def check_writable(self) -> None:
+        """The server decides, when it is asked."""
+
+    @contextmanager
+    def exclusive(self, name: str) -> Iterator[None]:
+        engine = self._engine(poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        try:
+            connection = engine.connect()
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _lock_key(name)})
+        except DBAPIError as error:
+            raise self.in_our_words(error) from error
+        try:
+            yield
+        finally:
+            connection.close()  # and with it the lock: the connection is in no pool
+
+    def engine(self) -> Engine:
+        # a connection that the server dropped while it lay idle is replaced before it is used
+        return self._engine(pool_pre_ping=True, pool_size=10, max_overflow=30)
+
+    def _engine(self, **options: Any) -> Engine:
+        try:
+            return create_engine(self._url, connect_args=_CONNECT, **options)
+        except ImportError as error:
+            raise Unavailable(
+                "a ledger on PostgreSQL needs psycopg, which is not installed", hint="pip install 'adapterctl[service]'"
+            ) from error
+
+    def in_our_words(self, error: DBAPIError) -> AdapterctlError:
+        if getattr(error.orig, "sqlstate", None) in _GAVE_WAY:
+            return Conflict("two writers were in each other's way, and this one gave way", hint="try again")
+        if isinstance(error, DataError):
+            return InvalidInput(f"the ledger cannot keep this value: {error.orig}", hint="remove what is not text")
+        return Unavailable(f"the ledger at {self.label} cannot be used: {error.orig}", hint="see `adapterctl doctor`")
+
+
+_CONNECT = {
+    "connect_timeout": CONNECT_TIMEOUT_S,
+    "application_name": "adapterctl",
+    # a server that vanished without a word is noticed within a minute
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+
+
+def psycopg_url(url: str) -> URL:
+    """A PostgreSQL address as SQLAlchemy takes it, for the one driver that is installed. Raises `Misconfigured`."""
     try:
-        yield
-    except IntegrityError:
-        raise  # the ledger knows which rule was broken
-    except OperationalError as error:
-        raise Unavailable(f"{path} cannot be used: {error.orig}", hint="see `adapterctl doctor`") from error
-    except DatabaseError as error:
-        raise Corrupt(f"{path} is damaged: {error.orig}", hint="restore it from a backup") from error
+        return make_url(url).set(drivername="postgresql+psycopg")
+    except (ArgumentError, ValueError) as error:
+        # the address itself stays unsaid: it may hold a password
+        raise Misconfigured("database_url is no address", hint="postgresql://USER:PASSWORD@HOST:PORT/NAME") from error
+
+
+def _lock_key(name: str) -> int:
+    """A signed 64-bit number; other programs that lock in the same database use other ones, but for an accident."""
+    return int.from_bytes(hashlib.sha256(f"adapterctl:{name}".encode()).digest()[:8], "big", signed=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import uuid6
 from sqlalchemy import ColumnElement, Connection, Row, func, insert, literal, select, update
+from sqlalchemy.exc import IntegrityError
 
 from ... import wire
 from ...domain.errors import Conflict, NotFound
@@ -127,15 +128,20 @@ class JobRows:
             if live is not None:
                 raise Conflict(f"job {live} is doing the same already", hint=f"adapterctl jobs wait {live}")
             # the attempt is a fencing number and never goes back, so the limit moves up
-            moved = _update(
-                connection,
-                ended,
-                **_UNHELD,
-                max_attempts=job.c.attempt + DEFAULT_MAX_ATTEMPTS,
-                cancel_requested=False,
-                ended_at=None,
-                error=None,
-            )
+            try:
+                moved = _update(
+                    connection,
+                    ended,
+                    **_UNHELD,
+                    max_attempts=job.c.attempt + DEFAULT_MAX_ATTEMPTS,
+                    cancel_requested=False,
+                    ended_at=None,
+                    error=None,
+                )
+            except IntegrityError as error:  # submitted since we looked
+                raise Conflict(
+                    "another job is doing the same by now", hint="adapterctl jobs ls --state live"
+                ) from error
             if moved is None:
                 raise Conflict(f"job {job_id} is {current.state}, only a failed or cancelled job is retried")
             _record(connection, job_id, "queued", "for another try")
@@ -154,6 +160,8 @@ class JobRows:
 
     def record(self, job_id: str, kind: str, message: str) -> None:
         with self._db.write() as connection:
+            # events are numbered under the lock of their job's row, which every move takes anyway
+            connection.execute(select(job.c.id).where(job.c.id == job_id).with_for_update())
             _record(connection, job_id, kind, message)
 
     def events(self, job_id: str, after: int = 0) -> list[JobEvent]:

