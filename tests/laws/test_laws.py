@@ -26,6 +26,8 @@ from adapterctl.workers import engine, receipt
 
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 TOLERANCE = 1e-6
+#: Thousands of small folders: in memory where there is such a place, else where temporary files go.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def _factors(
 
 def merge(name: str, case: Case, *, threads: int = 1, dtype: str = "F64", stored: str = "F64") -> Result:
     """Run `name` on the case; weights of 0 and single parents, which a request may not hold, are allowed here."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as temporary:
         root = Path(temporary)
         folders = [
             write_factors(root / f"p{i}", parent, dtype=stored, scaling=1.0) for i, parent in enumerate(case.parents)
