@@ -1,11 +1,11 @@
-"""Where the embedded MLflow lies, how its stock pages are served, and their addresses. Does not import MLflow."""
+"""Where the embedded MLflow lies, and how its stock pages are served. Does not import MLflow."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from ..settings import Settings
 
@@ -26,11 +26,6 @@ def embedded_uri(home: Path) -> str:
 def artifact_root(home: Path) -> str:
     """Where the embedded registry keeps bytes, as the URI that MLflow's experiment is given."""
     return (home.absolute() / "artifacts").as_uri()
-
-
-def mlflow_path(name: str, number: int) -> str:
-    """The page of a version, to be appended to the address of MLflow's UI. Works in both of the UI's modes."""
-    return f"/#/models/{quote(name, safe='')}/versions/{number}"
 
 
 def ui_command(

@@ -163,13 +163,6 @@ class MlflowVersions:
         self._set_alias(name, stage, number)
 
     @in_our_words
-    def log_metrics(self, version: AdapterVersion, metrics: Mapping[str, float]) -> None:
-        now = _now()
-        model_id = version.placement.model_id
-        values = [Metric(mlflow_key(key), float(value), now, 0, model_id=model_id) for key, value in metrics.items()]
-        self._client.log_batch(version.placement.run_id, metrics=values)
-
-    @in_our_words
     def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None:
         log_report(self._mlflow, version, report, dataset_digest=dataset_digest)
 
@@ -400,7 +393,3 @@ def _outputs(run: Run) -> Sequence[LoggedModelOutput]:
 
 def _model_id(version: ModelVersion) -> str:
     return str(version.source).removeprefix("models:/")
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

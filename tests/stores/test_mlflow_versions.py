@@ -447,12 +447,6 @@ def test_outputs_of_a_report_are_text_on_their_page(shelf, client, store, family
     assert "| bon\\|jour | &lt;script&gt;alert\\(1\\)&lt;/script&gt; |" in page
 
 
-def test_metrics_are_added_later(client, store, family):
-    store.log_metrics(family["chat"], {"acc@1": 0.5})
-
-    assert client.get_run(family["chat"].placement.run_id).data.metrics["acc_1"] == 0.5
-
-
 # removal
 
 
