@@ -70,7 +70,8 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
 
 def _threads() -> int:
     """Half of our processors: with one thread on each, whatever else runs makes every step of all of them wait."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, ours // 2)
 
 
 def _base(folder: Path) -> Path:
