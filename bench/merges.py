@@ -60,7 +60,10 @@ for _method, _limit in (("cat", 1.5), ("svd", 2.0)):
 
 
 @bench(
-    "svd_vs_peft", "`svd` of one 4096×4096 module, r=16, two parents, float32, in CPU-seconds against PEFT", unit="×", at_least=10_000
+    "svd_vs_peft",
+    "`svd` of one 4096×4096 module, r=16, two parents, float32, in CPU-seconds against PEFT",
+    unit="×",
+    at_least=10_000,
 )
 def svd_vs_peft(room: Path) -> Figure:
     # deferred: only this needs torch and PEFT in this process
