@@ -179,8 +179,8 @@ class LocalRegistry:
         findings = verify.check_files(self.folders, version)
         if not rerun or version.spec.recipe_digest is None:
             return verify.verification(version, findings, None)
-        job, _ = self.ledger.submit(verify.new_verification(version, actor=self.settings.actor))
-        self.bell.ring(job.id)
+        new = verify.new_verification(version, actor=self.settings.actor)
+        job, _ = schedule.submit(self.ledger, self.bell, new)
         *_, ended = self.follow(job.id)
         schedule.raise_for(ended)
         return verify.verification(version, findings, from_builtins(ended.result, verify.Comparison))
