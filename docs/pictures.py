@@ -55,17 +55,17 @@ def in_terminal(command: list[str]) -> str:
 
     os.environ.update(COLUMNS=str(COLUMNS), TERM="xterm-256color", LINES="60")
     os.environ.pop("NO_COLOR", None)
-    if os.waitstatus_to_exitcode(pty.spawn(command, read)):
+    # progress bars go to stderr, and a picture does not move
+    quiet = ["sh", "-c", 'exec "$@" 2>/dev/null', "sh", *command]
+    if os.waitstatus_to_exitcode(pty.spawn(quiet, read)):
         raise SystemExit(f"{' '.join(command)} failed")
     return written.decode().replace("\r\n", "\n")
 
 
 def take_terminal(page: Page, text: str) -> None:
-    # what a progress bar wrote and took back is no part of the story
-    lines = [line.rsplit("\r", 1)[-1].replace("\x1b[2K", "") for line in text.splitlines()]
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True)
-        console.print(Text.from_ansi("\n".join(lines)), soft_wrap=True)
+        console.print(Text.from_ansi(text), soft_wrap=True)
     html = console.export_html(inline_styles=True)
     style = "body{background:#fff;margin:18px 22px;font-size:13.5px}pre{font-family:'DejaVu Sans Mono'!important}"
     page.set_viewport_size({"width": 980, "height": 400})
@@ -78,7 +78,7 @@ def take_pages(page: Page, home: Path) -> None:
     address = f"http://127.0.0.1:{PORT}"
     for name, path in shown(home).items():
         page.goto(address + path)
-        page.wait_for_load_state("networkidle")
+        page.wait_for_timeout(6000)  # its pages poll, so the network is never idle
         for label in ("Close", "Skip", "Dismiss"):
             for button in page.get_by_role("button", name=label).all():
                 button.click(timeout=2000)
