@@ -15,7 +15,7 @@ import typer
 from ..registry.domain.errors import NotFound
 from ..registry.domain.refs import parse_ref
 from .connect import Session
-from .output import INTERRUPTED, is_terminal
+from .output import INTERRUPTED, Output, is_terminal, printable
 
 if TYPE_CHECKING:
     from ..registry.api import RegistryAPI, VersionView
@@ -30,7 +30,11 @@ def follow(session: Session, registry: RegistryAPI, job_id: str, *, timeout_s: f
     """
     from ..registry.services.schedule import raise_for  # deferred: help waits for nothing
 
-    show = _progress_line() if is_terminal(stderr) and session.out.format != "name" else nullcontext(_show_nothing)
+    show = (
+        _progress_line(session.out)
+        if is_terminal(stderr) and session.out.format != "name"
+        else nullcontext(_show_nothing)
+    )
     try:
         with show as update:
             for job in registry.follow(job_id, timeout_s=timeout_s):
@@ -56,24 +60,29 @@ def _show_nothing(job: Job) -> None:
 
 
 @contextmanager
-def _progress_line() -> Iterator[Callable[[Job], None]]:
+def _progress_line(out: Output) -> Iterator[Callable[[Job], None]]:
     # deferred: costs 0.1 s, and only waiting on a terminal needs it
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     parts = (
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(32), MofNCompleteColumn(),
+        SpinnerColumn(style="cyan"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(32, complete_style="cyan", finished_style="cyan", pulse_style="cyan"),
+        TextColumn("{task.fields[count]}", markup=False),
         TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*parts, console=Console(stderr=True), transient=True) as progress:
-        line = progress.add_task("queued", total=None)
+    )
+    with Progress(*parts, console=Console(stderr=True, no_color=not out.color), transient=True) as progress:
+        line = progress.add_task("queued", total=None, count="")
 
         def update(job: Job) -> None:
-            if job.progress is None:
+            at = job.progress
+            if at is None:
                 progress.update(line, description=job.state.value)
                 return
+            count = f"{at.done}/{at.total}" if at.total else ""
             progress.update(
-                line, description=job.progress.stage, completed=job.progress.done, total=job.progress.total or None
+                line, description=printable(at.stage), completed=at.done, total=at.total or None, count=count
             )
 
         yield update

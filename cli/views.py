@@ -6,7 +6,7 @@ Every piece of foreign text goes through `printable` here or through `columns`; 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .output import Output, printable
@@ -189,7 +189,7 @@ def diff_text(view: DiffView, out: Output) -> str:
             names = ", ".join(modules[:3]) + (", …" if len(modules) > 3 else "")
             lines.append(printable(f"  {len(modules)} modules only in {label}: {names}"))
     if view.fields:
-        rows = [[name, _brief(first), _brief(second)] for name, (first, second) in view.fields.items()]
+        rows = [[name, _brief(first), _brief(second)] for name, first, second in _differences(view.fields)]
         lines += ["", out.table(["FIELD", view.first, view.second], rows)]
     return "\n".join(lines)
 
@@ -230,7 +230,7 @@ def stage_event_text(event: StageEventView) -> str:
 
 
 def verification_text(view: Verification, out: Output) -> str:
-    distance = f", relative distance {view.distance:.1e}" if view.distance is not None else ""
+    distance = f", relative distance {view.distance:.1e}" if view.distance else ""
     fields: list[tuple[str, Iterable[str]]] = [
         ("files", [view.files]),
         ("recipe", [view.recipe + distance]),
@@ -242,20 +242,19 @@ def verification_text(view: Verification, out: Output) -> str:
 def jobs_table(jobs: Sequence[Job], out: Output) -> str:
     if not jobs:
         return "no jobs"
-    rows = [[j.id, j.kind, j.state.value, _progress(j), clock(j.created_at), j.title or "-"] for j in jobs]
-    return out.table(["ID", "KIND", "STATE", "PROGRESS", "CREATED (UTC)", "TITLE"], rows)
+    rows = [[j.id, _job_state(j), clock(j.created_at)[:16], j.title or j.kind] for j in jobs]
+    return out.table(["ID", "STATE", "CREATED (UTC)", "WHAT"], rows)
 
 
 def job_text(job: Job, out: Output) -> str:
     error = job.error or {}
     fields: list[tuple[str, Iterable[str]]] = [
-        ("state", [job.state.value + (" (cancel requested)" if job.cancel_requested and not job.ended else "")]),
-        ("progress", [_progress(job) if job.progress else ""]),
+        ("state", [_job_state(job)]),
         ("attempt", [f"{job.attempt} of {job.max_attempts}"]),
         ("created", [f"{clock(job.created_at)} UTC by {job.created_by}"]),
         ("started", [f"{clock(job.started_at)} UTC" if job.started_at else ""]),
         ("ended", [f"{clock(job.ended_at)} UTC" if job.ended_at else ""]),
-        ("result", [f"{key} = {value}" for key, value in job.result.items()]),
+        ("result", [f"{key} = {_brief(value)}" for key, value in job.result.items()]),
         ("error", [error.get("message", "")]),
         ("hint", [error.get("hint", "")]),
     ]
@@ -326,15 +325,32 @@ def _receipt_text(receipt: Mapping[str, Any] | None) -> str:
     return f"{verdict} {len(receipt.get('checks', ()))} checks of the written files, all with -o json"
 
 
+def _differences(fields: Mapping[str, tuple[Any, Any]]) -> Iterator[tuple[str, Any, Any]]:
+    """Field by field, and key by key where both sides are mappings."""
+    for name, (first, second) in fields.items():
+        if not (isinstance(first, Mapping) and isinstance(second, Mapping)):
+            yield name, first, second
+            continue
+        for key in dict.fromkeys([*first, *second]):
+            if first.get(key) != second.get(key):
+                yield f"{name} {key}", first.get(key), second.get(key)
+
+
 def _brief(value: Any) -> str:
-    text = "-" if value is None else number(value) if isinstance(value, float) else str(value)
+    if value is None or value == () or value == []:
+        return "-"
+    if isinstance(value, float):
+        return number(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return text if len(text) <= 40 else text[:39] + "…"
 
 
-def _progress(job: Job) -> str:
-    if job.progress is None or job.ended:
-        return "-"
-    return f"{job.progress.stage} {job.progress.done}/{job.progress.total}"
+def _job_state(job: Job) -> str:
+    if job.ended:
+        return job.state.value
+    if job.cancel_requested:
+        return f"{job.state.value}, cancel requested"
+    return f"{job.progress.stage} {job.progress.done}/{job.progress.total}" if job.progress else job.state.value
 
 
 def _state(text: str, out: Output) -> str:

@@ -1,0 +1,99 @@
+"""How answers read as text, where the real registry of the other tests shows no such case."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from adapterctl.cli import views
+from adapterctl.cli.output import Output
+from adapterctl.registry.api import DiffView, RetentionRow, RetentionView
+from adapterctl.registry.domain.evals import Interval
+from adapterctl.registry.domain.job import Job, JobState, Progress
+
+JOB = Job(
+    id="j1", kind="merge", key="k", title="merge a b", spec={}, state=JobState.RUNNING, attempt=1, max_attempts=3,
+    created_by="me", created_at=0.0, updated_at=0.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "-"), (0.0, "0"), (9e-7, "0"), (1e-6, "1.0e-06"), (0.0974, "9.74%"), (1.5, "150.00%")],
+)
+def test_losses_read_as_shares(value: float | None, shown: str):
+    assert views.loss(value) == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0, "0 B"), (999, "999 B"), (1_546_084, "1.5 MB"), (2**50, "1125.9 TB")])
+def test_sizes_read_in_powers_of_a_thousand(value: int, shown: str):
+    assert views.size(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, "running"),
+        ({"progress": Progress("merge", 3, 90)}, "merge 3/90"),
+        ({"progress": Progress("merge", 3, 90), "cancel_requested": True}, "running, cancel requested"),
+        ({"progress": Progress("merge", 90, 90), "state": JobState.SUCCEEDED}, "succeeded"),
+    ],
+)
+def test_a_job_shows_how_far_it_is(changes: dict[str, Any], shown: str):
+    rows = views.jobs_table([dataclasses.replace(JOB, **changes)], Output()).splitlines()
+
+    assert rows[1].split("  ")[1].strip() == shown
+
+
+def test_a_failed_job_shows_its_error_and_what_to_do():
+    failed = dataclasses.replace(JOB, state=JobState.FAILED, error={"message": "disk full", "hint": "make room"})
+
+    text = views.job_text(failed, Output())
+
+    assert "error       disk full" in text
+    assert "hint        make room" in text
+
+
+def test_retention_marks_the_owner_and_keeps_what_cannot_be_said_apart():
+    row = RetentionRow(
+        suite="s", task="translate", metric="nll", direction="lower", owner="translate:v3", samples=20, base=6.1,
+        parents={"translate:v3": 1.7, "chat:v5": 4.9}, child=1.9, retention=Interval(0.894, 0.87, 0.921),
+        gain_kept=None, note="not beyond its interval",
+    )  # fmt: skip
+
+    text = views.retention_text(
+        RetentionView("both:v1", (row,), missing=("both:v1 on chat",), notes=("shipped",)), Output()
+    )
+
+    assert text.splitlines() == [
+        "both:v1",
+        "TASK       METRIC   N  BASE  translate:v3  chat:v5  THIS  RETENTION     GAIN KEPT",
+        "translate  nll ↓   20   6.1          1.7*      4.9   1.9  89% [87, 92]  n/a",
+        "  translate: not beyond its interval",
+        "  shipped",
+        "  not evaluated: both:v1 on chat",
+    ]
+
+
+def test_what_was_not_evaluated_says_so():
+    assert views.retention_text(RetentionView("a:v1", ()), Output()).splitlines() == ["a:v1", "  not evaluated yet"]
+
+
+def test_diff_shows_metrics_one_by_one_and_modules_that_one_side_lacks():
+    view = DiffView(
+        first="a:v1", second="a:v2", same_content=False, only_first=("m1",), only_second=("n1", "n2", "n3", "n4"),
+        fields={"metrics": ({"x": 1.0, "same": 2.0}, {"same": 2.0, "y": 0.5}), "stages": ((), ("production",))},
+        cosine=None, distance=None,
+    )  # fmt: skip
+
+    lines = views.diff_text(view, Output()).splitlines()
+
+    assert "  1 modules only in a:v1: m1" in lines
+    assert "  4 modules only in a:v2: n1, n2, n3, …" in lines
+    assert [line.split() for line in lines[-3:]] == [
+        ["metrics", "x", "1", "-"],
+        ["metrics", "y", "-", "0.5"],
+        ["stages", "-", "production"],
+    ]
