@@ -34,6 +34,7 @@ from ..ports import Doorbell, Ledger, VersionStore
 from ..settings import Settings
 from ..wire import from_builtins
 from . import bases, diff, doctor, evaluate, merge, pull, register, schedule, select, trace, verify, views
+from .locate_base import remember_base
 from .promote import Stages, check_stage
 from .promote import history as stage_history
 from .resolve import known_adapter, resolve
@@ -153,7 +154,10 @@ class LocalRegistry:
         return [(base, tuple(sorted(spellings.get(base.id, ())))) for base in self.ledger.bases()]
 
     def add_base(self, name: str, *, folder: Path | None = None, revision: str | None = None) -> Base:
-        return bases.add_base(self.ledger, name, folder=folder, revision=revision)
+        base = bases.add_base(self.ledger, name, folder=folder, revision=revision)
+        if folder is not None:
+            remember_base(self.settings.home, base.name, folder)
+        return base
 
     def alias_base(self, spelling: str, base: str) -> Base:
         return bases.alias_base(self.ledger, spelling, base)

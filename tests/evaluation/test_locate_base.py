@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import adapterctl
 from adapterctl.registry.domain.errors import InvalidInput, Unavailable
 from adapterctl.registry.domain.version import Base
 from adapterctl.registry.services.locate_base import locate_base, remember_base
@@ -70,6 +71,15 @@ def test_a_remembered_folder_is_found_and_can_be_turned(home: Path, cache: Path,
 
     remember_base(home, "org/model", second)
     assert _find(home).resolve() == second
+
+
+def test_a_base_that_was_added_with_its_folder_is_found_there(tmp_path: Path, cache: Path):
+    registry = adapterctl.connect(tmp_path / "home")
+    folder = _model(tmp_path / "somewhere")
+
+    base = registry.add_base("org/model", folder=folder)
+
+    assert _find(tmp_path / "home", base).resolve() == folder
 
 
 @pytest.mark.parametrize("name", ["../../etc", "/etc", "a/b/c", "..", "a/.."])
