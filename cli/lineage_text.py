@@ -96,12 +96,21 @@ def _line(ref: str, edge: LineageEdgeView | None, version: VersionView | None, o
         parts.append(out.paint(printable(", ".join(version.stages)), "green"))
         parts.append("removed" if version.state == "removed" else "")
         parts.append(out.paint(printable(_made(version)), "dim"))
-        parts.append(out.paint(printable(metrics(dict(list(version.metrics.items())[:2]))), "cyan"))
+        parts.append(out.paint(printable(metrics(_key_metrics(version))), "cyan"))
     return "  ".join(part for part in parts if part)
 
 
 def _label(version: VersionView) -> list[str]:
     return [part for part in (version.ref, ", ".join(version.stages), _made(version)) if part]
+
+
+def _key_metrics(version: VersionView, most: int = 2) -> dict[str, float]:
+    """One metric a suite (`SUITE/METRIC`), its first, the one of the adapter's own suite before the others."""
+    firsts: dict[str, str] = {}
+    for key in version.metrics:
+        firsts.setdefault(key.partition("/")[0], key)
+    ordered = sorted(firsts, key=lambda suite: suite != version.name)
+    return {firsts[suite]: version.metrics[firsts[suite]] for suite in ordered[:most]}
 
 
 def _made(version: VersionView) -> str:

@@ -27,8 +27,8 @@ INTO = "translate-chat"
 SVD_RANK = 4
 SAMPLES = 20
 LEGEND = """\
-nll: loss per token of the answer, chrf: character overlap with it; ↓ lower is better, ↑ higher is better
-* the parent that the task belongs to   [90 % interval]   gain kept: of what that parent gained over the base"""
+nll: loss per token of the answer, lower is better; chrf: character overlap, higher is better
+* owns the task; gain kept: the share of its gain over the base; [90 % interval, paired]"""
 
 Wait = Callable[[Job], Job]
 
@@ -53,9 +53,7 @@ def tell(
     started = time.monotonic()
     story = Story(str(home))
     chapter = _Chapters(out, write)
-    with chapter(
-        "Register", "the checkpoints of two LoRA families on one small base, each trained from the one before"
-    ):
+    with chapter("Register", "two LoRA families on one small base, each version trained from the one before"):
         _register(registry, examples, story, chapter)
     with chapter("Merge", "one adapter out of two, exactly and then at half the rank"):
         _merge(registry, story, chapter, wait)
@@ -75,7 +73,7 @@ def tell(
 def look_next(story: Story, home: Path) -> str:
     """The commands to try now."""
     lines = [
-        ("ui", "versions, runs and metrics in MLflow's own pages"),
+        ("ui", "the same in MLflow's pages"),
         (f"show {story.promoted}", "all about it; its receipt with -o json"),
         (f"diff {story.merged[0].ref} {story.merged[-1].ref}", "what the lower rank changed"),
         (f"verify {story.promoted}", "run the recipe again, compare the bytes"),
@@ -126,7 +124,7 @@ def _evaluate(registry: RegistryAPI, examples: Path, story: Story, chapter: _Cha
     refs = [version.ref for version in story.merged]
     # Only now: a merge whose parents have suites is evaluated at once, on all samples, which takes minutes.
     for name in ("translate", "chat"):
-        chapter.command(f"suite set {name} {name}.yaml")
+        chapter.command(f"suite set {name} examples/suites/{name}.yaml")
         registry.set_suite(name, str(examples / "suites" / f"{name}.yaml"))
     chapter.command(f"eval {' '.join(refs)} --limit {SAMPLES}")
     wanted = [parse_ref(ref) for ref in refs]
@@ -160,7 +158,7 @@ def _better(story: Story) -> tuple[str, str]:
     kept = {view.ref: _mean([row.gain_kept.value for row in view.rows if row.gain_kept]) for view in story.retention}
     if all(value is not None for value in kept.values()) and kept:
         best = max(story.merged, key=lambda version: kept[version.ref] or 0.0)
-        return best.ref, f"keeps {kept[best.ref]:.0%} of what its parents gained"
+        return best.ref, f"keeps {kept[best.ref]:.0%} of the gain"
     best = min(story.merged, key=lambda version: version.loss or 0.0)
     return best.ref, "loses the least of its parents"
 

@@ -70,6 +70,13 @@ def test_tree_has_one_part_when_there_is_one_side():
     assert tree(first, Output()).splitlines() == ["translate:v1", "└── translate:v2  trained from"]
 
 
+def test_tree_shows_the_first_metric_of_each_suite_and_the_own_suite_first():
+    evaluated = {"loss": 1.0, "chat/nll": 2.0, "chat/chrf": 3.0, "translate/nll": 4.0, "translate/chrf": 5.0}
+    view = LineageView("translate:v1", "up", (version("translate:v1", metrics=evaluated),), ())
+
+    assert tree(view, Output()) == "translate:v1  translate/nll 4, loss 1"
+
+
 def test_tree_does_not_unfold_a_shared_ancestor_twice():
     family = dataclasses.replace(
         FAMILY,
