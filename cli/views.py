@@ -145,10 +145,18 @@ def version_text(view: VersionView, out: Output) -> str:
     return "\n".join([title, *_fields(fields, out)])
 
 
+def version_line(view: VersionView, out: Output) -> str:
+    """What came out, in one line: a merge by what it lost, another version by what it is."""
+    shape = f"rank {view.rank}, {size(view.size_bytes)}, {view.modules} modules of {view.base}"
+    passed = (view.receipt or {}).get("passed")
+    about = f"loss {loss(view.loss)}, receipt {'passed' if passed else 'failed'}" if view.method else shape
+    return f"{out.paint(printable(view.ref), 'bold')}  {printable(about)}"
+
+
 def submitted_text(view: Submitted) -> str:
     """What a merge was understood as, before it runs."""
     parents = " + ".join(weighted(parent) for parent in view.parents)
-    return printable(f"{view.into}: {view.method}, rank {view.rank}, from {parents}")
+    return printable(f"{parents} → {view.into}, {view.method}, rank {view.rank}")
 
 
 def plan_text(view: PlanView, out: Output) -> str:

@@ -96,7 +96,7 @@ def register(
     _tell(session, registered)
     session.out.data(
         registered,
-        text=lambda: views.version_text(registered.version, session.out),
+        text=lambda: views.version_line(registered.version, session.out),
         names=[registered.version.ref],
     )
 
@@ -139,8 +139,17 @@ def show(session: Session, ref: RefArgument) -> None:
 
     Example: adapterctl show translate:v3
     """
-    version = session.registry(readonly=True).version(parse_ref(ref))
-    session.out.data(version, text=lambda: views.version_text(version, session.out), names=[version.ref])
+    registry = session.registry(readonly=True)
+    version = registry.version(parse_ref(ref))
+
+    def text() -> str:
+        parts = [views.version_text(version, session.out)]
+        if version.method and version.state == "live":
+            retention = registry.retention(Ref(version.name, number=version.number))
+            parts += [views.retention_text(retention, session.out)] if retention.rows else []
+        return "\n\n".join(parts)
+
+    session.out.data(version, text=text, names=[version.ref])
 
 
 def diff(

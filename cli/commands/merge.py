@@ -88,7 +88,7 @@ def merge(
         session.out.data(submitted, text=lambda: job_id, names=[job_id])
         return
     version, evaluated = _made(session, registry, submitted, timeout_s)
-    parts = [views.version_text(version, session.out)]
+    parts = [views.version_line(version, session.out)]
     if evaluated:
         parts.append(views.retention_text(registry.retention(parse_ref(version.ref)), session.out))
     session.out.data(version, text=lambda: "\n\n".join(parts), names=[version.ref])

@@ -220,8 +220,8 @@ def test_merge_waits_for_the_version_and_says_what_it_understood(run: Run, pair:
     ran = run("merge", "translate", "chat=0.5", "--method", "cat")
 
     assert "translate → translate:v1" in ran.stderr
-    assert "translate:v1 × 1 + chat:v1 × 0.5" in ran.stderr
-    assert ran.stdout.startswith("translate-chat:v1\n")
+    assert "translate:v1 × 1 + chat:v1 × 0.5 → translate-chat, cat, rank 8" in ran.stderr
+    assert ran.stdout == "translate-chat:v1  loss 0, receipt passed\n"
     again = run("merge", "translate:v1", "chat:v1=0.5", "--method", "cat", "-q")
     assert again.stdout == "translate-chat:v1\n"
 
@@ -337,7 +337,7 @@ def test_ui_prints_addresses(run: Run, pair: Path):
 def test_reads_load_neither_mlflow_nor_numpy(family: Path):
     code = (
         "import sys\nfrom adapterctl.cli.main import app\n"
-        "for words in ('ls', 'ls translate', 'show translate:v1', 'lineage translate-chat', 'jobs ls'):\n"
+        "for words in ('ls', 'ls translate', 'show translate-chat:v1', 'lineage chat', 'jobs ls'):\n"
         f"    app(['--home', {str(family)!r}, *words.split()], standalone_mode=False)\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
     )

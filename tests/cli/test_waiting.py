@@ -77,7 +77,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 def test_ctrl_c_leaves_the_merge_to_itself(terminal: Callable[..., Terminal], run: Callable[..., Any], pair: Path):
     screen = terminal("merge", "translate", "chat")
-    screen.until("translate-chat: cat")
+    screen.until("→ translate-chat, cat")
     time.sleep(0.1)
     screen.process.send_signal(signal.SIGINT)
 
