@@ -30,8 +30,9 @@ COLUMNS = 104
 
 def main() -> None:
     PICTURES.mkdir(exist_ok=True)
-    home = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="adapterctl-pictures-"))
-    story = in_terminal([*ADAPTERCTL, "--home", str(home), "demo"])
+    os.environ["HOME"] = tempfile.mkdtemp(prefix="pictures-")
+    story = in_terminal([*ADAPTERCTL, "demo"]).replace(os.environ["HOME"], "/home/you")
+    home = Path.home() / ".adapterctl-demo"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path="/usr/bin/chromium",
@@ -74,14 +75,20 @@ def take_terminal(page: Page, text: str) -> None:
 
 
 def take_pages(page: Page, home: Path) -> None:
-    page.set_viewport_size({"width": 1280, "height": 860})
+    page.set_viewport_size({"width": 1360, "height": 800})
     address = f"http://127.0.0.1:{PORT}"
     for name, path in shown(home).items():
+        page.goto("about:blank")  # a change behind the '#' alone would keep the page that was there
         page.goto(address + path)
         page.wait_for_timeout(6000)  # its pages poll, so the network is never idle
-        for label in ("Close", "Skip", "Dismiss"):
-            for button in page.get_by_role("button", name=label).all():
-                button.click(timeout=2000)
+        for _ in range(3):  # MLflow greets every new browser with dialogs
+            page.keyboard.press("Escape")
+            page.wait_for_timeout(300)
+        assistant = page.get_by_role("button", name="Close").first
+        if assistant.count():
+            assistant.click()
+        if name == "mlflow-run":
+            page.get_by_text("Logged models").last.scroll_into_view_if_needed()
         page.wait_for_timeout(1500)
         page.screenshot(path=PICTURES / f"{name}.png")
 

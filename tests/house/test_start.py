@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import adapterctl
-from adapterctl.registry.domain.errors import AdapterctlError
+from adapterctl.registry.domain.errors import NotFound
 
 HEAVY = {"alembic", "mlflow", "numpy", "rich", "sqlalchemy", "torch", "transformers", "typer", "yaml"}
 
@@ -32,8 +32,10 @@ def test_connect_opens_the_home_that_it_is_given(tmp_path: Path):
 
 
 def test_connect_to_read_makes_nothing(tmp_path: Path):
-    with pytest.raises(AdapterctlError):
-        adapterctl.connect(tmp_path / "registry", readonly=True)
+    registry = adapterctl.connect(tmp_path / "registry", readonly=True)
+
+    with pytest.raises(NotFound):
+        registry.adapters()
 
     assert not (tmp_path / "registry").exists()
 
