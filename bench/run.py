@@ -18,7 +18,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import lineage  # these modules register their benchmarks
+import commands  # these modules register their benchmarks
+import lineage
 import merges
 from measure import BENCHMARKS, Benchmark, Figure
 
@@ -26,7 +27,7 @@ from adapterctl.workers.receipt import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, PAGE = ROOT / "build" / "bench.json", ROOT / "docs" / "benchmarks.md"
-MODULES = (merges, lineage)
+MODULES = (merges, lineage, commands)
 PACKAGES = ("numpy", "torch", "peft", "transformers", "mlflow")
 
 
