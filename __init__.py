@@ -22,7 +22,7 @@ def connect(home: str | os.PathLike[str] | None = None, *, readonly: bool = Fals
     # deferred: opens databases, and with them SQLAlchemy
     from pathlib import Path
 
-    from .bootstrap import connect as open_registry
+    from .bootstrap import open_registry
     from .registry.settings import load_settings
 
     settings = load_settings({"home": Path(home).expanduser().absolute() if home is not None else None})

@@ -2,42 +2,54 @@
 the supervisor; nothing else makes a store.
 
 A command that writes makes the home, brings the tables up to date and gives the registry its identity; one that only
-reads does none of that, and works where the home cannot be written.
+reads does none of that, and works where the home cannot be written. Which registry it is follows from the addresses
+that are set: `server` means another machine, `database_url` a shared ledger, neither of them the home.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .examples import BASE_NAME, BASE_PACKAGE
-from .migrations import check_schema, migrate
 from .registry.domain.errors import Misconfigured, NotFound
-from .registry.domain.version import AdapterVersion
-from .registry.ports import VersionStore
-from .registry.services.evaluate import EvalHandler, evaluation_of_merge
-from .registry.services.local import LocalRegistry
-from .registry.services.merge import MergeHandler
-from .registry.services.schedule import JobHandler
-from .registry.services.verify import VerifyHandler
 from .registry.settings import Settings, load_settings
-from .registry.stores.artifacts import local_folder
-from .registry.stores.hub import hub_folder
-from .registry.stores.mlflow_server import embedded_uri
-from .registry.stores.spawn_bell import SpawnBell
-from .registry.stores.sql.engine import Database, sqlite_url
-from .registry.stores.sql.ledger import SqlLedger
 
-#: Bases that are made where they are needed first, each from the package that carries its weights.
-MADE_ON_DEMAND = {BASE_NAME: BASE_PACKAGE}
+# Everything else is imported where it is used: a command that goes to a server needs no SQLAlchemy and no services.
+if TYPE_CHECKING:
+    from .registry.api import RegistryAPI
+    from .registry.domain.evals import EvalReport
+    from .registry.domain.suite import Suite
+    from .registry.domain.version import AdapterVersion, FileRecord
+    from .registry.ports import VersionStore
+    from .registry.rest.client import RemoteRegistry
+    from .registry.rest.door import Door
+    from .registry.services.local import LocalRegistry
+    from .registry.services.schedule import JobHandler
+    from .registry.stores.sql.ledger import SqlLedger
 
 _log = logging.getLogger("adapterctl")
 
 
+def open_registry(settings: Settings | None = None, *, readonly: bool = False) -> RegistryAPI:
+    """The registry of `settings` (default: those of this process), wherever it is; see `connect` for `readonly`."""
+    settings = settings or load_settings()
+    if settings.server:
+        return remote(settings.server, settings.token)
+    return connect(settings, readonly=readonly)
+
+
+def remote(server: str, token: str | None) -> RemoteRegistry:
+    """The registry that another machine serves."""
+    from .registry.rest.client import RemoteRegistry
+
+    return RemoteRegistry(server, token, OwnFiles())
+
+
 def connect(settings: Settings | None = None, *, readonly: bool = False) -> LocalRegistry:
-    """Open the registry of `settings` (default: those of this process), making it unless `readonly`.
+    """Open the registry that this process itself works on, making it unless `readonly`.
 
     With `readonly`, and where there is no registry yet, reading from it raises `NotFound`; what needs no registry, such
     as the list of merge methods, works all the same.
@@ -45,9 +57,20 @@ def connect(settings: Settings | None = None, *, readonly: bool = False) -> Loca
     Raises:
         Misconfigured: the tables are those of a newer adapterctl, or MLflow belongs to another registry.
         NotAllowed: the home cannot be written.
+        Unavailable: the database server cannot be reached.
     """
+    from .migrations import check_schema, migrate
+    from .registry.services.local import LocalRegistry
+    from .registry.stores.hub import hub_folder
+    from .registry.stores.spawn_bell import SpawnBell
+    from .registry.stores.sql.access import SqlAccess
+    from .registry.stores.sql.engine import Database, is_shared, sqlite_url
+    from .registry.stores.sql.ledger import SqlLedger
+
     settings = settings or load_settings()
-    url = sqlite_url(settings.home)
+    if settings.database_url and not is_shared(settings.database_url):
+        raise Misconfigured("database_url is no postgresql:// address", hint="for a registry in files, set home")
+    url = settings.database_url or sqlite_url(settings.home)
     database = Database(url)
     if not readonly:
         migrate(url)
@@ -55,34 +78,123 @@ def connect(settings: Settings | None = None, *, readonly: bool = False) -> Loca
         check_schema(url)
     ledger = SqlLedger(database)
     if not readonly:
-        _establish(ledger, settings)
+        try:
+            _establish(ledger, settings)
+        except Misconfigured:
+            ledger.close()
+            raise
     stores = _Stores(settings, ledger)
     return LocalRegistry(
         settings,
         ledger,
         SpawnBell(settings),
+        SqlAccess(database),
         open_versions=stores.open_versions,
         folders=stores.folder,
         open_hub=hub_folder,
-        made_on_demand=MADE_ON_DEMAND,
+        made_on_demand=made_on_demand(),
     )
 
 
+class OwnFiles:
+    """What commands that go to a server do with files of this machine; each verb imports what it needs."""
+
+    def check_folder(self, folder: Path) -> None:
+        from .registry.services.register import check_folder
+
+        check_folder(folder)
+
+    def load_suite(self, path: Path) -> Suite:
+        from .registry.services.suites import load_suite
+
+        return load_suite(path)
+
+    def fingerprints(self, folder: Path) -> Mapping[str, str]:
+        from .registry.services.bases import fingerprints
+
+        return fingerprints(folder)
+
+    def read_reports(self, folder: Path) -> list[EvalReport]:
+        from .registry.services.evaluate import read_reports
+
+        return read_reports(folder)
+
+    def pull(
+        self, label: str, files: Sequence[FileRecord], target: Path, fetch: Callable[[FileRecord, Path], None]
+    ) -> None:
+        from .registry.services.pull import pull
+
+        pull(label, files, target, fetch)
+
+
+def application(registry: LocalRegistry, *, hosts: Sequence[str], loopback: bool) -> Door:
+    """What `adapterctl serve` serves: our verbs, and MLflow's own pages and API behind the same door.
+
+    Without any token, everyone who can reach the server may do everything; so that is done on a loopback address only.
+    """
+    from . import __version__
+    from .registry.rest.app import create_app
+    from .registry.rest.door import Rules, everyone
+    from .registry.stores.mlflow_server import application as mlflow_application
+
+    settings = registry.settings
+    store = registry.version_store  # opens MLflow, and makes its tables where there are none
+    is_open = loopback and not registry.access.has_tokens()
+    if not is_open and not registry.access.has_tokens():
+        raise Misconfigured(
+            "a server that others can reach needs a token first", hint="adapterctl tokens create NAME --scope admin"
+        )
+    _log.info("tokens are %s", "not asked for: this machine only, and none was made" if is_open else "asked for")
+    rules = Rules(
+        hosts=(*hosts, *settings.allowed_hosts),
+        upload_bytes=settings.max_upload_mb << 20,
+        anyone=everyone(settings.actor) if is_open else None,
+    )
+    mlflow_app = mlflow_application(store.uri, settings)
+    return create_app(registry, registry.access, rules, mlflow_app, version=__version__)
+
+
+def made_on_demand() -> Mapping[str, str]:
+    """Bases that are made where they are needed first, each from the package that carries its weights."""
+    from .examples import BASE_NAME, BASE_PACKAGE
+
+    return {BASE_NAME: BASE_PACKAGE}
+
+
 def _establish(ledger: SqlLedger, settings: Settings) -> None:
-    """Tie a new registry to its MLflow. An embedded ledger beside a remote MLflow could not keep one truth."""
-    uri = settings.mlflow_uri or embedded_uri(settings.home)
-    if not uri.startswith("sqlite:"):
+    """Tie a new registry to its MLflow. Ledger and MLflow are both in the home, or both shared: one truth."""
+    from .registry.stores.mlflow_server import embedded_uri, without_password
+
+    uri = settings.mlflow_uri or ("" if settings.database_url else embedded_uri(settings.home))
+    in_files = uri.startswith("sqlite:")
+    if settings.database_url and (in_files or not uri):
+        raise Misconfigured(
+            "a shared ledger needs a shared MLflow",
+            hint="set ADAPTERCTL_MLFLOW_URI to postgresql://… or to the address of a tracking server",
+        )
+    if not settings.database_url and not in_files:
         raise Misconfigured(
             f"an embedded registry cannot keep its versions in {uri.partition(':')[0]} MLflow",
             hint="unset MLFLOW_TRACKING_URI (and ADAPTERCTL_MLFLOW_URI), or set it to a sqlite:/// address",
         )
-    ledger.establish(uri)
-    if settings.mlflow_uri and settings.mlflow_uri != ledger.mlflow_uri:
-        _log.warning("MLFLOW_TRACKING_URI is ignored: this registry belongs to %s", ledger.mlflow_uri)
+    stored = without_password(uri)
+    ledger.establish(stored)
+    if not settings.mlflow_uri or stored == ledger.mlflow_uri:
+        return
+    if settings.database_url:
+        raise Misconfigured(
+            f"this registry belongs to the MLflow at {ledger.mlflow_uri}, not {stored}",
+            hint="set ADAPTERCTL_MLFLOW_URI to that address",
+        )
+    _log.warning("MLFLOW_TRACKING_URI is ignored: this registry belongs to %s", ledger.mlflow_uri)
 
 
 def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
     """What the supervisor can do, by kind of job."""
+    from .registry.services.evaluate import EvalHandler, evaluation_of_merge
+    from .registry.services.merge import MergeHandler
+    from .registry.services.verify import VerifyHandler
+
     settings, ledger, folders = registry.settings, registry.ledger, registry.folders
     return {
         "merge": MergeHandler(
@@ -92,7 +204,7 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
             home=settings.home,
             threads=settings.threads,
             then=lambda job, version_id: evaluation_of_merge(
-                ledger, job, version_id, settings=settings, made_on_demand=MADE_ON_DEMAND
+                ledger, job, version_id, settings=settings, made_on_demand=registry.made_on_demand
             ),
         ),
         "eval": EvalHandler(
@@ -100,7 +212,7 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
             settings,
             open_versions=lambda: registry.version_store,
             folders=folders,
-            made_on_demand=MADE_ON_DEMAND,
+            made_on_demand=registry.made_on_demand,
         ),
         "verify": VerifyHandler(ledger, folders=folders, home=settings.home, threads=settings.threads),
     }
@@ -108,7 +220,6 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
 
 def warm_up() -> None:
     """Import what registration needs, while a child computes."""
-    # deferred: this is the point
     from .registry.stores import mlflow_versions  # noqa: F401
 
 
@@ -125,13 +236,18 @@ class _Stores:
             # deferred: MLflow takes 1.6 s, and reads of the registry never need it
             from .registry.stores.mlflow_versions import MlflowVersions
 
-            store = MlflowVersions(self._ledger.mlflow_uri, self._settings.home, self._ledger.registry_id)
+            settings = self._settings
+            # the ledger keeps no password, so a shared MLflow's address comes from the settings
+            uri = settings.mlflow_uri if settings.database_url else self._ledger.mlflow_uri
+            store = MlflowVersions(uri, settings.home, self._ledger.registry_id, settings.artifacts)
             store.check_identity()
             self._versions = store
         return self._versions
 
     @contextmanager
     def folder(self, version: AdapterVersion) -> Iterator[Path]:
+        from .registry.stores.artifacts import local_folder
+
         local = local_folder(version.placement.location)
         if local is None:
             with self.open_versions().folder(version) as downloaded:

@@ -46,10 +46,10 @@ class Session:
 
     def registry(self, *, readonly: bool = False) -> RegistryAPI:
         """Open the registry; with `readonly` nothing is created or migrated, and a read-only home is enough."""
-        from ..bootstrap import connect  # deferred: opens databases
+        from ..bootstrap import open_registry  # deferred: help opens nothing
 
         _show_warnings()
-        return connect(self.settings(), readonly=readonly)
+        return open_registry(self.settings(), readonly=readonly)
 
 
 def _show_warnings() -> None:

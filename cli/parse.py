@@ -10,8 +10,8 @@ from dataclasses import replace
 from ..registry.domain.errors import InvalidInput
 from ..registry.domain.refs import ParentRef, parse_parent
 
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|)")
-_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d|)")
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 
 
@@ -38,7 +38,7 @@ def options(texts: Iterable[str]) -> dict[str, float | int | str | bool]:
 
 
 def duration_s(text: str | None) -> float | None:
-    """`90`, `90s`, `5m`, `1.5h` in seconds."""
+    """`90`, `90s`, `5m`, `1.5h`, `30d` in seconds."""
     if text is None:
         return None
     match = _DURATION.fullmatch(text.strip())

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Verification,
         VersionView,
     )
+    from ..registry.domain.access import Token
     from ..registry.domain.evals import Interval
     from ..registry.domain.job import Job, JobEvent
     from ..registry.domain.version import Base
@@ -252,6 +253,23 @@ def jobs_table(jobs: Sequence[Job], out: Output) -> str:
         return "no jobs"
     rows = [[j.id, _job_state(j), clock(j.created_at)[:16], j.title or j.kind] for j in jobs]
     return out.table(["ID", "STATE", "CREATED (UTC)", "WHAT"], rows)
+
+
+def tokens_table(tokens: Sequence[Token], out: Output) -> str:
+    if not tokens:
+        return "no tokens"
+    header = ["ID", "NAME", "SCOPE", "ADAPTERS", "CREATED (UTC)", "LAST USED", "STATE"]
+    return out.table(header, [_token_row(token) for token in tokens])
+
+
+def _token_row(token: Token) -> list[str]:
+    state = f"valid until {clock(token.expires_at)}" if token.expires_at else "valid"
+    if token.revoked_at:
+        state = f"revoked {clock(token.revoked_at)}"
+    elif token.expires_at and token.expires_at < time.time():
+        state = f"expired {clock(token.expires_at)}"
+    used = clock(token.last_used_at) if token.last_used_at else "never"
+    return [token.id, token.name, token.scope, ", ".join(token.names), clock(token.created_at), used, state]
 
 
 def job_text(job: Job, out: Output) -> str:

@@ -8,15 +8,18 @@ Every verb raises errors of `domain/errors.py` only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from .domain.evals import Interval
-from .domain.job import Job, JobEvent
+from .domain.access import EVERY_NAME, Scope, Token
+from .domain.evals import EvalReport, Interval
+from .domain.job import Job, JobEvent, LogPiece
 from .domain.plan import Forecast, Pair
 from .domain.recipe import MergeRequest
 from .domain.refs import Ref
+from .domain.suite import Suite
 from .domain.version import Base, FileRecord
 
 Direction = Literal["up", "down", "both"]
@@ -247,6 +250,22 @@ class Check:
     hint: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class SuiteView:
+    """A suite that the registry keeps; its digest stands for it where a verb takes one."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token that was just made. The secret is shown here and never again."""
+
+    token: Token
+    secret: str
+
+
 class RegistryAPI(Protocol):
     """Every verb. `Ref` arguments are resolved by the registry; unknown names raise `NotFound` with a suggestion."""
 
@@ -330,5 +349,78 @@ class RegistryAPI(Protocol):
         self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
     ) -> HistoryView: ...
 
+    # tokens: who may speak with a served registry
+    def tokens(self) -> list[Token]: ...
+    def create_token(
+        self, name: str, *, scope: Scope, names: Sequence[str] = EVERY_NAME, valid_s: float | None = None
+    ) -> NewToken:
+        """`names` are globs of the adapters that it may change; reading is not limited by them."""
+        ...
+
+    def revoke_token(self, token_id: str) -> Token: ...
+
     # the registry itself
     def doctor(self) -> list[Check]: ...
+
+
+class ServedRegistry(RegistryAPI, Protocol):
+    """What a server needs beyond the verbs: callers, files that come over the wire, and work that is not waited for."""
+
+    def acting(self, actor: str) -> ServedRegistry:
+        """The same registry for another caller: what it changes is recorded under that name."""
+        ...
+
+    def register(
+        self,
+        source: str,
+        *,
+        name: str,
+        base: str | None = None,
+        kind: Literal["import", "train"] = "import",
+        trained_from: Ref | None = None,
+        metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        dataset: str | None = None,
+        license: str | None = None,
+        suite: str | None = None,
+        assume_converted: bool = False,
+        files: Path | None = None,
+    ) -> Registered:
+        """As ever; `files` is the folder where those of a `source` on another machine were put."""
+        ...
+
+    def stage(self) -> AbstractContextManager[Path]:
+        """A new empty folder for files that arrive; removed with what is left in it."""
+        ...
+
+    def check(self) -> None:
+        """Raise unless the ledger answers."""
+        ...
+
+    def files(self, ref: Ref) -> AbstractContextManager[tuple[VersionView, Path]]:
+        """A version and a folder with its files, unchecked: whoever takes them compares the digests."""
+        ...
+
+    def pin_base(self, name: str, *, revision: str | None, pins: Mapping[str, str]) -> Base: ...
+    def suites(self) -> list[SuiteView]: ...
+    def keep_suite(self, suite: Suite) -> SuiteView: ...
+    def take_reports(self, reports: Sequence[EvalReport]) -> int: ...
+    def start_verification(self, ref: Ref, *, rerun: bool = True) -> Verification | Job:
+        """The verdict, or the job that will find it where the recipe has to be run again."""
+        ...
+
+    def verification(self, job_id: str) -> Verification:
+        """The verdict of an ended job. Raises `Conflict` while it runs, and what ended it where it failed."""
+        ...
+
+    def jobs(
+        self, *, state: str | None = None, kind: str | None = None, limit: int = 100, before: str | None = None
+    ) -> list[Job]: ...
+    def job_log(self, job_id: str, after: int = 0) -> list[LogPiece]:
+        """What the job's attempts wrote, after that piece."""
+        ...
+
+    def wake(self, job_id: str) -> None:
+        """Ring for a job once more: its worker, or the first ring, may be lost."""
+        ...

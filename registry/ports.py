@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from .domain.access import Caller, Scope, Token
 from .domain.evals import EvalReport
-from .domain.job import Job, JobEvent, JobState, NewJob, Progress
+from .domain.job import Job, JobEvent, JobState, LogPiece, NewJob, Progress
 from .domain.stage import StageAction, StageEvent
 from .domain.version import AdapterVersion, Base, Edge, NewVersion, Placement, VersionDetail
 
@@ -119,7 +120,17 @@ class Ledger(Protocol):
         ...
 
     def job(self, job_id: str) -> Job | None: ...
-    def jobs(self, *, states: Sequence[JobState] = (), kind: str | None = None, limit: int = 100) -> list[Job]: ...
+    def jobs(
+        self,
+        *,
+        states: Sequence[JobState] = (),
+        kind: str | None = None,
+        limit: int = 100,
+        before: str | None = None,
+    ) -> list[Job]:
+        """Newest first; `before` is a job's id, for the page that follows it."""
+        ...
+
     def claim(self, owner: str, lease_s: float, *, kinds: Sequence[str] = ()) -> Job | None:
         """Take the oldest queued job by one conditional UPDATE that raises `attempt`; None when there is none."""
         ...
@@ -159,6 +170,12 @@ class Ledger(Protocol):
     def record(self, job_id: str, kind: str, message: str) -> None: ...
     def events(self, job_id: str, after: int = 0) -> list[JobEvent]: ...
 
+    def append_log(self, job_id: str, text: str) -> None:
+        """Add to what the job's attempts wrote."""
+        ...
+
+    def log(self, job_id: str, after: int = 0) -> list[LogPiece]: ...
+
     # evaluations
     def reports(self, keys: Sequence[str]) -> dict[str, EvalReport]: ...
     def put_report(self, report: EvalReport) -> None:
@@ -172,6 +189,17 @@ class Ledger(Protocol):
         ...
 
     def suites(self, adapter_id: str) -> list[tuple[str, str, str]]: ...
+    def keep_suite(self, digest: str, name: str, body: str) -> None:
+        """Store a suite under its digest, where a job finds it whatever became of its file. Idempotent."""
+        ...
+
+    def kept_suite(self, digest: str) -> str | None:
+        """The body of a kept suite."""
+        ...
+
+    def kept_suites(self) -> list[tuple[str, str]]:
+        """(name, digest) of every kept suite."""
+        ...
 
     # stages
     def stage_holder(self, adapter_id: str, stage: str) -> str | None: ...
@@ -200,6 +228,11 @@ class Ledger(Protocol):
 
 class VersionStore(Protocol):
     """MLflow: the browsable record of versions, and the place where their bytes live once."""
+
+    @property
+    def uri(self) -> str:
+        """The address under which its client reaches it; it may hold a password."""
+        ...
 
     def ensure_adapter(self, name: str, adapter_id: str, base: Base) -> None:
         """Create the registered model, or check that it carries our id. Raises `Refused` for a stranger's model."""
@@ -248,3 +281,48 @@ class Doorbell(Protocol):
     """Wakes whoever executes jobs. Carries a job id and nothing else; losing a ring loses nothing."""
 
     def ring(self, job_id: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """An answer that was given before, to be given again."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: str
+
+
+class Access(Protocol):
+    """What only a served registry needs: its tokens, and its answers to requests that may be repeated."""
+
+    def add_token(
+        self, secret: str, *, name: str, scope: Scope, names: Sequence[str], created_by: str, valid_s: float | None
+    ) -> Token: ...
+    def tokens(self) -> list[Token]:
+        """Oldest first, revoked and expired ones too."""
+        ...
+
+    def has_tokens(self) -> bool:
+        """Whether any token is valid now."""
+        ...
+
+    def revoke_token(self, token_id: str) -> Token:
+        """Make a token invalid for good. Raises `NotFound`."""
+        ...
+
+    def caller(self, secret: str) -> Caller | None:
+        """Who holds this secret; None where it is unknown, expired or revoked."""
+        ...
+
+    def begin_replay(self, caller: str, key: str, request: str) -> Replay | None:
+        """Claim an Idempotency-Key for the digest of a request; or return the answer that it got before.
+
+        Raises `Conflict` while the first request is being answered, `Refused` for another request. Keys are
+        forgotten after a day.
+        """
+        ...
+
+    def keep_replay(self, caller: str, key: str, answer: Replay) -> None: ...
+    def drop_replay(self, caller: str, key: str) -> None:
+        """Forget a key whose request failed: nothing was changed, and it may be tried again."""
+        ...

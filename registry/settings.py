@@ -9,24 +9,28 @@ import os
 import pwd
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .domain.errors import Misconfigured
 
 PROJECT_FILE = "adapterctl.toml"
+#: Settings that lead away from the registry in a home.
+ELSEWHERE = ("server", "token", "database_url", "broker_url")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """`home` holds the embedded registry. `mlflow_uri` is only read when a registry is made.
 
-    `base_paths` says where base models lie, each as NAME=FOLDER; `eval_device` is auto, cpu, cuda or mps.
+    `base_paths` says where base models lie, each as NAME=FOLDER; `eval_device` is auto, cpu, cuda or mps. With `server`
+    every verb goes to another machine; with `database_url` the ledger is shared, and `home` holds what is only ours.
+    What may hold a password is left out of `repr`.
     """
 
     home: Path
-    mlflow_uri: str | None = None
+    mlflow_uri: str | None = field(default=None, repr=False)
     stages: tuple[str, ...] = ("staging", "production")
     threads: int = 0
     lease_s: float = 15.0
@@ -36,9 +40,16 @@ class Settings:
     eval_device: str = "auto"
     actor: str = ""
     mlflow_ui: str = "http://127.0.0.1:5000"
+    server: str | None = None
+    token: str | None = field(default=None, repr=False)
+    database_url: str | None = field(default=None, repr=False)
+    broker_url: str | None = field(default=None, repr=False)
+    artifacts: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    max_upload_mb: int = 4096
 
     def to_env(self) -> dict[str, str]:
-        """The environment that gives another process these settings."""
+        """The environment that gives another process these settings, secrets too: for processes of ours only."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {
             f"ADAPTERCTL_{name.upper()}": ",".join(value) if isinstance(value, tuple) else str(value)
@@ -57,12 +68,21 @@ def load_settings(
     """Merge the sources. Raises `Misconfigured` naming the file and the key for anything unknown or ill-typed."""
     env = os.environ if env is None else env
     values: dict[str, Any] = {"home": Path("~/.adapterctl").expanduser(), "actor": _login(env)}
-    config_home = Path(env.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser())
-    values |= _from_file(user_file or config_home / "adapterctl" / "config.toml")
+    values |= _from_file(user_file or user_config(env))
     values |= _from_file(_find_project_file(cwd or Path.cwd()))
     values |= _from_env(env)
-    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    if "home" in given:  # who names a folder on the spot means the registry in that folder
+        values = {key: value for key, value in values.items() if key not in ELSEWHERE}
+    values |= given
     return Settings(**{key: _convert(key, value, "settings") for key, value in values.items()})
+
+
+def user_config(env: Mapping[str, str] | None = None) -> Path:
+    """The file of this person's own settings, whether it is there or not."""
+    env = os.environ if env is None else env
+    config_home = Path(env.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser())
+    return config_home / "adapterctl" / "config.toml"
 
 
 def _login(env: Mapping[str, str]) -> str:

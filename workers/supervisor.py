@@ -7,6 +7,7 @@ Nothing here knows what a job is about: that is `JobHandler`. No tensor is loade
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import queue
@@ -18,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +37,8 @@ POLL_S = 0.1
 BEAT_S = 1.0
 GRACE_S = 5.0
 TAIL_LINES = 20
+#: What one attempt may leave in the ledger; the file has all of it.
+SHIPPED_BYTES = 1 << 20
 
 # What a child may know of our environment: how to run, where it may write, how many threads. No token, no address.
 CHILD_ENVIRONMENT = (
@@ -109,7 +113,10 @@ class Supervisor:
         if job is None:
             return False
         reached("job.claimed")
-        with JobLog(self._settings.home, job) as log, Lease(self._ledger, job, self._settings.lease_s) as lease:
+        with (
+            JobLog(self._settings.home, job, self._ledger) as log,
+            Lease(self._ledger, job, self._settings.lease_s) as lease,
+        ):
             outcome = self._attempt(job, lease, log)
             log.write(f"attempt {job.attempt} {outcome.kind} {outcome.error.get('message', '')}")
             self._settle(job, outcome, log)
@@ -148,6 +155,7 @@ class Supervisor:
                 if time.monotonic() >= deadline:
                     child.kill()
                     return Outcome("failed", error=_timed_out(self._settings.job_timeout_s))
+                log.ship(every_s=BEAT_S)
                 message = child.next_message(POLL_S)
                 if "progress" in message:
                     lease.progress = Progress(**message["progress"])
@@ -307,16 +315,36 @@ class Child:
 
 
 class JobLog:
-    """`home/jobs/ID.log`: what the child wrote to stderr, and our own lines, over all attempts."""
+    """`home/jobs/ID.log`: what the child wrote to stderr, and our own lines, over all attempts.
 
-    def __init__(self, home: Path, job: Job) -> None:
+    Whole lines of it are copied to the ledger, for those who are on another machine.
+    """
+
+    def __init__(self, home: Path, job: Job, ledger: Ledger) -> None:
         self.path = home / "jobs" / f"{job.id}.log"
+        self._job_id = job.id
+        self._ledger = ledger
+        self._shipped_at = time.monotonic()
         self._first_line = f"attempt {job.attempt} of {job.max_attempts}"
 
     def write(self, text: str) -> None:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self.file.write(f"{now} {text.rstrip()}\n".encode())
         self.file.flush()
+
+    def ship(self, *, every_s: float = 0.0) -> None:
+        """Copy what is new to the ledger. One that cannot be reached gets it the next time."""
+        if time.monotonic() - self._shipped_at < every_s or self._shipped - self._start >= SHIPPED_BYTES:
+            return
+        self._shipped_at = time.monotonic()
+        with self.path.open("rb") as file:
+            file.seek(self._shipped)
+            lines = file.read(SHIPPED_BYTES).rpartition(b"\n")[0]
+        if not lines:
+            return
+        with suppress(AdapterctlError):
+            self._ledger.append_log(self._job_id, lines.decode(errors="replace"))
+            self._shipped += len(lines) + 1
 
     def tail(self) -> str:
         """The last lines of this attempt, for those who cannot see the file."""
@@ -327,11 +355,12 @@ class JobLog:
     def __enter__(self) -> JobLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file: IO[bytes] = self.path.open("ab")
-        self._start = self.file.tell()
+        self._start = self._shipped = self.file.tell()
         self.write(self._first_line)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ship()
         self.file.close()
 
 
@@ -370,14 +399,17 @@ def main() -> int:
     a process that tries it. If that fails, someone held the lock after the commit; and whoever held it looks once more
     after letting go, which is later still, and sees the job.
     """
-    settings = load_settings()
+    parser = argparse.ArgumentParser(prog="adapterctl.workers.supervisor")
+    parser.add_argument("--home", type=Path, help="the embedded registry in this folder")
+    settings = load_settings(vars(parser.parse_args()))
     supervisor: Supervisor | None = None
     while True:
         with only_one(settings.home) as mine:
             if not mine:
                 return 0
             supervisor = supervisor or _open(settings)
-            supervisor.take_over()
+            if settings.database_url is None:  # else others work on the same ledger, under other locks
+                supervisor.take_over()
             supervisor.drain()
         if supervisor.stopped or not supervisor.work_is_left():
             return 0

@@ -100,3 +100,11 @@ class JobEvent:
     at: float
     kind: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogPiece:
+    """Some of what a job's attempts wrote: whole lines, numbered from 1 within the job."""
+
+    seq: int
+    text: str

@@ -110,6 +110,41 @@ def check_suite(value: Any, read: Callable[[str], bytes]) -> Suite:
     return Suite(name, tuple(tasks))
 
 
+def check_known_suite(suite: Suite) -> None:
+    """Check a suite whose rows are there already, as another machine sends it, by the rules of `check_suite`."""
+    problems = [
+        Problem(f"tasks[{i}]", f"has a template or a digest that no suite has: {text[:80]!r}")
+        for i, task in enumerate(suite.tasks)
+        for text, right in (
+            (task.prompt, _is_template(task.prompt)),
+            (task.target, _is_template(task.target)),
+            (task.data, _stays_inside(task.data)),
+            (task.data_sha256, re.fullmatch("[0-9a-f]{64}", task.data_sha256)),
+        )
+        if not right
+    ]
+    raise_all(InvalidInput, "this is not an evaluation suite:", problems, hint="see docs/evaluation.md")
+    rows = {f"{i}.jsonl": task.rows for i, task in enumerate(suite.tasks)}
+    settings = ("name", "metrics", "primary", "max_new_tokens", "stop", "limit", "seed")
+    tasks = [
+        {key: list(value) if isinstance(value := getattr(task, key), tuple) else value for key in settings}
+        | {"data": data}
+        for task, data in zip(suite.tasks, rows, strict=True)
+    ]
+    again = check_suite(
+        {"name": suite.name, "tasks": tasks},
+        lambda data: b"\n".join(json.dumps(asdict(row)).encode() for row in rows[data]),
+    )
+    if [task.rows for task in again.tasks] != [task.rows for task in suite.tasks]:
+        raise InvalidInput(
+            "this is not an evaluation suite: its rows cannot be read back", hint="see docs/evaluation.md"
+        )
+
+
+def _is_template(text: str) -> bool:
+    return bool(text) and not _CODE.search(_FIELD.sub("", text))
+
+
 def render(template: str, row: Mapping[str, Any]) -> str:
     """Put fields of `row` into `{{ field }}`. Raises `KeyError` for a field that the row lacks."""
     return _FIELD.sub(lambda match: str(row[match.group(1)]), template)

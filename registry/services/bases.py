@@ -56,14 +56,13 @@ def base_of(ledger: Ledger, facts: AdapterFacts, named: str | None) -> tuple[Bas
     return Base(id=spelling, name=spelling, revision=revision), False
 
 
-def add_base(ledger: Ledger, name: str, *, folder: Path | None = None, revision: str | None = None) -> Base:
-    """Make a base, or fill in the pins of a known one, from the files in `folder`.
+def add_base(ledger: Ledger, name: str, *, revision: str | None = None, pins: Mapping[str, str] | None = None) -> Base:
+    """Make a base, or fill in the pins of a known one; `pins` are what `fingerprints` found in its folder.
 
     Raises `Refused` when the base is pinned to something else already.
     """
     spelling = _checked(name)
-    pins = fingerprints(folder) if folder is not None else {}
-    new = Base(id=spelling, name=spelling, revision=revision, **pins)
+    new = Base(id=spelling, name=spelling, revision=revision, **(pins or {}))
     known = ledger.find_base(spelling)
     if known is not None:
         _check_pins(known, new)

@@ -61,11 +61,12 @@ def request_evaluation(
     if limit is not None and limit < 1:
         raise InvalidInput(f"--limit {limit} is not a number of samples", hint="give 1 or more")
     versions = list({version.id: version for version in (resolve(ledger, ref) for ref in refs)}.values())
-    given = [find_suite(settings.home, text) for text in suites]
+    given = [find_suite(ledger, text) for text in suites]
     chosen = _choose_suites(ledger, versions, given)
     locate(ledger, _one_base(versions), settings, made_on_demand)
     labels = ", ".join(version.label for version in versions)
-    new = _new_job([version.id for version in versions], labels, chosen, limit=limit, settings=settings)
+    ids = [version.id for version in versions]
+    new = _new_job(ledger, ids, labels, chosen, limit=limit, actor=settings.actor)
     return submit(ledger, bell, new)[0]
 
 
@@ -83,7 +84,7 @@ def evaluation_of_merge(
     base = parents[job.spec["parents"][0]].spec.base
     if not suites or not (given or _can_evaluate(ledger, base, settings, made_on_demand)):
         return []
-    return [_new_job([version_id], job.spec["into"], suites, limit=None, settings=settings)]
+    return [_new_job(ledger, [version_id], job.spec["into"], suites, limit=None, actor=job.created_by)]
 
 
 def check_installed() -> None:
@@ -198,7 +199,7 @@ class EvalHandler:
         return Wanted(
             base=_one_base(versions),
             subjects=subjects,
-            suites={digest: find_suite(self._settings.home, digest) for digest in job.spec["suites"]},
+            suites={digest: find_suite(self._ledger, digest) for digest in job.spec["suites"]},
             limit=job.spec["limit"],
             engine=engine_facts(self._settings),
         )
@@ -259,39 +260,45 @@ def parents_of(ledger: Ledger, version: AdapterVersion) -> list[AdapterVersion]:
     return [known[version_id] for version_id in ids]
 
 
-def import_reports(ledger: Ledger, folder: Path) -> int:
-    """Take in reports that came as files, where this registry knows their base; returns how many were taken.
+def read_reports(folder: Path) -> list[EvalReport]:
+    """The reports in the JSON files of a folder."""
+    return [
+        report for path in sorted(folder.glob("*.json")) for report in from_json(path.read_bytes(), list[EvalReport])
+    ]
+
+
+def import_reports(ledger: Ledger, reports: Sequence[EvalReport]) -> int:
+    """Take in reports that were made elsewhere, where this registry knows their base; returns how many were taken.
 
     They get the keys that an evaluation here would give them, so that it need not be run, and say where they are from.
-    A file names its subject and suite by content; it means nothing for an adapter with other bytes.
+    A report names its subject and suite by content; it means nothing for an adapter with other bytes.
     """
     versions = {} if _missing() else _versions()  # without the extra there is nothing that they could spare
     taken = 0
-    for path in sorted(folder.glob("*.json")):
-        for report in from_json(path.read_bytes(), list[EvalReport]):
-            base = ledger.find_base(report.base_id)
-            if base is None:
-                continue
-            samples = [len(task.samples) for task in report.tasks]
-            key = report_key(report.subject, base, report.suite_digest, samples, {**report.engine, **versions})
-            report = replace(report, key=key, base_id=base.id, engine={**report.engine, "source": IMPORTED})
-            ledger.put_report(report)
-            for version in ledger.versions_by_digest(report.subject) if report.subject != BASE else []:
-                show_metrics(ledger, version, report)
-            taken += 1
+    for report in reports:
+        base = ledger.find_base(report.base_id)
+        if base is None:
+            continue
+        samples = [len(task.samples) for task in report.tasks]
+        key = report_key(report.subject, base, report.suite_digest, samples, {**report.engine, **versions})
+        report = replace(report, key=key, base_id=base.id, engine={**report.engine, "source": IMPORTED})
+        ledger.put_report(report)
+        for version in ledger.versions_by_digest(report.subject) if report.subject != BASE else []:
+            show_metrics(ledger, version, report)
+        taken += 1
     return taken
 
 
 def _new_job(
-    ids: Sequence[str], labels: str, suites: Sequence[Suite], *, limit: int | None, settings: Settings
+    ledger: Ledger, ids: Sequence[str], labels: str, suites: Sequence[Suite], *, limit: int | None, actor: str
 ) -> NewJob:
-    digests = [keep_suite(settings.home, suite) for suite in suites]
+    digests = [keep_suite(ledger, suite) for suite in suites]
     return NewJob(
         kind="eval",
         key=json_digest([sorted(ids), sorted(digests), limit]),
         title=f"evaluate {labels} on {', '.join(suite.name for suite in suites)}",
         spec={"refs": list(ids), "suites": digests, "limit": limit},
-        created_by=settings.actor,
+        created_by=actor,
     )
 
 

@@ -6,7 +6,11 @@ that needs it, so that `ls`, `show`, `lineage` and `jobs` never import it.
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,28 +22,34 @@ from ..api import (
     HistoryView,
     LineageView,
     MethodView,
+    NewToken,
     PlanView,
     Registered,
     RetentionView,
     StageEventView,
     Submitted,
+    SuiteView,
     Verification,
     VersionView,
 )
-from ..domain.job import Job, JobEvent
+from ..domain.access import EVERY_NAME, Scope, Token, check_token, new_secret
+from ..domain.errors import Conflict, NotFound
+from ..domain.evals import EvalReport
+from ..domain.job import Job, JobEvent, LogPiece
 from ..domain.recipe import MergeRequest
 from ..domain.refs import Ref, check_name
+from ..domain.suite import Suite
 from ..domain.version import Base
-from ..ports import Doorbell, Ledger, VersionStore
+from ..ports import Access, Doorbell, Ledger, VersionStore
 from ..settings import Settings
-from ..wire import from_builtins
 from . import bases, diff, doctor, evaluate, merge, pull, register, schedule, select, trace, verify, views
 from .locate_base import remember_base
 from .promote import Stages, check_stage
 from .promote import history as stage_history
 from .resolve import known_adapter, resolve
 from .retain import retention_view
-from .suites import add_suite, load_suite
+from .staging import stage_folder
+from .suites import add_suite, find_suite, keep_suite
 
 
 class LocalRegistry:
@@ -50,6 +60,7 @@ class LocalRegistry:
         settings: Settings,
         ledger: Ledger,
         bell: Doorbell,
+        access: Access,
         *,
         open_versions: Callable[[], VersionStore],
         folders: merge.Folders,
@@ -59,6 +70,7 @@ class LocalRegistry:
         self.settings = settings
         self.ledger = ledger
         self.bell = bell
+        self.access = access
         self.folders = folders
         self.made_on_demand = made_on_demand
         self._open_versions = open_versions
@@ -71,6 +83,12 @@ class LocalRegistry:
         if self._versions is None:
             self._versions = self._open_versions()
         return self._versions
+
+    def acting(self, actor: str) -> LocalRegistry:
+        """The same registry for another caller: what it changes is recorded under that name."""
+        other = copy.copy(self)
+        other.settings = replace(self.settings, actor=actor)
+        return other
 
     # register and read
 
@@ -89,6 +107,7 @@ class LocalRegistry:
         license: str | None = None,
         suite: str | None = None,
         assume_converted: bool = False,
+        files: Path | None = None,
     ) -> Registered:
         registration = register.Registration(
             source=source,
@@ -102,8 +121,9 @@ class LocalRegistry:
             dataset=dataset,
             license=license,
             assume_converted=assume_converted,
+            files=files,
         )
-        loaded = load_suite(Path(suite)) if suite else None
+        loaded = find_suite(self.ledger, suite) if suite else None
         registered = register.register(
             self.ledger,
             registration,
@@ -144,8 +164,26 @@ class LocalRegistry:
         self._check_stage(ref)
         version = resolve(self.ledger, ref)
         with self.folders(version) as stored:
-            pull.pull(version, stored, folder)
+            pull.pull(
+                version.label,
+                version.placement.files,
+                folder,
+                lambda record, to: shutil.copyfile(stored / record.path, to),
+            )
         return views.version_view(self.ledger, version)
+
+    def stage(self) -> AbstractContextManager[Path]:
+        return stage_folder(self.settings.home)
+
+    def check(self) -> None:
+        _ = self.ledger.registry_id
+
+    @contextmanager
+    def files(self, ref: Ref) -> Iterator[tuple[VersionView, Path]]:
+        self._check_stage(ref)
+        version = resolve(self.ledger, ref)
+        with self.folders(version) as stored:
+            yield views.version_view(self.ledger, version), stored
 
     def bases(self) -> list[tuple[Base, tuple[str, ...]]]:
         spellings: dict[str, list[str]] = {}
@@ -154,10 +192,14 @@ class LocalRegistry:
         return [(base, tuple(sorted(spellings.get(base.id, ())))) for base in self.ledger.bases()]
 
     def add_base(self, name: str, *, folder: Path | None = None, revision: str | None = None) -> Base:
-        base = bases.add_base(self.ledger, name, folder=folder, revision=revision)
+        pins = bases.fingerprints(folder) if folder is not None else {}
+        base = self.pin_base(name, revision=revision, pins=pins)
         if folder is not None:
             remember_base(self.settings.home, base.name, folder)
         return base
+
+    def pin_base(self, name: str, *, revision: str | None, pins: Mapping[str, str]) -> Base:
+        return bases.add_base(self.ledger, name, revision=revision, pins=pins)
 
     def alias_base(self, spelling: str, base: str) -> Base:
         return bases.alias_base(self.ledger, spelling, base)
@@ -179,15 +221,29 @@ class LocalRegistry:
         return merge.request_merge(self.ledger, self.bell, request, actor=self.settings.actor)
 
     def verify(self, ref: Ref, *, rerun: bool = True) -> Verification:
+        started = self.start_verification(ref, rerun=rerun)
+        if isinstance(started, Verification):
+            return started
+        for _ in self.follow(started.id):
+            pass
+        return self.verification(started.id)
+
+    def start_verification(self, ref: Ref, *, rerun: bool = True) -> Verification | Job:
         version = resolve(self.ledger, ref)
-        findings = verify.check_files(self.folders, version)
         if not rerun or version.spec.recipe_digest is None:
-            return verify.verification(version, findings, None)
+            return verify.verification(version, verify.check_files(self.folders, version), None)
         new = verify.new_verification(version, actor=self.settings.actor)
-        job, _ = schedule.submit(self.ledger, self.bell, new)
-        *_, ended = self.follow(job.id)
-        schedule.raise_for(ended)
-        return verify.verification(version, findings, from_builtins(ended.result, verify.Comparison))
+        return schedule.submit(self.ledger, self.bell, new)[0]
+
+    def verification(self, job_id: str) -> Verification:
+        job = self.job(job_id)
+        if job.kind != "verify":
+            raise NotFound(f"job {job_id} is no verification", hint="adapterctl jobs ls --kind verify")
+        if not job.ended:
+            raise Conflict(f"job {job_id} is {job.state}", hint=f"adapterctl jobs wait {job_id}")
+        schedule.raise_for(job)
+        version = self.ledger.versions_by_id([job.spec["version_id"]])[job.spec["version_id"]]
+        return verify.verification(version, verify.check_files(self.folders, version), verify.outcome_of(job))
 
     def remove(self, ref: Ref, *, reason: str) -> VersionView:
         version = resolve(self.ledger, ref, removed=True)
@@ -203,14 +259,22 @@ class LocalRegistry:
 
     # jobs
 
-    def jobs(self, *, state: str | None = None, kind: str | None = None, limit: int = 100) -> list[Job]:
-        return self.ledger.jobs(states=schedule.parse_states(state), kind=kind, limit=limit)
+    def jobs(
+        self, *, state: str | None = None, kind: str | None = None, limit: int = 100, before: str | None = None
+    ) -> list[Job]:
+        return self.ledger.jobs(states=schedule.parse_states(state), kind=kind, limit=limit, before=before)
 
     def job(self, job_id: str) -> Job:
         return schedule.find_job(self.ledger, job_id)
 
     def job_events(self, job_id: str, after: int = 0) -> list[JobEvent]:
         return self.ledger.events(self.job(job_id).id, after)
+
+    def job_log(self, job_id: str, after: int = 0) -> list[LogPiece]:
+        return self.ledger.log(self.job(job_id).id, after)
+
+    def wake(self, job_id: str) -> None:
+        self.bell.ring(job_id)
 
     def follow(self, job_id: str, *, timeout_s: float | None = None) -> Iterator[Job]:
         return schedule.follow(self.ledger, self.bell, self.job(job_id).id, timeout_s=timeout_s)
@@ -235,13 +299,22 @@ class LocalRegistry:
         )
 
     def set_suite(self, name: str, suite: str) -> None:
-        add_suite(self.ledger, known_adapter(self.ledger, check_name(name)), load_suite(Path(suite)))
+        add_suite(self.ledger, known_adapter(self.ledger, check_name(name)), find_suite(self.ledger, suite))
 
     def retention(self, ref: Ref) -> RetentionView:
         return retention_view(self.ledger, resolve(self.ledger, ref))
 
     def import_reports(self, folder: Path) -> int:
-        return evaluate.import_reports(self.ledger, folder)
+        return self.take_reports(evaluate.read_reports(folder))
+
+    def take_reports(self, reports: Sequence[EvalReport]) -> int:
+        return evaluate.import_reports(self.ledger, reports)
+
+    def suites(self) -> list[SuiteView]:
+        return [SuiteView(name, digest) for name, digest in self.ledger.kept_suites()]
+
+    def keep_suite(self, suite: Suite) -> SuiteView:
+        return SuiteView(suite.name, keep_suite(self.ledger, suite))
 
     # stages
 
@@ -262,6 +335,24 @@ class LocalRegistry:
         self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
     ) -> HistoryView:
         return stage_history(self.ledger, name, stage=stage, verify=verify, head=head)
+
+    # tokens
+
+    def tokens(self) -> list[Token]:
+        return self.access.tokens()
+
+    def create_token(
+        self, name: str, *, scope: Scope, names: Sequence[str] = EVERY_NAME, valid_s: float | None = None
+    ) -> NewToken:
+        check_token(name, names, valid_s)
+        secret = new_secret()
+        token = self.access.add_token(
+            secret, name=name, scope=scope, names=names, created_by=self.settings.actor, valid_s=valid_s
+        )
+        return NewToken(token, secret)
+
+    def revoke_token(self, token_id: str) -> Token:
+        return self.access.revoke_token(token_id)
 
     # the registry itself
 

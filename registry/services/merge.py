@@ -27,7 +27,7 @@ from .register import publish
 from .resolve import resolve
 from .schedule import Done, Task
 from .staging import stage_folder
-from .suites import load_suite
+from .suites import find_suite
 from .views import version_view
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -90,7 +90,7 @@ def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, acto
                 "adapter_id": adapter_id,
                 "recipe": ready.recipe.to_json(),
                 "parents": [parent.id for parent in ready.parents],
-                "suites": [to_builtins(load_suite(Path(suite))) for suite in request.suites],
+                "suites": [to_builtins(find_suite(ledger, suite)) for suite in request.suites],
                 "max_loss": request.max_loss,
             },
             created_by=actor,

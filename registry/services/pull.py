@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..domain.digest import file_digest
@@ -29,18 +29,13 @@ def damage(folder: Path, files: Sequence[FileRecord]) -> list[str]:
 
 def check_intact(version: AdapterVersion, folder: Path) -> None:
     """Raises `Corrupt` naming every file that is not what was registered."""
-    findings = damage(folder, version.placement.files)
-    if findings:
-        raise Corrupt(
-            f"the stored files of {version.label} are damaged: {'; '.join(findings)}",
-            hint="restore them from a backup, or register the adapter again from its source",
-        )
+    _check(version.label, version.placement.files, folder)
 
 
-def pull(version: AdapterVersion, stored: Path, target: Path) -> None:
-    """Copy the files of `version` from `stored` to `target`, which must not exist or be an empty folder.
+def pull(label: str, files: Sequence[FileRecord], target: Path, fetch: Callable[[FileRecord, Path], object]) -> None:
+    """Get the files of a version into `target`, which must not exist or be an empty folder.
 
-    The copy is verified before it gets its name; a failure leaves nothing behind.
+    `fetch` writes one file to a path. All are verified before the folder gets its name; a failure leaves nothing.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Conflict(f"{target} exists and is not an empty folder", hint="give a new folder")
@@ -50,20 +45,29 @@ def pull(version: AdapterVersion, stored: Path, target: Path) -> None:
     except OSError as error:
         raise Unavailable(f"{target} cannot be written: {error.strerror}", hint="give another folder") from error
     try:
-        for record in version.placement.files:
+        for record in files:
             (temporary / record.path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(stored / record.path, temporary / record.path)
-        check_intact(version, temporary)
+            fetch(record, temporary / record.path)
+        _check(label, files, temporary)
         temporary.chmod(0o777 & ~_umask())
         temporary.replace(target)
     except FileNotFoundError as error:
-        raise Corrupt(f"{version.label} lost a file: {error.filename}", hint="see `adapterctl verify`") from error
+        raise Corrupt(f"{label} lost a file: {error.filename}", hint="see `adapterctl verify`") from error
     except OSError as error:
         raise Unavailable(
             f"{target} cannot be written: {error.strerror}", hint="free space or give another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check(label: str, files: Sequence[FileRecord], folder: Path) -> None:
+    findings = damage(folder, files)
+    if findings:
+        raise Corrupt(
+            f"the stored files of {label} are damaged: {'; '.join(findings)}",
+            hint="restore them from a backup, or register the adapter again from its source",
+        )
 
 
 def _umask() -> int:

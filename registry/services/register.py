@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -49,7 +49,10 @@ SourceFolder = Callable[[Source], AbstractContextManager[tuple[Path, Source]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registration:
-    """What the caller says about a new version; the rest is read from its files."""
+    """What the caller says about a new version; the rest is read from its files.
+
+    `files` is where those of a `source` on another machine were put.
+    """
 
     source: str
     name: str
@@ -62,6 +65,7 @@ class Registration:
     dataset: str | None = None
     license: str | None = None
     assume_converted: bool = False
+    files: Path | None = None
 
 
 def register(
@@ -81,7 +85,12 @@ def register(
     from ..merging.tensors import measure
 
     _check_words(registration)
-    opened = _source_folder(parse_source(registration.source), open_versions, open_hub)
+    source = parse_source(registration.source)
+    opened: AbstractContextManager[tuple[Path, Source]] = (
+        _source_folder(source, open_versions, open_hub)
+        if registration.files is None
+        else nullcontext((registration.files, source))
+    )
     with opened as (folder, source), stage_folder(home) as staged:
         facts = _take_in(folder, staged, assume_converted=registration.assume_converted)
         measured = measure(staged / WEIGHTS_FILE, facts)
@@ -249,7 +258,7 @@ def _source_folder(
 
 def _take_in(folder: Path, staged: Path, *, assume_converted: bool) -> AdapterFacts:
     """Copy the adapter's files into `staged` and judge the copy; a bad one is refused before its weights are copied."""
-    _check_folder(folder)
+    check_folder(folder)
     inspect(folder, assume_converted=assume_converted)
     _copy(folder / CONFIG_FILE, staged / CONFIG_FILE)
     _copy(folder / WEIGHTS_FILE, staged / WEIGHTS_FILE)
@@ -258,7 +267,8 @@ def _take_in(folder: Path, staged: Path, *, assume_converted: bool) -> AdapterFa
     return inspect(staged, assume_converted=assume_converted)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Raise where the folder does not even look like an adapter; reads its listing only."""
     if not folder.exists():
         raise NotFound(f"{folder} is not there", hint="give the folder that PEFT's save_pretrained wrote")
     if not folder.is_dir():

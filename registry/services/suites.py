@@ -5,7 +5,6 @@ The file is untrusted: YAML's safe loader, no key twice, data only from the suit
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -57,26 +56,16 @@ def suites_of(ledger: Ledger, version: AdapterVersion) -> list[Suite]:
     return list({suite.digest: suite for suite in found}.values())
 
 
-def keep_suite(home: Path, suite: Suite) -> str:
+def keep_suite(ledger: Ledger, suite: Suite) -> str:
     """Store the suite under its digest, where a job finds it whatever became of its file; returns the digest."""
-    path = _kept(home, suite.digest)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(to_json(suite), encoding="utf-8")
-        partial.replace(path)
-    return path.stem
+    ledger.keep_suite(suite.digest, suite.name, to_json(suite))
+    return suite.digest
 
 
-def find_suite(home: Path, text: str) -> Suite:
+def find_suite(ledger: Ledger, text: str) -> Suite:
     """The suite that `text` names: the digest of a kept one, or the path of a YAML file."""
-    if re.fullmatch("[0-9a-f]{64}", text) and _kept(home, text).is_file():
-        return from_json(_kept(home, text).read_bytes(), Suite)
-    return load_suite(Path(text))
-
-
-def _kept(home: Path, digest: str) -> Path:
-    return home / "suites" / f"{digest}.json"
+    kept = ledger.kept_suite(text) if re.fullmatch("[0-9a-f]{64}", text) else None
+    return load_suite(Path(text)) if kept is None else from_json(kept, Suite)
 
 
 def _read(path: Path, limit: int, *, shown: str = "") -> bytes:

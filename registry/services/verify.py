@@ -18,6 +18,7 @@ from ..domain.job import Job, NewJob
 from ..domain.recipe import recipe_from_json
 from ..domain.version import AdapterVersion
 from ..ports import Ledger
+from ..wire import from_builtins
 from .merge import Folders, merge_task
 from .pull import damage
 from .schedule import Done, Task
@@ -48,6 +49,11 @@ def new_verification(version: AdapterVersion, *, actor: str) -> NewJob:
         spec={"version_id": version.id},
         created_by=actor,
     )
+
+
+def outcome_of(job: Job) -> Comparison:
+    """What the rerun of a recipe found, from its ended job."""
+    return from_builtins(job.result, Comparison)
 
 
 def verification(version: AdapterVersion, findings: Sequence[str], outcome: Comparison | None) -> Verification:

@@ -19,7 +19,7 @@ from typing import Literal, ParamSpec, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..domain.errors import Corrupt, Misconfigured, NotAllowed, NotFound, Unavailable
-from .mlflow_server import ENVIRONMENT, artifact_root, embedded_uri
+from .mlflow_server import ENVIRONMENT, artifact_root, client_uri, embedded_uri
 
 for _name, _value in ENVIRONMENT.items():  # read by MLflow while it is imported
     os.environ.setdefault(_name, _value)
@@ -108,12 +108,12 @@ def _first_bytes(path: Path) -> bytes:
 class Mlflow:
     """The experiment `adapters` of one MLflow, which carries the id of the ledger that it belongs to."""
 
-    def __init__(self, tracking_uri: str | None, home: Path, registry_id: str) -> None:
-        self.uri = tracking_uri or embedded_uri(home)
+    def __init__(self, tracking_uri: str | None, home: Path, registry_id: str, artifacts: str | None = None) -> None:
+        self.uri = client_uri(tracking_uri or embedded_uri(home))
         if self.uri == embedded_uri(home):
             _check_can_open(home / "mlflow.db")
         self.client = _connect(self.uri)
-        self._home = home
+        self._artifacts = artifacts or artifact_root(home)
         self._registry_id = registry_id
         self._remote = self.uri.startswith(("http://", "https://"))
         self._experiment: str | None = None
@@ -143,7 +143,7 @@ class Mlflow:
 
     def _create_experiment(self) -> str:
         # without a location of its own, MLflow would write to ./mlruns of whoever runs the command
-        location = None if self._remote else artifact_root(self._home)
+        location = None if self._remote else self._artifacts
         try:
             return str(self.client.create_experiment(EXPERIMENT, location, tags={REGISTRY_ID: self._registry_id}))
         except MlflowException as error:

@@ -1,10 +1,13 @@
-"""Where the embedded MLflow lies, and how its stock pages are served. Does not import MLflow."""
+"""Where MLflow lies, and how its stock pages are served. Imports MLflow only to serve it in this process."""
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from ..settings import Settings
@@ -17,6 +20,14 @@ ENVIRONMENT: Mapping[str, str] = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for data
 }
 
+#: What a server of MLflow must not do here.
+SWITCHED_OFF: Mapping[str, str] = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+}
+
+POSTGRES = ("postgresql", "postgres")
+
 
 def embedded_uri(home: Path) -> str:
     """MLflow's tracking and registry address of the embedded registry."""
@@ -26,6 +37,22 @@ def embedded_uri(home: Path) -> str:
 def artifact_root(home: Path) -> str:
     """Where the embedded registry keeps bytes, as the URI that MLflow's experiment is given."""
     return (home.absolute() / "artifacts").as_uri()
+
+
+def client_uri(uri: str) -> str:
+    """The address as MLflow takes it: PostgreSQL through psycopg2.
+
+    Its queries compare numbers with texts, which psycopg 3 passes on with their types and the server then refuses.
+    """
+    scheme, separator, rest = uri.partition("://")
+    return f"postgresql+psycopg2://{rest}" if separator and scheme.partition("+")[0] in POSTGRES else uri
+
+
+def without_password(uri: str) -> str:
+    """The address as it may be stored and shown."""
+    parts = urlsplit(uri)
+    user, _, host = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{user.partition(':')[0]}@{host}" if user else host).geturl() if user else uri
 
 
 def ui_command(
@@ -45,5 +72,31 @@ def ui_command(
         *("--host", host, "--port", str(port), "--workers", "1"),
         *("--allowed-hosts", f"localhost:{port},127.0.0.1:{port},{host}:{port}"),
     ]
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-    return command, {**ENVIRONMENT, **environment}
+    return command, {**ENVIRONMENT, **SWITCHED_OFF}
+
+
+def application(uri: str, settings: Settings) -> Any:
+    """MLflow's own ASGI application on the store at `uri`, to be mounted in ours; None where `uri` is a server already.
+
+    Our door stands in front of it, so its own host check is told to let pass what comes that far.
+    """
+    if uri.startswith(("http://", "https://")):
+        return None
+    ours = {
+        **ENVIRONMENT,
+        **SWITCHED_OFF,
+        # private names, as `mlflow server` sets them for its workers
+        "_MLFLOW_SERVER_FILE_STORE": uri,
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": settings.artifacts or artifact_root(settings.home),
+        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": "*",
+    }
+    os.environ.update(ours)
+    with warnings.catch_warnings():
+        # MLflow 3.17 uses a module that starlette is about to drop
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # deferred: seconds, and only this needs it
+        from mlflow.server.fastapi_app import app
+
+    return app

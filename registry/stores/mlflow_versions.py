@@ -65,11 +65,16 @@ class MlflowVersions:
         tracking_uri: an MLflow server, or None for the embedded registry.
         home: holds `mlflow.db` and `artifacts/` of an embedded registry.
         registry_id: the ledger's; MLflow's experiment carries it too, and a different one is refused.
+        artifacts: where a new registry keeps its files, unless in `home`; a tracking server decides that itself.
     """
 
-    def __init__(self, tracking_uri: str | None, home: Path, registry_id: str) -> None:
-        self._mlflow = Mlflow(tracking_uri, home, registry_id)
+    def __init__(self, tracking_uri: str | None, home: Path, registry_id: str, artifacts: str | None = None) -> None:
+        self._mlflow = Mlflow(tracking_uri, home, registry_id, artifacts)
         self._client = self._mlflow.client
+
+    @property
+    def uri(self) -> str:
+        return self._mlflow.uri
 
     @in_our_words
     def check_identity(self) -> None:

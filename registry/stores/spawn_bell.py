@@ -42,7 +42,7 @@ class SpawnBell:
         return os.posix_spawn(
             sys.executable,
             # -P: a `yaml.py` in the folder where the command was typed must not stand in for ours
-            [sys.executable, "-P", "-m", SUPERVISOR],
+            [sys.executable, "-P", "-m", SUPERVISOR, *self._place()],
             {**os.environ, **self._settings.to_env()},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -51,6 +51,10 @@ class SpawnBell:
             ],
             setsid=True,
         )
+
+    def _place(self) -> list[str]:
+        # on the command line, where it wins over whatever its environment and files say of other registries
+        return [] if self._settings.database_url else ["--home", str(self._settings.home)]
 
     def _forget_ended(self) -> None:
         """A long-lived caller must not collect zombies."""

@@ -193,6 +193,8 @@ def test_jobs_are_listed_newest_first_by_state_and_kind(ledger: Ledger):
     assert [job.id for job in ledger.jobs()] == ids[::-1]
     assert [job.id for job in ledger.jobs(states=[JobState.QUEUED], kind="merge")] == [ids[2]]
     assert [job.id for job in ledger.jobs(limit=1)] == [ids[2]]
+    assert [job.id for job in ledger.jobs(limit=1, before=ids[2])] == [ids[1]]
+    assert ledger.jobs(before=ids[0]) == []
 
 
 def test_the_history_of_a_job_is_numbered_and_can_be_read_on(ledger: Ledger):

@@ -353,3 +353,30 @@ def test_a_stage_takes_no_removed_version_and_none_of_another_adapter(ledger: Le
             move(ledger, mine, to=wrong)
 
     assert ledger.stage_history(mine.adapter_id) == []
+
+
+# what several machines share
+
+
+def test_a_suite_is_kept_under_its_digest_once(ledger: Ledger):
+    ledger.keep_suite("d1", "translate", "body")
+    ledger.keep_suite("d1", "translate", "another body")
+    ledger.keep_suite("d2", "chat", "other")
+
+    assert ledger.kept_suite("d1") == "body"
+    assert ledger.kept_suite("d3") is None
+    assert ledger.kept_suites() == [("chat", "d2"), ("translate", "d1")]
+
+
+def test_the_log_of_a_job_is_numbered_and_can_be_read_on(ledger: Ledger):
+    job, _ = ledger.submit(NewJob("merge", "k", "t", {}, "ada"))
+    for text in ("attempt 1\n", "nul \0 and % :these\n", "done\n"):
+        ledger.append_log(job.id, text)
+
+    pieces = ledger.log(job.id)
+
+    assert [piece.seq for piece in pieces] == [1, 2, 3]
+    assert [piece.text for piece in ledger.log(job.id, after=1)] == [
+        "nul \N{REPLACEMENT CHARACTER} and % :these\n",
+        "done\n",
+    ]

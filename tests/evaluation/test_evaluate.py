@@ -275,7 +275,7 @@ def test_committed_results_spare_the_computation_and_say_so(family: World, tmp_p
     (tmp_path / "results" / "tiny.json").write_text(to_json(foreign))
     fresh = _another_registry(family, tmp_path, mlflow_schema)
 
-    taken = evaluate.import_reports(fresh.ledger, tmp_path / "results")
+    taken = evaluate.import_reports(fresh.ledger, evaluate.read_reports(tmp_path / "results"))
     fresh.request("translate")
     fresh.work()
 

@@ -22,6 +22,8 @@ BREACHES = {
     "5 the supervisor loads nothing that its child computes with": ("bootstrap.py", "import torch"),
     "6 merge methods do not know each other": ("registry/merging/methods/bad.py", "from . import worse"),
     "7 no circles between siblings": ("cli/commands/bad.py", "from . import worse"),
+    "8 what speaks HTTP to the world is in rest": ("registry/services/bad.py", "import fastapi"),
+    "9 the client of a server needs the standard library alone": ("registry/rest/problems.py", "import requests"),
 }
 
 # What these floors may import beside the standard library. The contracts name tools that are forbidden, also at second

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import uuid6
-from sqlalchemy import ColumnElement, Connection, Row, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Connection, Row, func, insert, literal, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from ... import wire
 from ...domain.errors import Conflict, NotFound
-from ...domain.job import DEFAULT_MAX_ATTEMPTS, ENDED, LIVE, Job, JobEvent, JobState, NewJob, Progress
+from ...domain.job import DEFAULT_MAX_ATTEMPTS, ENDED, LIVE, Job, JobEvent, JobState, LogPiece, NewJob, Progress
 from .engine import Database, Now, insert_once
-from .tables import job, job_event
+from .tables import job, job_event, job_log
 
 WORKER_LOST = {
     "code": "worker_lost",
@@ -44,9 +44,19 @@ class JobRows:
             row = connection.execute(select(job).where(job.c.id == job_id)).one_or_none()
             return None if row is None else _job(row)
 
-    def jobs(self, *, states: Sequence[JobState] = (), kind: str | None = None, limit: int = 100) -> list[Job]:
+    def jobs(
+        self,
+        *,
+        states: Sequence[JobState] = (),
+        kind: str | None = None,
+        limit: int = 100,
+        before: str | None = None,
+    ) -> list[Job]:
         """Newest first."""
         query = select(job).order_by(job.c.created_at.desc(), job.c.id.desc()).limit(limit)
+        if before is not None:
+            last = select(job.c.created_at, job.c.id).where(job.c.id == before)
+            query = query.where(tuple_(job.c.created_at, job.c.id) < last.scalar_subquery())
         if states:
             query = query.where(job.c.state.in_(states))
         if kind is not None:
@@ -168,6 +178,18 @@ class JobRows:
         query = select(job_event).where(job_event.c.job_id == job_id, job_event.c.seq > after).order_by(job_event.c.seq)
         with self._db.read() as connection:
             return [JobEvent(*row) for row in connection.execute(query)]
+
+    def append_log(self, job_id: str, text: str) -> None:
+        last = select(func.coalesce(func.max(job_log.c.seq), 0) + 1).where(job_log.c.job_id == job_id).scalar_subquery()
+        with self._db.write() as connection:
+            # numbered as events are: under the lock of the job's row
+            connection.execute(select(job.c.id).where(job.c.id == job_id).with_for_update())
+            connection.execute(insert(job_log).values(job_id=job_id, seq=last, text=literal(text.replace("\0", "�"))))
+
+    def log(self, job_id: str, after: int = 0) -> list[LogPiece]:
+        query = select(job_log.c.seq, job_log.c.text).where(job_log.c.job_id == job_id, job_log.c.seq > after)
+        with self._db.read() as connection:
+            return [LogPiece(*row) for row in connection.execute(query.order_by(job_log.c.seq))]
 
     def _reap_one(self, connection: Connection, lost: Job) -> Job:
         mine = held(lost.id, lost.attempt)

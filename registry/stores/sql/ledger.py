@@ -48,6 +48,7 @@ from .tables import (
     metric,
     stage,
     stage_history,
+    suite,
     version,
     version_detail,
 )
@@ -347,6 +348,21 @@ class SqlLedger(JobRows):
         query = columns.where(adapter_suite.c.adapter_id == adapter_id).order_by(adapter_suite.c.position)
         with self._db.read() as connection:
             return [(row.name, row.digest, row.body) for row in connection.execute(query)]
+
+    def keep_suite(self, digest: str, name: str, body: str) -> None:
+        if self.kept_suite(digest) is None:
+            row = {"digest": digest, "name": name, "body": body, "created_at": Now()}
+            with self._db.write() as connection:
+                insert_once(connection, insert(suite).values(row))
+
+    def kept_suite(self, digest: str) -> str | None:
+        with self._db.read() as connection:
+            return connection.execute(select(suite.c.body).where(suite.c.digest == digest)).scalar_one_or_none()
+
+    def kept_suites(self) -> list[tuple[str, str]]:
+        query = select(suite.c.name, suite.c.digest).order_by(suite.c.name, suite.c.digest)
+        with self._db.read() as connection:
+            return [(row.name, row.digest) for row in connection.execute(query)]
 
     # stages
 

@@ -248,3 +248,52 @@ stage_history = Table(
     Column("hash", Text, nullable=False),
     PrimaryKeyConstraint("adapter_id", "seq"),
 )
+
+# Suites that jobs refer to by digest, whatever became of their files.
+suite = Table(
+    "suite",
+    metadata,
+    Column("digest", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
+# What a job's attempts wrote, in pieces, for those who cannot see the worker's disk.
+job_log = Table(
+    "job_log",
+    metadata,
+    Column("job_id", Text, ForeignKey("job.id"), nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("text", Text, nullable=False),
+    PrimaryKeyConstraint("job_id", "seq"),
+)
+
+token = Table(
+    "token",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("secret_sha256", Text, nullable=False, unique=True),
+    Column("scope", Text, nullable=False),
+    Column("names", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("expires_at", Float),
+    Column("last_used_at", Float),
+    Column("revoked_at", Float),
+)
+
+# Answers to requests that carried an Idempotency-Key; without a status they are being worked on.
+replay = Table(
+    "replay",
+    metadata,
+    Column("caller", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("request", Text, nullable=False),
+    Column("at", Float, nullable=False, index=True),
+    Column("status", Integer),
+    Column("headers", Text),
+    Column("body", Text),
+    PrimaryKeyConstraint("caller", "key"),
+)

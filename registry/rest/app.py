@@ -1,0 +1,139 @@
+"""The served registry: our door in front, then `/v1`, then MLflow's own application for everything else.
+
+Made by the composition root, run by `adapterctl serve` under uvicorn, or by anything else that speaks ASGI.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from ..api import ServedRegistry
+from ..domain.access import Scope
+from ..domain.errors import AdapterctlError, InvalidInput, NotAllowed, NotFound, Problem
+from ..domain.job import JobState
+from ..ports import Access
+from .door import Door, Metrics, Rules
+from .problems import MEDIA_TYPE, status_of, to_problem
+from .routes import router
+
+_log = logging.getLogger("adapterctl.rest")
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemView:
+    """RFC 9457; `errors` are all findings of the check that refused."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    hint: str
+    errors: Sequence[Problem]
+    request_id: str
+
+
+def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_app: Any = None, *, version: str) -> Door:
+    """Everything that one address serves."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            if mlflow_app is not None:  # a mounted application is not told of start and end by itself
+                await stack.enter_async_context(mlflow_app.router.lifespan_context(mlflow_app))
+            yield
+
+    app = FastAPI(
+        title="adapterctl",
+        description="A registry for LoRA adapters. Bodies are the JSON of `adapterctl … -o json`.",
+        version=version,
+        lifespan=lifespan,
+        openapi_url="/v1/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": ProblemView, "content": {MEDIA_TYPE: {}}}},
+        redirect_slashes=False,
+    )
+    metrics = Metrics()
+    door = Door(app, rules, access.caller, metrics)
+    app.state.registry, app.state.access, app.state.door = registry, access, door
+    app.state.upload_bytes = rules.upload_bytes
+    app.include_router(router)
+    _add_health(app, registry, metrics)
+    _add_problems(app)
+    if mlflow_app is not None:
+        app.mount("/", mlflow_app)
+    return door
+
+
+def _add_health(app: FastAPI, registry: ServedRegistry, metrics: Metrics) -> None:
+    jobs = Gauge("adapterctl_jobs", "Jobs that are not ended, by state.", ["state"], registry=metrics.registry)
+
+    @app.get("/healthz", include_in_schema=False)
+    async def healthz() -> Response:
+        """The process answers."""
+        return PlainTextResponse("ok\n")
+
+    @app.get("/readyz", include_in_schema=False)
+    def readyz() -> Response:
+        """The ledger answers."""
+        registry.check()
+        return PlainTextResponse("ok\n")
+
+    @app.get("/metrics", include_in_schema=False)
+    def figures(request: Request) -> Response:
+        """For Prometheus, with a token of the scope `read`."""
+        request.state.caller.check(Scope.READ)
+        for state in (JobState.QUEUED, JobState.RUNNING):
+            jobs.labels(state.value).set(len(registry.jobs(state=state.value, limit=10_000)))
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_problems(app: FastAPI) -> None:
+    """Every error leaves as a problem; what nobody expected tells nothing but its request id."""
+
+    def answer(request: Request, error: AdapterctlError, status: int | None = None) -> Response:
+        status = status or status_of(error)
+        body = to_problem(error, status=status, request_id=request.state.request_id)
+        return JSONResponse(body, status, media_type=MEDIA_TYPE)
+
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, AdapterctlError)
+        if status_of(error) >= 500:
+            _log.warning("%s: %s", request.state.request_id, error.message)
+        return answer(request, error)
+
+    async def misread(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        found = [
+            Problem("invalid_input", f"{'.'.join(map(str, each['loc']))}: {each['msg']}"[:500])
+            for each in error.errors()
+        ]
+        return answer(request, InvalidInput("the request cannot be read", hint="see /v1/openapi.json", problems=found))
+
+    async def other(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        kind = {404: NotFound, 405: InvalidInput, 403: NotAllowed}.get(error.status_code, InvalidInput)
+        said = kind(str(error.detail), hint="see /v1/openapi.json")
+        response = answer(request, said, error.status_code)
+        response.headers.update(error.headers or {})
+        return response
+
+    async def unexpected(request: Request, error: Exception) -> Response:
+        _log.exception("%s: unexpected %s", request.state.request_id, type(error).__name__, exc_info=error)
+        return answer(request, AdapterctlError("the server met an error that it did not expect", hint="see its log"))
+
+    app.add_exception_handler(AdapterctlError, ours)
+    app.add_exception_handler(RequestValidationError, misread)
+    app.add_exception_handler(HTTPException, other)
+    app.add_exception_handler(Exception, unexpected)

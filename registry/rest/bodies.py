@@ -1,0 +1,127 @@
+"""What requests may say: the only place where pydantic is used. Unknown fields are refused, not ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..domain.access import EVERY_NAME, Scope
+from ..domain.recipe import MergeRequest
+from ..domain.refs import check_name, parse_parent
+
+Text = Annotated[str, Field(max_length=5000)]
+Short = Annotated[str, Field(max_length=512)]
+Ref = Annotated[str, Field(max_length=300, description="NAME[:vN | @STAGE | @sha256:HEX]", examples=["translate:v3"])]
+SuiteDigest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="Of a suite that was sent to /v1/suites.")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RegisterBody(Body):
+    """A new version. Over this wire a source is hf://, runs:/ or models:/, never a path; or the files come along."""
+
+    source: Annotated[Text, Field(examples=["hf://org/repo@3f2a"])]
+    base: Short | None = None
+    kind: Literal["import", "train"] = "import"
+    trained_from: Ref | None = None
+    metrics: dict[Short, Finite] = {}
+    params: dict[Short, Text] = {}
+    tags: dict[Short, Text] = {}
+    dataset: Text | None = None
+    license: Short | None = None
+    suite: SuiteDigest | None = None
+    assume_converted: bool = False
+
+
+class MergeBody(Body):
+    """A merge, or the plan of one."""
+
+    parents: Annotated[
+        list[Annotated[str, Field(max_length=330, examples=["translate:v3", "chat:v5=0.6"])]], Field(max_length=64)
+    ]
+    into: Short | None = None
+    method: Short = "sum"
+    rank: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    dtype: Short | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    options: dict[Short, float | int | bool | Short] = {}
+    suites: Annotated[list[SuiteDigest], Field(max_length=32)] = []
+    max_loss: Finite | None = None
+
+    def request(self) -> MergeRequest:
+        """Raises `InvalidInput` for a reference that cannot be read."""
+        return MergeRequest(
+            parents=tuple(parse_parent(parent) for parent in self.parents),
+            into=check_name(self.into) if self.into is not None else None,
+            method=self.method,
+            rank=self.rank,
+            dtype=self.dtype,
+            seed=self.seed,
+            options=self.options,
+            suites=tuple(self.suites),
+            max_loss=self.max_loss,
+        )
+
+
+class VerifyBody(Body):
+    ref: Ref
+    rerun: bool = True
+
+
+class EvaluateBody(Body):
+    refs: Annotated[list[Ref], Field(min_length=1, max_length=64)]
+    suites: Annotated[list[SuiteDigest], Field(max_length=32)] = []
+    limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
+class SuiteChoice(Body):
+    suite: SuiteDigest
+
+
+class PromoteBody(Body):
+    version: Annotated[str, Field(max_length=100, description="3, @STAGE or @sha256:HEX", examples=["3"])]
+    to: Short
+    reason: Text = ""
+
+
+class StageBody(Body):
+    stage: Short
+    reason: Text = ""
+
+
+class BaseBody(Body):
+    """A base, pinned by a revision or by digests of its files."""
+
+    name: Short
+    revision: Short | None = None
+    config_digest: Short | None = None
+    weights_digest: Short | None = None
+    tokenizer_digest: Short | None = None
+
+    def pins(self) -> dict[str, str]:
+        return {
+            key: value
+            for key in ("config_digest", "weights_digest", "tokenizer_digest")
+            if (value := getattr(self, key)) is not None
+        }
+
+
+class AliasBody(Body):
+    spelling: Short
+    base: Short
+
+
+class BaseMergeBody(Body):
+    keep: Short
+    drop: Short
+
+
+class TokenBody(Body):
+    name: Short
+    scope: Scope
+    names: Annotated[list[Short], Field(max_length=32)] = list(EVERY_NAME)
+    valid_s: Finite | None = None

@@ -1,0 +1,536 @@
+"""`RegistryAPI` over HTTP: every verb as a request to a served registry, its problems as our errors.
+
+Uses the standard library alone, so that a command that goes to a server starts at once. A POST carries an
+Idempotency-Key and is sent again when the connection broke; a stream of events is taken up where it broke.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
+
+from .. import wire
+from ..api import (
+    AdapterView,
+    Check,
+    DiffView,
+    Direction,
+    HistoryView,
+    LineageView,
+    MethodView,
+    NewToken,
+    PlanView,
+    Registered,
+    RetentionView,
+    StageEventView,
+    Submitted,
+    SuiteView,
+    Verification,
+    VersionView,
+)
+from ..domain.access import EVERY_NAME, Caller, Scope, Token
+from ..domain.errors import InvalidInput, Unavailable, WaitTimedOut
+from ..domain.evals import EvalReport
+from ..domain.job import Job, JobEvent, LogPiece
+from ..domain.recipe import MergeRequest
+from ..domain.refs import Ref, parse_source
+from ..domain.suite import Suite
+from ..domain.version import Base, FileRecord
+from .problems import from_problem
+
+T = TypeVar("T")
+Fetch = Callable[[FileRecord, Path], None]
+
+PAGE = 1000
+TIMEOUT_S = 60.0
+#: An event stream says something every ten seconds.
+SILENT_S = 30.0
+TRIES = 4
+_BLOCK = 1 << 20
+_DIGEST = re.compile("[0-9a-f]{64}")
+_OPTIONAL_FILE = "README.md"
+_FILES = ("adapter_config.json", "adapter_model.safetensors", _OPTIONAL_FILE)
+
+
+class OwnFiles(Protocol):
+    """What verbs do with files of this machine before or after the server is asked; given by the composition root."""
+
+    def check_folder(self, folder: Path) -> None: ...
+    def load_suite(self, path: Path) -> Suite: ...
+    def fingerprints(self, folder: Path) -> Mapping[str, str]: ...
+    def read_reports(self, folder: Path) -> list[EvalReport]: ...
+    def pull(self, label: str, files: Sequence[FileRecord], target: Path, fetch: Fetch) -> None: ...
+
+
+class Answer(Protocol):
+    """What came back; `http.client.HTTPResponse` is one."""
+
+    status: int
+
+    def read(self, amount: int = -1, /) -> bytes: ...
+    def readline(self) -> bytes: ...
+    def close(self) -> None: ...
+
+
+class Transport(Protocol):
+    """Sends one request. Raises `OSError` or `http.client.HTTPException` where that fails."""
+
+    def send(
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes | Iterable[bytes] | None,
+        timeout_s: float,
+    ) -> Answer: ...
+
+
+class Http:
+    """A connection of its own for each request."""
+
+    def __init__(self, server: str) -> None:
+        parts = urlsplit(server)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            raise InvalidInput(f"{server[:200]!r} is no address of a server", hint="http://HOST:PORT or https://HOST")
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connect: Callable[[float], http.client.HTTPConnection] = lambda timeout_s: kind(
+            parts.netloc, timeout=timeout_s
+        )
+        self._prefix = parts.path.rstrip("/")
+
+    def send(
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes | Iterable[bytes] | None,
+        timeout_s: float,
+    ) -> Answer:
+        connection = self._connect(timeout_s)
+        try:
+            connection.request(method, self._prefix + target, body, dict(headers))
+        except (BrokenPipeError, ConnectionResetError):
+            if not isinstance(body, bytes | None):
+                # a server that refuses a large upload answers before it has read all of it
+                return connection.getresponse()
+            raise
+        return connection.getresponse()
+
+
+class RemoteRegistry:
+    """The registry behind an address. The server knows who we are by the token."""
+
+    def __init__(self, server: str, token: str | None, own: OwnFiles, *, transport: Transport | None = None) -> None:
+        self._server = server
+        self._token = token
+        self._own = own
+        self._transport: Transport = transport or Http(server)
+
+    def whoami(self) -> Caller:
+        """Who the token belongs to, and what it may do."""
+        return self._get("/v1/whoami", Caller)
+
+    # register and read
+
+    def register(
+        self,
+        source: str,
+        *,
+        name: str,
+        base: str | None = None,
+        kind: Literal["import", "train"] = "import",
+        trained_from: Ref | None = None,
+        metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        dataset: str | None = None,
+        license: str | None = None,
+        suite: str | None = None,
+        assume_converted: bool = False,
+    ) -> Registered:
+        parsed = parse_source(source)
+        about = wire.to_json(
+            {
+                "source": source,
+                "base": base,
+                "kind": kind,
+                "trained_from": str(trained_from) if trained_from else None,
+                "metrics": metrics or {},
+                "params": params or {},
+                "tags": tags or {},
+                "dataset": dataset,
+                "license": license,
+                "suite": self._keep_suite(suite) if suite else None,
+                "assume_converted": assume_converted,
+            }
+        ).encode()
+        path = f"/v1/adapters/{_quoted(name)}/versions"
+        if parsed.kind != "folder":
+            return self._post(path, about, Registered)
+        folder = Path(parsed.location).expanduser()
+        self._own.check_folder(folder)
+        return wire.from_json(self._upload(path, about, folder), Registered)
+
+    def adapters(self) -> list[AdapterView]:
+        return self._pages("/v1/adapters", {}, "adapters", AdapterView)
+
+    def versions(
+        self,
+        name: str | None = None,
+        *,
+        base: str | None = None,
+        tag: Mapping[str, str] | None = None,
+        stage: str | None = None,
+        metric: Sequence[str] = (),
+        removed: bool = False,
+    ) -> list[VersionView]:
+        query = {
+            "name": name,
+            "base": base,
+            "tag": [f"{key}={value}" for key, value in (tag or {}).items()],
+            "stage": stage,
+            "metric": list(metric),
+            "removed": "true" if removed else None,
+        }
+        return self._pages("/v1/versions", query, "versions", VersionView)
+
+    def version(self, ref: Ref) -> VersionView:
+        return self._get(_path(ref), VersionView)
+
+    def diff(self, first: Ref, second: Ref) -> DiffView:
+        return self._get("/v1/diff", DiffView, {"first": str(first), "second": str(second)})
+
+    def pull(self, ref: Ref, folder: Path) -> VersionView:
+        version = self.version(ref)
+        # by its number: what a stage means may change while the files are on their way
+        path = _path(Ref(version.name, number=version.number))
+        self._own.pull(version.ref, version.files, folder, lambda record, to: self._download(path, record, to))
+        return version
+
+    def bases(self) -> list[tuple[Base, tuple[str, ...]]]:
+        found = self._get("/v1/bases", list[dict[str, Any]])
+        return [(wire.from_builtins(row["base"], Base), tuple(row["spellings"])) for row in found]
+
+    def add_base(self, name: str, *, folder: Path | None = None, revision: str | None = None) -> Base:
+        pins = self._own.fingerprints(folder) if folder is not None else {}
+        return self._post("/v1/bases", {"name": name, "revision": revision, **pins}, Base)
+
+    def alias_base(self, spelling: str, base: str) -> Base:
+        return self._post("/v1/base-aliases", {"spelling": spelling, "base": base}, Base)
+
+    def merge_bases(self, keep: str, drop: str) -> Base:
+        return self._post("/v1/base-merges", {"keep": keep, "drop": drop}, Base)
+
+    # merge
+
+    def methods(self) -> list[MethodView]:
+        return self._get("/v1/methods", list[MethodView])
+
+    def plan(self, request: MergeRequest) -> PlanView:
+        return self._post("/v1/plans", self._merge_body(request), PlanView)
+
+    def merge(self, request: MergeRequest) -> Submitted:
+        return self._post("/v1/merges", self._merge_body(request), Submitted)
+
+    def verify(self, ref: Ref, *, rerun: bool = True) -> Verification:
+        status, body = self._call("POST", "/v1/verifications", {"ref": str(ref), "rerun": rerun})
+        if status != 202:
+            return wire.from_json(body, Verification)
+        job = wire.from_json(body, Job)
+        for _ in self.follow(job.id):
+            pass
+        return self._get(f"/v1/verifications/{_quoted(job.id)}", Verification)
+
+    def remove(self, ref: Ref, *, reason: str) -> VersionView:
+        _, body = self._call("DELETE", _path(ref), query={"reason": reason})
+        return wire.from_json(body, VersionView)
+
+    # lineage
+
+    def lineage(self, ref: Ref, *, direction: Direction = "both", depth: int | None = None) -> LineageView:
+        return self._get(f"{_path(ref)}/lineage", LineageView, {"direction": direction, "depth": depth})
+
+    # jobs
+
+    def jobs(self, *, state: str | None = None, kind: str | None = None, limit: int = 100) -> list[Job]:
+        return self._pages("/v1/jobs", {"state": state, "kind": kind}, "jobs", Job, limit=limit)
+
+    def job(self, job_id: str) -> Job:
+        return self._get(f"/v1/jobs/{_quoted(job_id)}", Job)
+
+    def job_events(self, job_id: str, after: int = 0) -> list[JobEvent]:
+        return self._get(f"/v1/jobs/{_quoted(job_id)}/events", list[JobEvent], {"after": after})
+
+    def job_log(self, job_id: str, after: int = 0) -> list[LogPiece]:
+        """What the job's attempts wrote, after that piece."""
+        return self._get(f"/v1/jobs/{_quoted(job_id)}/log", list[LogPiece], {"after": after})
+
+    def follow(self, job_id: str, *, timeout_s: float | None = None) -> Iterator[Job]:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        job = self.job(job_id)
+        yield job
+        seen, broken = 0, 0
+        while not job.ended:
+            _check_time(job, timeout_s, deadline)
+            try:
+                for kind, event_id, data in self._events(job_id, seen, deadline):
+                    broken = 0
+                    if kind == "event":
+                        seen = event_id
+                    elif kind == "job" and (changed := wire.from_json(data, Job)) != job:
+                        job = changed
+                        yield job
+                    if job.ended:
+                        return
+            except (OSError, http.client.HTTPException) as error:
+                broken += 1
+                if broken >= TRIES and not (deadline and time.monotonic() >= deadline):
+                    raise self._unreachable(error) from error
+            if deadline is None or time.monotonic() < deadline:
+                time.sleep(0.1 * 2**broken)
+
+    def cancel(self, job_id: str) -> Job:
+        return self._post(f"/v1/jobs/{_quoted(job_id)}/cancel", None, Job)
+
+    def retry(self, job_id: str) -> Job:
+        return self._post(f"/v1/jobs/{_quoted(job_id)}/retry", None, Job)
+
+    # evaluation
+
+    def evaluate(self, refs: Sequence[Ref], *, suites: Sequence[str], limit: int | None = None) -> Job:
+        digests = [self._keep_suite(suite) for suite in suites]
+        return self._post(
+            "/v1/evaluations", {"refs": [str(ref) for ref in refs], "suites": digests, "limit": limit}, Job
+        )
+
+    def set_suite(self, name: str, suite: str) -> None:
+        digest = self._keep_suite(suite)
+        self._call("PUT", f"/v1/adapters/{_quoted(name)}/suite", {"suite": digest})
+
+    def retention(self, ref: Ref) -> RetentionView:
+        return self._get(f"{_path(ref)}/retention", RetentionView)
+
+    def import_reports(self, folder: Path) -> int:
+        return int(self._post("/v1/reports", self._own.read_reports(folder), dict[str, int])["taken"])
+
+    # stages
+
+    def promote(self, ref: Ref, *, to: str, reason: str = "") -> StageEventView:
+        body = {"version": _selector(ref), "to": to, "reason": reason}
+        return self._post(f"/v1/adapters/{_quoted(ref.name)}/promotions", body, StageEventView)
+
+    def rollback(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
+        return self._move("rollbacks", name, stage, reason)
+
+    def demote(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
+        return self._move("demotions", name, stage, reason)
+
+    def adopt(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
+        return self._move("adoptions", name, stage, reason)
+
+    def history(
+        self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
+    ) -> HistoryView:
+        query = {"stage": stage, "verify": "true" if verify else None, "head": head}
+        return self._get(f"/v1/adapters/{_quoted(name)}/history", HistoryView, query)
+
+    # tokens
+
+    def tokens(self) -> list[Token]:
+        return self._get("/v1/tokens", list[Token])
+
+    def create_token(
+        self, name: str, *, scope: Scope, names: Sequence[str] = EVERY_NAME, valid_s: float | None = None
+    ) -> NewToken:
+        body = {"name": name, "scope": scope, "names": list(names), "valid_s": valid_s}
+        return self._post("/v1/tokens", body, NewToken)
+
+    def revoke_token(self, token_id: str) -> Token:
+        _, body = self._call("DELETE", f"/v1/tokens/{_quoted(token_id)}")
+        return wire.from_json(body, Token)
+
+    # the registry itself
+
+    def doctor(self) -> list[Check]:
+        caller = self.whoami()
+        server = Check("server", "ok", f"{self._server}, as {caller.name} with the scope {caller.scope}")
+        return [server, *self._get("/v1/doctor", list[Check])]
+
+    # what the verbs share
+
+    def _move(self, what: str, name: str, stage: str, reason: str) -> StageEventView:
+        return self._post(f"/v1/adapters/{_quoted(name)}/{what}", {"stage": stage, "reason": reason}, StageEventView)
+
+    def _merge_body(self, request: MergeRequest) -> dict[str, Any]:
+        return {
+            "parents": [f"{parent.ref}={parent.weight!r}" for parent in request.parents],
+            "into": request.into,
+            "method": request.method,
+            "rank": request.rank,
+            "dtype": request.dtype,
+            "seed": request.seed,
+            "options": request.options,
+            "suites": [self._keep_suite(suite) for suite in request.suites],
+            "max_loss": request.max_loss,
+        }
+
+    def _keep_suite(self, suite: str) -> str:
+        """The digest of a suite that the server keeps; a file of ours is sent there first."""
+        if _DIGEST.fullmatch(suite) and not Path(suite).exists():
+            return suite
+        return self._post("/v1/suites", self._own.load_suite(Path(suite)), SuiteView).digest
+
+    def _pages(
+        self, path: str, query: Mapping[str, Any], key: str, kind: type[T], *, limit: int | None = None
+    ) -> list[T]:
+        found: list[T] = []
+        token: str | None = None
+        while limit is None or len(found) < limit:
+            size = PAGE if limit is None else min(PAGE, limit - len(found))
+            page = self._get(path, dict[str, Any], {**query, "max_results": size, "page_token": token})
+            found += [wire.from_builtins(item, kind) for item in page[key]]
+            token = page["next_page_token"]
+            if token is None:
+                break
+        return found
+
+    def _get(self, path: str, kind: type[T], query: Mapping[str, Any] | None = None) -> T:
+        _, body = self._call("GET", path, query=query)
+        return wire.from_json(body, kind)
+
+    def _post(self, path: str, body: Any, kind: type[T]) -> T:
+        _, answer = self._call("POST", path, body)
+        return wire.from_json(answer, kind)
+
+    def _call(
+        self, method: str, path: str, body: Any = None, *, query: Mapping[str, Any] | None = None
+    ) -> tuple[int, bytes]:
+        """Send a request, again where the connection broke and it is safe; raise the error that comes back."""
+        content = body if isinstance(body, bytes) else b"" if body is None else wire.to_json(body).encode()
+        headers = self._headers()
+        if method == "POST":
+            headers |= {"Idempotency-Key": str(uuid.uuid4())}
+        if body is not None:
+            headers |= {"Content-Type": "application/json"}
+        for attempt in range(1, TRIES + 1):
+            try:
+                answer = self._transport.send(method, _target(path, query), headers, content, TIMEOUT_S)
+                return _checked(answer)
+            except (OSError, http.client.HTTPException) as error:
+                if attempt == TRIES or isinstance(error, TimeoutError):
+                    raise self._unreachable(error) from error
+                time.sleep(0.05 * 4**attempt)
+        raise AssertionError("unreachable")
+
+    def _events(self, job_id: str, seen: int, deadline: float | None) -> Iterator[tuple[str, int, bytes]]:
+        """(kind, id, data) of the job's event stream; ends quietly at the deadline."""
+        silence = SILENT_S if deadline is None else max(0.05, min(SILENT_S, deadline - time.monotonic()))
+        headers = self._headers() | {"Accept": "text/event-stream", "Last-Event-ID": str(seen)}
+        answer = self._transport.send("GET", f"/v1/jobs/{_quoted(job_id)}/events", headers, None, silence)
+        with closing(answer):
+            if answer.status >= 300:
+                _checked(answer)
+            fields: dict[bytes, bytes] = {}
+            while line := answer.readline():
+                if deadline is not None and time.monotonic() >= deadline:
+                    return
+                name, _, value = line.rstrip(b"\r\n").partition(b": ")
+                if name:
+                    fields[name] = value
+                elif b"event" in fields:
+                    yield fields[b"event"].decode(), int(fields.get(b"id", b"0")), fields.get(b"data", b"")
+                    fields = {}
+
+    def _download(self, path: str, record: FileRecord, target: Path) -> None:
+        location = f"{path}/files/{quote(record.path)}"
+        try:
+            answer = self._transport.send("GET", location, self._headers(), None, TIMEOUT_S)
+            with closing(answer):
+                if answer.status >= 300:
+                    _checked(answer)
+                with target.open("xb") as file:
+                    while block := answer.read(_BLOCK):
+                        file.write(block)
+        except http.client.HTTPException as error:
+            raise self._unreachable(error) from error
+
+    def _upload(self, path: str, about: bytes, folder: Path) -> bytes:
+        boundary = uuid.uuid4().hex
+        files = [folder / name for name in _FILES if name != _OPTIONAL_FILE or (folder / name).is_file()]
+        heads = [
+            _part_head(boundary, "about").lstrip(),
+            *(_part_head(boundary, file.name, file=True) for file in files),
+        ]
+        end = f"\r\n--{boundary}--\r\n".encode()
+        length = sum(map(len, heads)) + len(about) + sum(file.stat().st_size for file in files) + len(end)
+        headers = self._headers() | {
+            "Content-Type": f"multipart/form-data; boundary={boundary}",
+            "Content-Length": str(length),
+        }
+
+        def body() -> Iterator[bytes]:
+            yield heads[0] + about
+            for head, file in zip(heads[1:], files, strict=True):
+                yield head
+                with file.open("rb") as content:
+                    while block := content.read(_BLOCK):
+                        yield block
+            yield end
+
+        try:
+            return _checked(self._transport.send("POST", path, headers, body(), TIMEOUT_S))[1]
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._token}"} if self._token else {}
+
+    def _unreachable(self, error: Exception) -> Unavailable:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return Unavailable(
+            f"{self._server} cannot be reached: {reason}", hint="check the address; --home DIR works on this machine"
+        )
+
+
+def _checked(answer: Answer) -> tuple[int, bytes]:
+    with closing(answer):
+        body = answer.read()
+    if answer.status >= 300:
+        raise from_problem(answer.status, body)
+    return answer.status, body
+
+
+def _check_time(job: Job, timeout_s: float | None, deadline: float | None) -> None:
+    if deadline is not None and time.monotonic() >= deadline:
+        raise WaitTimedOut(
+            f"job {job.id} is {job.state} after {timeout_s:g} s", hint=f"it goes on: adapterctl jobs wait {job.id}"
+        )
+
+
+def _target(path: str, query: Mapping[str, Any] | None) -> str:
+    given = {key: value for key, value in (query or {}).items() if value is not None}
+    return f"{path}?{urlencode(given, doseq=True)}" if given else path
+
+
+def _path(ref: Ref) -> str:
+    return f"/v1/adapters/{_quoted(ref.name)}/versions/{quote(_selector(ref), safe='@:')}"
+
+
+def _selector(ref: Ref) -> str:
+    return str(ref).removeprefix(ref.name).removeprefix(":v") or "latest"
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="")
+
+
+def _part_head(boundary: str, name: str, *, file: bool = False) -> bytes:
+    shown = f'; filename="{name}"\r\nContent-Type: application/octet-stream' if file else ""
+    return f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="{name}"{shown}\r\n\r\n'.encode()

@@ -1,0 +1,366 @@
+"""The door of a served registry: every request passes it, MLflow's too, before any of it is read.
+
+In this order: the host that was asked for, the page that a browser asks from, the size, who asks, how often, and for
+MLflow's part what that caller may do there. Our own routes check scopes themselves. Each answer carries a request id
+and leaves one line in the log, which holds no header, no query and no body.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import logging
+import re
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.concurrency import run_in_threadpool
+
+from ..domain.access import Caller, Scope
+from ..domain.errors import AdapterctlError, InvalidInput, NotAllowed, Unavailable
+from . import mlflow_rules
+from .problems import MEDIA_TYPE, status_of, to_problem
+
+ASGI = Callable[..., Awaitable[Any]]
+Message = MutableMapping[str, Any]
+
+JSON_BYTES = 1 << 20
+#: A suite comes with its rows, a report with its samples.
+LARGE_JSON_BYTES = 32 << 20
+OPEN_PATHS = ("/healthz", "/readyz")
+#: How long a caller that was looked up is believed; a token that another server revoked works that much longer.
+REMEMBERED_S = 2.0
+_UNSAFE = ("POST", "PUT", "PATCH", "DELETE")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_ARTIFACTS = re.compile(r"/(ajax-api|api)/\d\.\d/(mlflow-artifacts/|mlflow/upload-artifact)")
+_LARGE = ("/v1/suites", "/v1/reports")
+_UPLOAD = re.compile(r"/v1/adapters/[^/]+/versions")
+
+_log = logging.getLogger("adapterctl.http")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """`hosts` are names without a port, `*.` means all below a name. `anyone` is every caller who brings no token."""
+
+    hosts: tuple[str, ...]
+    upload_bytes: int
+    requests_per_minute: int = 6000
+    failures_per_minute: int = 30
+    anyone: Caller | None = None
+
+
+def everyone(name: str) -> Caller:
+    """Who every caller is on a server without tokens, which answers on this machine only."""
+    return Caller(name, Scope.ADMIN)
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Figures of this process for Prometheus."""
+
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    requests: Counter = field(init=False)
+    seconds: Histogram = field(init=False)
+
+    def __post_init__(self) -> None:
+        labels = ["method", "area", "status"]
+        self.requests = Counter("adapterctl_requests", "Requests answered.", labels, registry=self.registry)
+        self.seconds = Histogram(
+            "adapterctl_request_seconds", "Time to the end of the answer.", ["area"], registry=self.registry
+        )
+
+
+class Door:
+    """ASGI middleware. `lookup` finds the caller of a secret in the ledger."""
+
+    def __init__(self, app: ASGI, rules: Rules, lookup: Callable[[str], Caller | None], metrics: Metrics) -> None:
+        self._app = app
+        self._rules = rules
+        self._metrics = metrics
+        self._callers = _Callers(lookup)
+        self._uses = _Buckets(rules.requests_per_minute)
+        self._failures = _Buckets(rules.failures_per_minute)
+
+    async def __call__(self, scope: Message, receive: ASGI, send: ASGI) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        visit = _Visit(scope)
+        state = scope.setdefault("state", {})
+        state["request_id"] = visit.request_id
+        answer = _Answer(send, visit)
+        try:
+            limit = self._check(visit)
+            caller = await self._identify(visit)
+            visit.caller = caller.name if caller else ""
+            state["caller"] = caller
+            _check_mlflow(visit, caller)
+            await self._app(scope, _limited(receive, limit), answer)
+        except AdapterctlError as error:
+            await answer.problem(error)
+        finally:
+            self._note(visit, answer)
+
+    def forget_callers(self) -> None:
+        """A token was revoked here: look everyone up again."""
+        self._callers.forget()
+
+    def _check(self, visit: _Visit) -> int:
+        """Host, origin and announced size; returns the bytes that the body may have."""
+        hosts = self._rules.hosts
+        if not _is_among(visit.header(b"host"), hosts):
+            raise _Closed(421, f"this server does not answer for {visit.header(b'host')[:80]!r}", "set allowed_hosts")
+        if visit.method in _UNSAFE:
+            origin, site = visit.header(b"origin"), visit.header(b"sec-fetch-site")
+            if (origin and not _is_among(urlsplit(origin).netloc, hosts)) or site == "cross-site":
+                raise NotAllowed("a page of another site asked for this", hint="only pages of this server may")
+        limit = self._body_limit(visit)
+        announced = visit.header(b"content-length")
+        if announced and (not announced.isdigit() or int(announced) > limit):
+            raise _Closed(413, f"the body is larger than {limit:,} bytes", "")
+        return limit
+
+    def _body_limit(self, visit: _Visit) -> int:
+        if visit.path in _LARGE:
+            return LARGE_JSON_BYTES
+        uploads = visit.header(b"content-type").startswith("multipart/") and _UPLOAD.fullmatch(visit.path)
+        if uploads or _ARTIFACTS.match(visit.path):
+            return self._rules.upload_bytes
+        return JSON_BYTES if visit.is_ours else LARGE_JSON_BYTES
+
+    async def _identify(self, visit: _Visit) -> Caller | None:
+        """Who asks. Raises where nobody valid does, or too often."""
+        if visit.path in OPEN_PATHS:
+            return None
+        secret = _secret(visit.header(b"authorization"))
+        if secret is None and self._rules.anyone is not None:
+            return self._rules.anyone
+        if wait_s := self._failures.wait(visit.address, 0):
+            raise _TooMany(wait_s)
+        caller = await self._callers.find(secret) if secret else None
+        if caller is None:
+            self._failures.take(visit.address)
+            raise _Unknown("no token was given" if secret is None else "this token is not valid")
+        if wait_s := self._uses.take(caller.token_id):
+            raise _TooMany(wait_s)
+        return caller
+
+    def _note(self, visit: _Visit, answer: _Answer) -> None:
+        seconds = time.perf_counter() - visit.began
+        status = answer.status or 499  # the client left before it was answered
+        self._metrics.requests.labels(visit.method, visit.area, str(status)).inc()
+        self._metrics.seconds.labels(visit.area).observe(seconds)
+        line = {
+            "request_id": visit.request_id,
+            "method": visit.method,
+            "path": visit.path[:300],
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+            "caller": visit.caller,
+            "address": visit.address,
+        }
+        _log.info("%s", json.dumps(line))
+
+
+class _Closed(InvalidInput):
+    """Refused before it was read, with a status of its own."""
+
+    def __init__(self, status: int, message: str, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+
+
+class _Unknown(NotAllowed):
+    """Nobody valid asks."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint="adapterctl login SERVER, or set ADAPTERCTL_TOKEN")
+
+
+class _TooMany(Unavailable):
+    """Asked too often."""
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__("too many requests", hint=f"try again in {wait_s:.0f} s")
+        self.wait_s = wait_s
+
+
+class _Visit:
+    """One request as the door sees it."""
+
+    def __init__(self, scope: Message) -> None:
+        self.began = time.perf_counter()
+        self.caller = ""
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.address: str = (scope.get("client") or ("unknown",))[0]
+        self._headers = scope["headers"]
+        given = self.header(b"x-request-id")
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+    def header(self, name: bytes) -> str:
+        """The one value of a header; several are joined, so that none is overlooked."""
+        return b",".join(value for key, value in self._headers if key == name).decode("latin-1")
+
+    @property
+    def is_ours(self) -> bool:
+        return self.path.startswith("/v1/") or self.path in (*OPEN_PATHS, "/metrics", "/v1")
+
+    @property
+    def area(self) -> str:
+        return "/".join(self.path.split("/")[:3]) if self.path.startswith("/v1/") and self.is_known else "mlflow"
+
+    @property
+    def is_known(self) -> bool:
+        return self.path.split("/")[2] in AREAS
+
+
+#: Second parts of our paths; a label of a metric must not be something that a stranger made up.
+AREAS = frozenset(
+    {
+        "adapters", "bases", "base-aliases", "base-merges", "diff", "doctor", "evaluations", "jobs", "merges",
+        "methods", "plans", "reports", "suites", "tokens", "verifications", "versions", "whoami", "openapi.json",
+    }
+)  # fmt: skip
+
+
+class _Answer:
+    """`send`, which adds our headers and remembers the status."""
+
+    def __init__(self, send: ASGI, visit: _Visit) -> None:
+        self._send = send
+        self._visit = visit
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = list(message.get("headers", ()))
+            named = {name.lower() for name, _ in headers}
+            ours = [(b"x-request-id", self._visit.request_id.encode()), (b"x-content-type-options", b"nosniff")]
+            ours += [(b"cache-control", b"no-store")] if self._visit.is_ours and b"cache-control" not in named else []
+            message = {**message, "headers": [*headers, *(each for each in ours if each[0] not in named)]}
+        await self._send(message)
+
+    async def problem(self, error: AdapterctlError) -> None:
+        """Answer with a problem; nothing can be said where the answer has begun."""
+        if self.status:
+            raise error
+        status, extra = _status_and_headers(error)
+        body = json.dumps(to_problem(error, status=status, request_id=self._visit.request_id)).encode()
+        headers = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", str(len(body)).encode()), *extra]
+        await self({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def _status_and_headers(error: AdapterctlError) -> tuple[int, list[tuple[bytes, bytes]]]:
+    if isinstance(error, _Closed):
+        return error.status, [(b"connection", b"close")]
+    if isinstance(error, _Unknown):
+        # both, so that programs see what is wanted and browsers ask for the token as a password
+        return 401, [
+            (b"www-authenticate", b'Bearer realm="adapterctl"'),
+            (b"www-authenticate", b'Basic realm="adapterctl"'),
+        ]
+    if isinstance(error, _TooMany):
+        return 429, [(b"retry-after", str(max(1, round(error.wait_s))).encode())]
+    return status_of(error), []
+
+
+class _Callers:
+    """Callers by secret, remembered for a moment: most requests come in a row from the same one."""
+
+    def __init__(self, lookup: Callable[[str], Caller | None]) -> None:
+        self._lookup = lookup
+        self._known: OrderedDict[str, tuple[float, Caller]] = OrderedDict()
+
+    async def find(self, secret: str) -> Caller | None:
+        found = self._known.get(secret)
+        if found is not None and time.monotonic() - found[0] < REMEMBERED_S:
+            return found[1]
+        caller = await run_in_threadpool(self._lookup, secret)
+        self._known.pop(secret, None)
+        if caller is not None:
+            self._known[secret] = (time.monotonic(), caller)
+            if len(self._known) > 1000:
+                self._known.popitem(last=False)
+        return caller
+
+    def forget(self) -> None:
+        self._known.clear()
+
+
+class _Buckets:
+    """A bucket for each key, filled evenly; `per_minute` fit into it."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._size = float(per_minute)
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, key: str) -> float:
+        """Take one; seconds until there is one, where there is none."""
+        return self.wait(key, 1)
+
+    def wait(self, key: str, take: int) -> float:
+        now = time.monotonic()
+        left, at = self._left.pop(key, (self._size, now))
+        left = min(self._size, left + (now - at) * self._size / 60)
+        short = left < 1
+        self._left[key] = (left if short else left - take, now)
+        if len(self._left) > 10_000:
+            self._left.popitem(last=False)
+        return max(0.1, (1 - left) * 60 / self._size) if short else 0.0
+
+
+def _limited(receive: ASGI, limit: int) -> Callable[[], Awaitable[Message]]:
+    """`receive`, which refuses what is longer than announced."""
+    left = limit
+
+    async def limited() -> Message:
+        nonlocal left
+        message: Message = await receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise _Closed(413, f"the body is larger than {limit:,} bytes", "")
+        return message
+
+    return limited
+
+
+def _check_mlflow(visit: _Visit, caller: Caller | None) -> None:
+    if visit.is_ours or caller is None:
+        return
+    needed = mlflow_rules.needed_scope(visit.method, visit.path)
+    if needed is None:
+        raise NotAllowed("this part of MLflow is switched off here", hint="run a tracking server of its own for it")
+    caller.check(needed)
+    if needed is not Scope.READ:
+        caller.check_change()  # MLflow knows nothing of names, so a token that is limited to some changes nothing there
+
+
+def _secret(authorization: str) -> str | None:
+    kind, _, value = authorization.partition(" ")
+    if kind.lower() == "bearer":
+        return value.strip() or None
+    if kind.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2] or None
+        except (binascii.Error, ValueError):
+            return None
+    return None
+
+
+def _is_among(netloc: str, hosts: Sequence[str]) -> bool:
+    name = re.sub(r":\d+$", "", netloc.lower()).strip("[]")
+    return any(name == host or (host.startswith("*.") and name.endswith(host[1:])) for host in hosts)

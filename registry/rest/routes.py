@@ -1,0 +1,623 @@
+"""`/v1`: one route a verb. Each says its scope, reads what it was given, calls the registry and renders the answer.
+
+Answers are the views of `registry/api.py` as `registry/wire.py` renders them, the same JSON as `-o json`. Work that
+takes longer than a request is a job: 202, its address in `Location`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import FileResponse, Response, StreamingResponse
+
+from .. import wire
+from ..api import (
+    AdapterView,
+    Check,
+    DiffView,
+    Direction,
+    HistoryView,
+    LineageView,
+    MethodView,
+    NewToken,
+    PlanView,
+    Registered,
+    RetentionView,
+    ServedRegistry,
+    StageEventView,
+    Submitted,
+    SuiteView,
+    Verification,
+    VersionView,
+)
+from ..domain.access import Caller, Scope, Token
+from ..domain.errors import InvalidInput, NotFound
+from ..domain.evals import EvalReport
+from ..domain.job import Job, JobEvent, LogPiece
+from ..domain.refs import Ref, check_alias, check_name, parse_ref, parse_source
+from ..domain.suite import Suite, check_known_suite
+from ..domain.version import Base
+from . import bodies
+from .events import job_events
+from .replays import Repeatable
+from .upload import RECEIVED_PARTS, receive
+
+T = TypeVar("T")
+MAX_PAGE = 1000
+RETRY_AFTER_S = 1
+
+router = APIRouter(prefix="/v1", route_class=Repeatable)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request: who asks, and the registry as it acts for them."""
+
+    caller: Caller
+    registry: ServedRegistry
+
+
+def needs(scope: Scope) -> Any:
+    """A dependency that lets callers of this scope through. The test of the scopes reads it from the routes."""
+
+    async def call(request: Request) -> Call:
+        caller: Caller = request.state.caller
+        caller.check(scope)
+        return Call(caller, request.app.state.registry.acting(caller.name))
+
+    call.needed_scope = scope  # type: ignore[attr-defined]
+    return Depends(call)
+
+
+Read = Annotated[Call, needs(Scope.READ)]
+Merge = Annotated[Call, needs(Scope.MERGE)]
+Promote = Annotated[Call, needs(Scope.PROMOTE)]
+Admin = Annotated[Call, needs(Scope.ADMIN)]
+MaxResults = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+PageToken = Annotated[str | None, Query(max_length=500)]
+Text = Annotated[str | None, Query(max_length=512)]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPage:
+    adapters: tuple[AdapterView, ...]
+    next_page_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VersionPage:
+    versions: tuple[VersionView, ...]
+    next_page_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    jobs: tuple[Job, ...]
+    next_page_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BaseView:
+    base: Base
+    spellings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    taken: int
+
+
+def _json_body(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """What the description says of a body that is read by `wire`, not by pydantic."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": dict(schema)}}}}
+
+
+# adapters and versions
+
+
+@router.get("/adapters", response_model=AdapterPage)
+def adapters(call: Read, max_results: MaxResults = 100, page_token: PageToken = None) -> Response:
+    """List the adapters, by name."""
+    found, following = _page(call.registry.adapters(), lambda each: [each.name], max_results, page_token)
+    return _reply(AdapterPage(tuple(found), following))
+
+
+@router.get("/versions", response_model=VersionPage)
+def versions(
+    call: Read,
+    name: Text = None,
+    base: Text = None,
+    tag: Annotated[list[str] | None, Query(max_length=32, description="KEY=VALUE")] = None,
+    stage: Text = None,
+    metric: Annotated[list[str] | None, Query(max_length=32, description="for example bleu>0.3")] = None,
+    removed: bool = False,
+    max_results: MaxResults = 100,
+    page_token: PageToken = None,
+) -> Response:
+    """List versions, by name and number."""
+    found = call.registry.versions(
+        name, base=base, tag=_pairs(tag or ()), stage=stage, metric=metric or (), removed=removed
+    )
+    page, following = _page(found, lambda each: [each.name, each.number], max_results, page_token)
+    return _reply(VersionPage(tuple(page), following))
+
+
+@router.post(
+    "/adapters/{name}/versions",
+    status_code=201,
+    response_model=Registered,
+    responses={200: {"model": Registered, "description": "These bytes were registered before."}},
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": bodies.RegisterBody.model_json_schema()},
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["about", "adapter_config.json", "adapter_model.safetensors"],
+                        "properties": {
+                            "about": {"type": "string", "description": "The JSON object, as without files."},
+                            **{name: {"type": "string", "format": "binary"} for name in RECEIVED_PARTS},
+                        },
+                    }
+                },
+            },
+        }
+    },
+)
+async def register(request: Request, name: str, call: Merge) -> Response:
+    """Register an adapter: from a source on the web or in MLflow, or from files that come along (multipart)."""
+    call.caller.check_change(check_name(name))
+    with ExitStack() as stack:
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            folder = await run_in_threadpool(stack.enter_context, call.registry.stage())
+            limit = request.app.state.upload_bytes
+            body = _read_about(await receive(request, folder, limit=limit))
+        else:
+            folder, body = None, _read_about(await request.body())
+            if parse_source(body.source).kind == "folder":
+                raise InvalidInput(
+                    "a folder of your machine cannot be read from here", hint="send its files: multipart/form-data"
+                )
+        registered = await run_in_threadpool(
+            call.registry.register,
+            body.source,
+            name=name,
+            base=body.base,
+            kind=body.kind,
+            trained_from=parse_ref(body.trained_from) if body.trained_from else None,
+            metrics=body.metrics,
+            params=body.params,
+            tags=body.tags,
+            dataset=body.dataset,
+            license=body.license,
+            suite=body.suite,
+            assume_converted=body.assume_converted,
+            files=folder,
+        )
+    where = f"/v1/adapters/{registered.version.name}/versions/{registered.version.number}"
+    return _reply(registered, status=201 if registered.created else 200, headers={"location": where})
+
+
+@router.get("/adapters/{name}/versions/{version}", response_model=VersionView)
+def version(name: str, version: str, call: Read) -> Response:
+    """Show one version: 3, v3, latest, @STAGE or @sha256:HEX."""
+    return _reply(call.registry.version(_ref(name, version)))
+
+
+@router.delete("/adapters/{name}/versions/{version}", response_model=VersionView)
+def remove(name: str, version: str, call: Admin, reason: Annotated[str, Query(max_length=5000)] = "") -> Response:
+    """Remove a version that nothing descends from; its files are deleted, its row stays as a tombstone."""
+    call.caller.check_change(name)
+    return _reply(call.registry.remove(_ref(name, version), reason=reason))
+
+
+@router.get("/adapters/{name}/versions/{version}/receipt", response_model=dict[str, Any])
+def receipt(name: str, version: str, call: Read) -> Response:
+    """The proof that travels with a merge."""
+    found = call.registry.version(_ref(name, version))
+    if found.receipt is None:
+        raise NotFound(f"{found.ref} has no receipt", hint="only merges have one")
+    return _reply(found.receipt)
+
+
+@router.get("/adapters/{name}/versions/{version}/files/{path:path}", response_class=FileResponse)
+def file(name: str, version: str, path: str, call: Read) -> Response:
+    """One file of a version, with its digest; what is not in the manifest is not there."""
+    with ExitStack() as stack:
+        view, folder = stack.enter_context(call.registry.files(_ref(name, version)))
+        record = next((each for each in view.files if each.path == path), None)
+        if record is None:
+            raise NotFound(f"{view.ref} has no file {path[:200]!r}", hint=", ".join(each.path for each in view.files))
+        if not (folder / record.path).is_file():
+            raise NotFound(f"{view.ref} lost its {record.path}", hint=f"adapterctl verify {view.ref}")
+        digest = base64.b64encode(bytes.fromhex(record.sha256)).decode()
+        headers = {"repr-digest": f"sha-256=:{digest}:", "etag": f'"{record.sha256}"'}
+        # a folder that was downloaded for this answer is given back when it has been sent
+        return FileResponse(
+            folder / record.path,
+            media_type="application/octet-stream",
+            headers=headers,
+            background=BackgroundTask(stack.pop_all().close),
+        )
+
+
+@router.get("/adapters/{name}/versions/{version}/lineage", response_model=LineageView)
+def lineage(
+    name: str,
+    version: str,
+    call: Read,
+    direction: Direction = "both",
+    depth: Annotated[int | None, Query(ge=0, le=100_000)] = None,
+) -> Response:
+    """Ancestors and descendants, and the edges between them."""
+    return _reply(call.registry.lineage(_ref(name, version), direction=direction, depth=depth))
+
+
+@router.get("/adapters/{name}/versions/{version}/retention", response_model=RetentionView)
+def retention(name: str, version: str, call: Read) -> Response:
+    """What a merge kept of its parents."""
+    return _reply(call.registry.retention(_ref(name, version)))
+
+
+@router.get("/diff", response_model=DiffView)
+def diff(
+    call: Read, first: Annotated[str, Query(max_length=300)], second: Annotated[str, Query(max_length=300)]
+) -> Response:
+    """Two versions side by side."""
+    return _reply(call.registry.diff(parse_ref(first), parse_ref(second)))
+
+
+# stages
+
+
+@router.post("/adapters/{name}/promotions", response_model=StageEventView)
+def promote(name: str, body: bodies.PromoteBody, call: Promote) -> Response:
+    """Let a version serve a stage."""
+    call.caller.check_change(name)
+    event = call.registry.promote(_ref(name, body.version), to=check_alias(body.to), reason=body.reason)
+    return _reply(event)
+
+
+@router.post("/adapters/{name}/rollbacks", response_model=StageEventView)
+def rollback(name: str, body: bodies.StageBody, call: Promote) -> Response:
+    """Give a stage back to the version that held it before."""
+    call.caller.check_change(name)
+    return _reply(call.registry.rollback(check_name(name), stage=check_alias(body.stage), reason=body.reason))
+
+
+@router.post("/adapters/{name}/demotions", response_model=StageEventView)
+def demote(name: str, body: bodies.StageBody, call: Promote) -> Response:
+    """Empty a stage."""
+    call.caller.check_change(name)
+    return _reply(call.registry.demote(check_name(name), stage=check_alias(body.stage), reason=body.reason))
+
+
+@router.post("/adapters/{name}/adoptions", response_model=StageEventView)
+def adopt(name: str, body: bodies.StageBody, call: Promote) -> Response:
+    """Accept a stage that was moved in MLflow."""
+    call.caller.check_change(name)
+    return _reply(call.registry.adopt(check_name(name), stage=check_alias(body.stage), reason=body.reason))
+
+
+@router.get("/adapters/{name}/history", response_model=HistoryView)
+def history(name: str, call: Read, stage: Text = None, verify: bool = False, head: Text = None) -> Response:
+    """Every change of an adapter's stages; with `verify` the chain of hashes is checked."""
+    return _reply(call.registry.history(check_name(name), stage=stage, verify=verify, head=head))
+
+
+# merges
+
+
+@router.get("/methods", response_model=list[MethodView])
+def methods(call: Read) -> Response:
+    """The merge methods and their options."""
+    return _reply(call.registry.methods())
+
+
+@router.post("/plans", response_model=PlanView)
+def plan(body: bodies.MergeBody, call: Read) -> Response:
+    """What a merge would give; changes nothing."""
+    return _reply(call.registry.plan(body.request()))
+
+
+@router.post(
+    "/merges",
+    status_code=202,
+    response_model=Submitted,
+    responses={200: {"model": Submitted, "description": "The same recipe made a version before."}},
+)
+def merge(body: bodies.MergeBody, call: Merge) -> Response:
+    """Queue a merge, or join the one that is under way."""
+    request = body.request()
+    call.caller.check_change(request.into or "-".join(dict.fromkeys(parent.ref.name for parent in request.parents)))
+    submitted = call.registry.merge(request)
+    if submitted.job is not None:
+        return _accepted(submitted, submitted.job)
+    assert submitted.version is not None
+    made = f"/v1/adapters/{submitted.version.name}/versions/{submitted.version.number}"
+    return _reply(submitted, headers={"location": made})
+
+
+@router.post(
+    "/verifications",
+    status_code=202,
+    response_model=Job,
+    responses={200: {"model": Verification, "description": "Nothing had to be run again."}},
+)
+def verify(body: bodies.VerifyBody, call: Merge) -> Response:
+    """Compare stored bytes with their digests, and run the recipe of a merge again."""
+    started = call.registry.start_verification(parse_ref(body.ref), rerun=body.rerun)
+    return _accepted(started, started) if isinstance(started, Job) else _reply(started)
+
+
+@router.get("/verifications/{job_id}", response_model=Verification)
+def verification(job_id: str, call: Read) -> Response:
+    """What a verification found; 409 while it runs."""
+    return _reply(call.registry.verification(job_id))
+
+
+# jobs
+
+
+@router.get("/jobs", response_model=JobPage)
+def jobs(
+    call: Read, state: Text = None, kind: Text = None, max_results: MaxResults = 100, page_token: PageToken = None
+) -> Response:
+    """List jobs, the newest first."""
+    before = _read_token(page_token)[0] if page_token else None
+    found = call.registry.jobs(
+        state=state, kind=kind, limit=max_results + 1, before=str(before) if before is not None else None
+    )
+    following = _token([found[max_results - 1].id]) if len(found) > max_results else None
+    return _reply(JobPage(tuple(found[:max_results]), following))
+
+
+@router.get("/jobs/{job_id}", response_model=Job)
+def job(job_id: str, call: Read) -> Response:
+    """Show a job."""
+    found = call.registry.job(job_id)
+    return _reply(found, headers={} if found.ended else {"retry-after": str(RETRY_AFTER_S)})
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    response_model=list[JobEvent],
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+def events(request: Request, job_id: str, call: Read, after: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0) -> Response:
+    """What happened to a job: as JSON, or as server-sent events until it ended (Accept: text/event-stream).
+
+    Events of the stream: `event`, one line of the history, with its number as id; `job`, the job whenever it changed;
+    `end`. A client that comes back sends `Last-Event-ID`.
+    """
+    call.registry.job(job_id)
+    if "text/event-stream" not in request.headers.get("accept", ""):
+        return _reply(call.registry.job_events(job_id, after))
+    seen = request.headers.get("last-event-id", "")
+    start = int(seen) if seen.isascii() and seen.isdigit() and len(seen) < 10 else after
+    return StreamingResponse(
+        job_events(call.registry, job_id, start), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
+    )
+
+
+@router.get("/jobs/{job_id}/log", response_model=list[LogPiece])
+def log(job_id: str, call: Read, after: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0) -> Response:
+    """What the attempts of a job wrote."""
+    return _reply(call.registry.job_log(job_id, after))
+
+
+@router.post("/jobs/{job_id}/cancel", response_model=Job)
+def cancel(job_id: str, call: Merge) -> Response:
+    """Cancel a job."""
+    _check_own(call, job_id)
+    return _reply(call.registry.cancel(job_id))
+
+
+@router.post("/jobs/{job_id}/retry", status_code=202, response_model=Job)
+def retry(job_id: str, call: Merge) -> Response:
+    """Queue a failed or cancelled job again."""
+    _check_own(call, job_id)
+    queued = call.registry.retry(job_id)
+    return _accepted(queued, queued)
+
+
+# evaluation
+
+
+@router.post("/evaluations", status_code=202, response_model=Job)
+def evaluate(body: bodies.EvaluateBody, call: Merge) -> Response:
+    """Queue an evaluation of versions, and of their base and parents."""
+    refs = [parse_ref(ref) for ref in body.refs]
+    call.caller.check_change(*(ref.name for ref in refs))
+    queued = call.registry.evaluate(refs, suites=body.suites, limit=body.limit)
+    return _accepted(queued, queued)
+
+
+@router.get("/suites", response_model=list[SuiteView])
+def suites(call: Read) -> Response:
+    """The suites that this registry keeps."""
+    return _reply(call.registry.suites())
+
+
+@router.post("/suites", status_code=201, response_model=SuiteView, openapi_extra=_json_body({"type": "object"}))
+async def keep_suite(request: Request, call: Merge) -> Response:
+    """Keep a suite, with its rows; its digest then stands for it."""
+    suite = _read_fact(await request.body(), Suite)
+    check_known_suite(suite)
+    return _reply(await run_in_threadpool(call.registry.keep_suite, suite), status=201)
+
+
+@router.put("/adapters/{name}/suite", response_model=SuiteView)
+def set_suite(name: str, body: bodies.SuiteChoice, call: Merge) -> Response:
+    """Let a kept suite judge an adapter."""
+    call.caller.check_change(check_name(name))
+    kept = next((suite for suite in call.registry.suites() if suite.digest == body.suite), None)
+    if kept is None:
+        raise NotFound(f"no suite {body.suite} is kept here", hint="send it to /v1/suites first")
+    call.registry.set_suite(name, kept.digest)
+    return _reply(kept)
+
+
+@router.post("/reports", response_model=Taken, openapi_extra=_json_body({"type": "array", "items": {"type": "object"}}))
+async def take_reports(request: Request, call: Admin) -> Response:
+    """Take in evaluation reports that were made elsewhere."""
+    call.caller.check_change()
+    reports = _read_fact(await request.body(), list[EvalReport])
+    return _reply(Taken(await run_in_threadpool(call.registry.take_reports, reports)))
+
+
+# bases
+
+
+@router.get("/bases", response_model=list[BaseView])
+def bases(call: Read) -> Response:
+    """The base models and their spellings."""
+    return _reply([BaseView(base, spellings) for base, spellings in call.registry.bases()])
+
+
+@router.post("/bases", response_model=Base)
+def add_base(body: bodies.BaseBody, call: Merge) -> Response:
+    """Add a base model, or fill in its pins."""
+    call.caller.check_change()
+    return _reply(call.registry.pin_base(body.name, revision=body.revision, pins=body.pins()))
+
+
+@router.post("/base-aliases", response_model=Base)
+def alias_base(body: bodies.AliasBody, call: Admin) -> Response:
+    """Let one more spelling mean a base model."""
+    call.caller.check_change()
+    return _reply(call.registry.alias_base(body.spelling, body.base))
+
+
+@router.post("/base-merges", response_model=Base)
+def merge_bases(body: bodies.BaseMergeBody, call: Admin) -> Response:
+    """Say that two base models are one."""
+    call.caller.check_change()
+    return _reply(call.registry.merge_bases(body.keep, body.drop))
+
+
+# the registry itself
+
+
+@router.get("/doctor", response_model=list[Check])
+def doctor(call: Read) -> Response:
+    """What is configured, reachable and out of step."""
+    return _reply(call.registry.doctor())
+
+
+@router.get("/whoami", response_model=Caller)
+async def whoami(call: Read) -> Response:
+    """Who the token belongs to, and what it may do."""
+    return _reply(call.caller)
+
+
+@router.get("/tokens", response_model=list[Token])
+def tokens(call: Admin) -> Response:
+    """The tokens, without their secrets."""
+    return _reply(call.registry.tokens())
+
+
+@router.post("/tokens", status_code=201, response_model=NewToken)
+def create_token(body: bodies.TokenBody, call: Admin) -> Response:
+    """Make a token; its secret is shown here and never again."""
+    call.caller.check_change()
+    made = call.registry.create_token(body.name, scope=body.scope, names=body.names, valid_s=body.valid_s)
+    return _reply(made, status=201)
+
+
+@router.delete("/tokens/{token_id}", response_model=Token)
+def revoke_token(request: Request, token_id: str, call: Admin) -> Response:
+    """Make a token invalid for good."""
+    call.caller.check_change()
+    revoked = call.registry.revoke_token(token_id)
+    request.app.state.door.forget_callers()
+    return _reply(revoked)
+
+
+def _reply(value: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(wire.to_json(value), status, headers, media_type="application/json")
+
+
+def _accepted(value: Any, job: Job) -> Response:
+    headers = {"location": f"/v1/jobs/{job.id}", "retry-after": str(RETRY_AFTER_S)}
+    return _reply(value, status=202, headers=headers)
+
+
+def _ref(name: str, version: str) -> Ref:
+    """The reference in a path: `3`, `v3`, `latest`, `@STAGE` or `@sha256:HEX` behind a name."""
+    check_name(name)
+    if version == "latest":
+        return Ref(name)
+    return parse_ref(f"{name}{version}" if version.startswith("@") else f"{name}:{version}")
+
+
+def _check_own(call: Call, job_id: str) -> None:
+    """A token that is limited to some names may stop and restart its own jobs only."""
+    if call.registry.job(job_id).created_by != call.caller.name:
+        call.caller.check_change()
+
+
+def _read_about(body: bytes) -> bodies.RegisterBody:
+    try:
+        return bodies.RegisterBody.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+def _read_fact(body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise InvalidInput(f"the body cannot be read: {error}", hint="send what adapterctl itself sends") from error
+
+
+def _pairs(items: Sequence[str]) -> dict[str, str]:
+    wrong = [item for item in items if "=" not in item]
+    if wrong:
+        raise InvalidInput(f"tag {wrong[0][:80]!r} is not KEY=VALUE")
+    return dict(item.split("=", 1) for item in items)
+
+
+def _page(
+    items: Sequence[T], key: Callable[[T], list[str | int]], max_results: int, page_token: str | None
+) -> tuple[Sequence[T], str | None]:
+    """A page of a sorted list, and the token of the next: it names the last item, so that new ones do not shift it."""
+    if page_token is not None:
+        last = _read_token(page_token)
+        try:
+            items = [item for item in items if key(item) > last]
+        except TypeError as error:
+            raise _bad_token() from error
+    page = items[:max_results]
+    return page, _token(key(page[-1])) if len(items) > max_results else None
+
+
+def _token(key: list[Any]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(key).encode()).decode()
+
+
+def _read_token(token: str) -> list[Any]:
+    try:
+        key = json.loads(base64.b64decode(token.encode(), altchars=b"-_", validate=True))
+    except (ValueError, RecursionError) as error:
+        raise _bad_token() from error
+    if not isinstance(key, list) or not key:
+        raise _bad_token()
+    return key
+
+
+def _bad_token() -> InvalidInput:
+    return InvalidInput("page_token is not one of this list", hint="take next_page_token of the page before")

@@ -1,0 +1,103 @@
+"""A registry whose ledger and MLflow are on a database server, as several machines share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from postgres import PASSWORD, PostgresServer
+from sqlalchemy import text
+from tiny import write_tiny_adapter
+
+from adapterctl.bootstrap import connect
+from adapterctl.registry.domain.errors import Misconfigured
+from adapterctl.registry.domain.job import JobState
+from adapterctl.registry.domain.recipe import MergeRequest
+from adapterctl.registry.domain.refs import parse_parent, parse_ref
+from adapterctl.registry.services.local import LocalRegistry
+from adapterctl.registry.settings import Settings
+from adapterctl.registry.stores.sql.engine import Database
+
+
+@pytest.fixture(scope="module")
+def mlflow_database(postgres: PostgresServer, new_database: Callable[[str], str]) -> str:
+    """The address of an empty database for MLflow."""
+    return new_database("template0")
+
+
+@pytest.fixture
+def shared(home: Path, postgres_url: str, mlflow_database: str, tmp_path: Path) -> Settings:
+    return Settings(
+        home=home, database_url=postgres_url, mlflow_uri=mlflow_database, artifacts=(tmp_path / "artifacts").as_uri(),
+        idle_s=0.2, actor="ada",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def registry(shared: Settings) -> Iterator[LocalRegistry]:
+    registry = connect(shared)
+    yield registry
+    registry.ledger.close()
+
+
+def test_two_machines_share_one_registry(registry: LocalRegistry, shared: Settings, tmp_path: Path):
+    for seed, name in enumerate(("translate", "chat"), start=1):
+        registry.register(str(write_tiny_adapter(tmp_path / name, seed=seed)), name=name)
+    request = MergeRequest((parse_parent("translate:v1"), parse_parent("chat:v1")), into="both", method="cat")
+
+    submitted = registry.merge(request)
+    *_, job = registry.follow(submitted.job.id, timeout_s=120)
+    other = connect(replace(shared, home=tmp_path / "another machine", actor="bob"))
+    event = other.promote(parse_ref("both:v1"), to="staging")
+
+    assert (job.state, job.error) == (JobState.SUCCEEDED, None)
+    assert (event.ref, event.actor) == ("both:v1", "bob")
+    assert other.pull(parse_ref("both@staging"), tmp_path / "pulled").ref == "both:v1"
+    assert other.verify(parse_ref("both:v1"), rerun=False).files == "intact"
+    assert "attempt 1 of 3" in other.job_log(job.id)[0].text
+    assert not list(shared.home.glob("*.db"))
+    other.ledger.close()
+    with_secret = [
+        path for path in shared.home.rglob("*") if path.is_file() and PASSWORD in path.read_text(errors="replace")
+    ]
+    assert with_secret == []
+    database = Database(shared.database_url)
+    with database.read() as connection:
+        assert PASSWORD not in str(connection.execute(text("SELECT * FROM meta")).all())
+    database.close()
+
+
+def test_settings_that_hold_a_password_do_not_show_it(shared: Settings):
+    shown = repr(replace(shared, token="canary-token", broker_url="redis://:canary@127.0.0.1"))
+
+    assert PASSWORD not in shown
+    assert "canary" not in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"mlflow_uri": None}, "ADAPTERCTL_MLFLOW_URI"),
+        ({"mlflow_uri": "sqlite:///mlflow.db"}, "ADAPTERCTL_MLFLOW_URI"),
+        ({"database_url": "mysql://ada:canary@host/name"}, "set home"),
+        ({"database_url": None}, "unset MLFLOW_TRACKING_URI"),
+    ],
+    ids=["no MLflow", "MLflow in files", "another product", "ledger in files"],
+)
+def test_a_ledger_and_an_mlflow_that_do_not_belong_together_are_refused(
+    shared: Settings, changes: dict[str, str | None], hint: str
+):
+    with pytest.raises(Misconfigured) as caught:
+        connect(replace(shared, **changes))
+
+    assert hint in caught.value.hint
+    assert "canary" not in str(caught.value)
+
+
+def test_another_mlflow_is_refused(shared: Settings, registry: LocalRegistry):
+    with pytest.raises(Misconfigured, match="belongs to the MLflow at") as caught:
+        connect(replace(shared, mlflow_uri=f"postgresql://ada:{PASSWORD}@127.0.0.1:1/other"))
+
+    assert PASSWORD not in str(caught.value)
