@@ -10,22 +10,29 @@ https://doi.org/10.1007/BF02165096).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from .grams import ENERGY_FLOOR, Array, Grams, Maps
+from .grams import ENERGY_FLOOR, Array, Block, Grams, Maps
 
 #: Below this smallest pivot the Cholesky root has lost half of float64; the eigenvector root has not.
 MIN_PIVOT = 1e-5
+#: A singular direction weaker than this share of the strongest is taken for rounding where a rule would strengthen it.
+WEAKEST = 1e-6
 
 
-def truncate(grams: Grams, rank: int) -> Maps:
-    """The `rank` largest singular directions of B diag(c) A, shared evenly between the factors.
+def truncate(grams: Grams, rank: int, middle: Array | None = None) -> Maps:
+    """The `rank` largest singular directions of B diag(c) A, or of B middle A, shared evenly between the factors.
 
     Returns maps with a (rank, R) and b (R, rank); A' = a @ A has orthogonal rows of norm sqrt(sigma), B' = B @ b
     orthogonal columns of the same norm. Directions without energy come out as zeros. `spectrum` has all R values.
     """
     inverse_a, inverse_b, unit_a, unit_b, c = _equilibrate(grams)
-    x = c[:, None] * _root(unit_b)
+    core = np.diag(c)
+    if middle is not None:
+        core = np.sqrt(np.diag(grams.b))[:, None] * middle * np.sqrt(np.diag(grams.a))
+    x = core.T @ _root(unit_b)
     image = unit_a @ x
     energy, vectors = np.linalg.eigh(_symmetric(x.T @ image))
     energy, vectors = energy[::-1], vectors[:, ::-1]
@@ -33,8 +40,65 @@ def truncate(grams: Grams, rank: int) -> Maps:
     strong = energy[:rank] > ENERGY_FLOOR * max(energy[0], 0.0)
     sigma = np.sqrt(np.where(strong, energy[:rank], 1.0))
     a = np.where(strong, sigma**-0.5, 0.0)[:, None] * (x @ kept).T * inverse_a
-    b = (c * inverse_b)[:, None] * (image @ kept) * np.where(strong, sigma**-1.5, 0.0)
+    b = (inverse_b[:, None] * core) @ (image @ kept) * np.where(strong, sigma**-1.5, 0.0)
     return Maps(a, b, np.sqrt(np.maximum(energy, 0.0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Canonical:
+    """Every parent's weighted delta as its own singular value decomposition, all parents side by side.
+
+    Column k of B @ b is a left and row k of a @ A a right singular vector, of length one, with value `sigma[k]` (a
+    negative weight turns the left vector). Rules that work on these do not depend on the gauge, for (A, B) and
+    (G A, B G⁻¹) have the same decomposition. `grams` are those of the vectors, with `sigma` as coefficients; parents
+    without a delta have no block in them.
+    """
+
+    a: Array
+    b: Array
+    grams: Grams
+
+    @property
+    def sigma(self) -> Array:
+        return self.grams.c
+
+    def product(self, rank: int, middle: Array) -> Maps:
+        """The best rank-`rank` approximation of (B b) middle (a A), as maps of the stacked factors."""
+        maps = Maps(np.zeros((rank, self.a.shape[1])), np.zeros((self.b.shape[0], rank)))
+        if self.grams.rank == 0:
+            return maps
+        found = truncate(self.grams, min(rank, self.grams.rank), middle)
+        maps.a[: found.a.shape[0]] = found.a @ self.a
+        maps.b[:, : found.b.shape[1]] = self.b @ found.b
+        return maps
+
+
+def canonical(grams: Grams) -> Canonical:
+    """Decompose each parent on its own; directions below `WEAKEST` of the parent's strongest one are left out."""
+    rows_a, columns_b, values, blocks = [], [], [], []
+    start = 0
+    for block in grams.blocks:
+        place = slice(block.start, block.stop)
+        part = Grams(grams.a[place, place], grams.b[place, place], grams.c[place], (block,))
+        own = truncate(part, part.rank)
+        sigma = own.spectrum
+        count = int(np.sum(sigma > WEAKEST * sigma[0]))
+        if count == 0:
+            continue
+        scale = np.sqrt(sigma[:count])
+        rows = np.zeros((count, grams.rank))
+        columns = np.zeros((grams.rank, count))
+        rows[:, place] = own.a[:count] / scale[:, None]
+        columns[place] = own.b[:, :count] / scale
+        rows_a.append(rows)
+        columns_b.append(columns)
+        values.append(sigma[:count])
+        blocks.append(Block(block.parent, start, start + count))
+        start += count
+    a = np.concatenate([np.zeros((0, grams.rank)), *rows_a])
+    b = np.concatenate([np.zeros((grams.rank, 0)), *columns_b], axis=1)
+    c = np.concatenate([np.zeros(0), *values])
+    return Canonical(a, b, Grams(a @ grams.a @ a.T, b.T @ grams.b @ b, c, tuple(blocks)))
 
 
 def spectrum(grams: Grams) -> Array:

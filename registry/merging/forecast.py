@@ -5,7 +5,7 @@ adapters are. Reads the parents' factors once, keeps only Gram matrices, and wri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,9 +14,10 @@ import numpy as np
 from ..domain.adapter import AdapterFacts
 from ..domain.errors import IncompatibleParents
 from ..domain.plan import Forecast, MergePlan, Pair, Part
+from ..domain.recipe import OptionValue
 from .core import spectrum
-from .grams import Array, block_products
-from .method import methods
+from .grams import Array, block_products, error_squared
+from .method import find_method, methods
 from .pairs import meet, pairs
 from .stack import load_stack
 from .tensors import TensorReader
@@ -25,6 +26,9 @@ from .tensors import TensorReader
 USUAL_RANKS = (8, 16, 32, 64, 128, 256)
 #: A loss of which people say that nothing is lost: one percent.
 SMALL_LOSS = 0.01
+NOT_FORECAST = "loss is not forecast"
+#: Said of the methods whose aim is another one: their distance from the sum is no measure of how good they are.
+NOT_THE_SUM = "aims at something else than the sum"
 
 
 def forecast(
@@ -38,6 +42,8 @@ def forecast(
     """
     full_rank = max(sum(part.rank for part in module.parts) for module in plan.modules)
     energy = np.zeros(full_rank)
+    others = _other_methods(plan, full_rank)
+    errors = {name: 0.0 for name in others if find_method(name).form == "grams"}
     meetings = []
     with ExitStack() as stack:
         readers = [stack.enter_context(TensorReader(path)) for path in files]
@@ -45,8 +51,15 @@ def forecast(
             grams = load_stack(module.parts, readers).grams()
             energy[: grams.rank] += spectrum(grams) ** 2
             meetings.append(meet(grams))
+            for name in errors:
+                rank, options = others[name]
+                maps = find_method(name).function(grams, rank=min(rank, grams.rank), **options)
+                errors[name] += error_squared(grams, maps)
     weights = [parent.weight for parent in plan.recipe.parents]
-    return _forecasts(energy, plan), pairs(meetings, weights, labels)
+    total = float(energy.sum())
+    losses = {name: math.sqrt(error / total) if total > 0 else 0.0 for name, error in errors.items()}
+    ranks = {name: rank for name, (rank, _) in others.items()}
+    return _forecasts(energy, plan, ranks, losses), pairs(meetings, weights, labels)
 
 
 def compare(first: AdapterFacts, first_file: Path, second: AdapterFacts, second_file: Path) -> tuple[float, float]:
@@ -85,23 +98,46 @@ def _differences(first: AdapterFacts, second: AdapterFacts) -> Iterator[list[Par
         yield parts
 
 
-def _forecasts(energy: Array, plan: MergePlan) -> tuple[Forecast, ...]:
-    losses, full_rank, row_bytes = _losses(energy), len(energy), plan.size_bytes // plan.recipe.rank
-    enough = int(np.argmax(losses <= SMALL_LOSS)) + 1
+def _other_methods(plan: MergePlan, full_rank: int) -> dict[str, tuple[int, Mapping[str, OptionValue]]]:
+    """Rank and options of each method beside `cat` and `svd` that can take these parents: those of the recipe for the
+    method that was asked for, the default ones for the rest.
+    """
+    recipe = plan.recipe
+    parts = [part for module in plan.modules for part in module.parts]
+    even = all(len({part.rank for part in module.parts}) == 1 for module in plan.modules)
+    default = max(part.rank for part in parts)
+    found: dict[str, tuple[int, Mapping[str, OptionValue]]] = {}
+    for method in methods().values():
+        fits = method.max_parents is None or len(recipe.parents) <= method.max_parents
+        if method.form == "choice" or method.name in {"cat", "svd"} or not fits or (method.equal_ranks and not even):
+            continue
+        asked = method.name == recipe.method
+        options = dict(recipe.options) if asked else {option.name: option.default for option in method.options}
+        if method.seeded:
+            options["seed"] = recipe.seed or 0
+        rank = full_rank if method.form == "factors" else default
+        found[method.name] = (recipe.rank if asked else rank, options)
+    return found
+
+
+def _forecasts(
+    energy: Array, plan: MergePlan, ranks: Mapping[str, int], losses: Mapping[str, float]
+) -> tuple[Forecast, ...]:
+    best, full_rank, row_bytes = _losses(energy), len(energy), plan.size_bytes // plan.recipe.rank
+    enough = int(np.argmax(best <= SMALL_LOSS)) + 1
     default = max(part.rank for module in plan.modules for part in module.parts)
     notes: dict[int, list[str]] = {rank: [] for rank in (*USUAL_RANKS, plan.recipe.rank)}
     notes.setdefault(default, []).append("the largest parent rank, svd's default")
     notes.setdefault(enough, []).append(f"the smallest that loses at most {SMALL_LOSS:.0%}")
     rows = [Forecast("cat", full_rank, full_rank * row_bytes, 0.0, "exact")]
     rows += [
-        Forecast("svd", rank, rank * row_bytes, float(losses[rank - 1]), "; ".join(notes[rank]))
+        Forecast("svd", rank, rank * row_bytes, float(best[rank - 1]), "; ".join(notes[rank]))
         for rank in sorted(notes)
         if rank < full_rank
     ]
     rows += [
-        Forecast(method.name, default, default * row_bytes, None, "loss is not forecast")
-        for method in methods().values()
-        if method.name not in {"cat", "svd"} and method.form != "choice"
+        Forecast(name, rank, rank * row_bytes, losses.get(name), NOT_THE_SUM if name in losses else NOT_FORECAST)
+        for name, rank in ranks.items()
     ]
     return tuple(rows)
 

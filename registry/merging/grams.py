@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
@@ -51,12 +51,12 @@ class Grams:
 class Maps:
     """What a method makes of a module: A' = a @ A and B' = B @ b, with a (r, R) and b (R, r).
 
-    `spectrum` holds the singular values of the exact sum, largest first, where the method found them on its way.
+    `spectrum` holds the singular values of what was cut to rank r, largest first, where the method found them.
     """
 
     a: Array
     b: Array
-    spectrum: Array | None = None
+    spectrum: Array = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True, slots=True)

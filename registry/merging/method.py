@@ -22,7 +22,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ..domain.adapter import AdapterFacts
 from ..domain.errors import InvalidInput, Misconfigured, NotFound, Problem, Refused, raise_all
@@ -43,6 +43,8 @@ LAWS = (
 )
 
 Form = Literal["factors", "grams", "choice"]
+#: An option from 0 to 1.
+Share = Annotated[float, (0.0, 1.0)]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _FIELDS_OF_THE_RECIPE = frozenset({"rank", "seed"})
@@ -58,12 +60,29 @@ _DTYPES: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class OptionSpec:
-    """One option of a method, as its signature and docstring describe it."""
+    """One option of a method, as its signature and docstring describe it.
+
+    `choices` come from a `Literal` of strings, `bounds` from `Annotated[float, (low, high)]`, such as `Share`.
+    """
 
     name: str
     type: str
     default: OptionValue
     help: str
+    choices: tuple[str, ...] = ()
+    bounds: tuple[float, float] | None = None
+
+    @property
+    def expected(self) -> str:
+        if self.choices:
+            return " or ".join(self.choices)
+        return f"{self.type} from {self.bounds[0]:g} to {self.bounds[1]:g}" if self.bounds else self.type
+
+    def accepts(self, value: OptionValue) -> bool:
+        if self.type == "float":
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            return number and (self.bounds is None or self.bounds[0] <= float(value) <= self.bounds[1])
+        return type(value).__name__ == self.type and (not self.choices or value in self.choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +101,8 @@ class MethodSpec:
     options: tuple[OptionSpec, ...]
     seeded: bool
     breaks: frozenset[str]
+    max_parents: int | None
+    equal_ranks: bool
 
 
 _registered: dict[str, MethodSpec] = {}
@@ -97,6 +118,8 @@ def merge_method(
     cost: str,
     paper: str = "",
     breaks: Sequence[str] = (),
+    max_parents: int | None = None,
+    equal_ranks: bool = False,
 ) -> Callable[[Method], Method]:
     """Register the decorated function as merge method `name`; its docstring's first line becomes the summary.
 
@@ -105,7 +128,9 @@ def merge_method(
         when: one sentence that says when to choose it.
         cost: work a module, in d (width) and R (sum of the ranks).
         paper: source of the formula.
-        breaks: laws of `LAWS` that the method does not keep.
+        breaks: laws of `LAWS` that the method does not keep, seen with its default options.
+        max_parents: how many parents it takes at most.
+        equal_ranks: True when it works on the factors themselves: parents need one rank, which the output has too.
     """
     unknown = sorted(set(breaks) - set(LAWS))
     if unknown:
@@ -129,6 +154,8 @@ def merge_method(
             options=_options(function, keywords, text),
             seeded=any(p.name == "seed" for p in keywords),
             breaks=frozenset(breaks),
+            max_parents=max_parents,
+            equal_ranks=equal_ranks,
         )
         return function
 
@@ -185,6 +212,7 @@ def resolve(request: MergeRequest, facts: Sequence[AdapterFacts], digests: Seque
     """
     spec = find_method(request.method)
     problems = [*_weight_problems(request), *_rank_problems(request), *_option_problems(spec, request)]
+    problems += _parent_problems(spec, request, facts)
     dtype = _dtype(request.dtype, facts, problems)
     raise_all(InvalidInput, "this merge cannot be planned:", problems)
 
@@ -251,6 +279,28 @@ def _weight_problems(request: MergeRequest) -> list[Problem]:
     return problems
 
 
+def _parent_problems(spec: MethodSpec, request: MergeRequest, facts: Sequence[AdapterFacts]) -> list[Problem]:
+    problems = []
+    if spec.max_parents is not None and len(request.parents) > spec.max_parents:
+        text = f"{spec.name} takes {spec.max_parents} parents, not {len(request.parents)}"
+        problems.append(Problem("too_many_parents", text, "use sum, or merge two at a time"))
+    if not spec.equal_ranks:
+        return problems
+    ranks: dict[str, set[int]] = defaultdict(set)
+    for module in (module for adapter in facts for module in adapter.modules):
+        ranks[module.name].add(module.rank)
+    differ = {name: sorted(found) for name, found in sorted(ranks.items()) if len(found) > 1}
+    if differ:
+        name, found = next(iter(differ.items()))
+        text = f"{spec.name} adds factors row by row: the ranks of {name} are {' and '.join(map(str, found))}"
+        problems.append(Problem("ranks_differ", text, "use sum or svd, which take parents of any ranks"))
+    largest = max(adapter.max_rank for adapter in facts)
+    if request.rank is not None and request.rank != largest:
+        text = f"{spec.name} has the rank of its parents, {largest}, not {request.rank}"
+        problems.append(Problem("fixed_rank", text, "leave --rank out"))
+    return problems
+
+
 def _rank_problems(request: MergeRequest) -> list[Problem]:
     problems = []
     if request.rank is not None and request.rank < 1:
@@ -267,8 +317,10 @@ def _option_problems(spec: MethodSpec, request: MergeRequest) -> list[Problem]:
     for name, value in request.options.items():
         if name not in known:
             problems.append(Problem("unknown_option", f"{spec.name} has no option {name!r}", takes))
-        elif not _fits(value, known[name].type):
-            problems.append(Problem("bad_option", f"option {name} is {value!r}, expected {known[name].type}", takes))
+        elif not known[name].accepts(value):
+            problems.append(
+                Problem("bad_option", f"option {name} is {value!r}, expected {known[name].expected}", takes)
+            )
     if request.seed is not None and not spec.seeded:
         problems.append(Problem("no_seed", f"{spec.name} is not random and takes no seed", "leave --seed out"))
     return problems
@@ -284,12 +336,6 @@ def _dtype(asked: str | None, facts: Sequence[AdapterFacts], problems: list[Prob
     return dtype
 
 
-def _fits(value: OptionValue, kind: str) -> bool:
-    if kind == "float":
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return type(value).__name__ == kind
-
-
 def _typed(option: OptionSpec, given: Mapping[str, OptionValue]) -> OptionValue:
     value = given.get(option.name, option.default)
     return float(value) if option.type == "float" else value
@@ -298,15 +344,21 @@ def _typed(option: OptionSpec, given: Mapping[str, OptionValue]) -> OptionValue:
 def _options(
     function: Callable[..., Any], keywords: Sequence[inspect.Parameter], docstring: str
 ) -> tuple[OptionSpec, ...]:
-    hints = get_type_hints(function)
+    hints = get_type_hints(function, include_extras=True)
     options = []
     for parameter in keywords:
         if parameter.name in _FIELDS_OF_THE_RECIPE:
             continue
-        kind = _OPTION_TYPES.get(hints[parameter.name])
+        hint, choices, bounds = hints[parameter.name], (), None
+        if get_origin(hint) is Literal:
+            hint, choices = str, get_args(hint)
+        elif get_origin(hint) is Annotated:
+            hint, bounds = get_args(hint)
+        kind = _OPTION_TYPES.get(hint)
         if kind is None or parameter.default is parameter.empty:
             raise TypeError(f"option {parameter.name} needs a default and one of the types float, int, str, bool")
-        options.append(OptionSpec(parameter.name, kind, parameter.default, _argument_text(docstring, parameter.name)))
+        text = _argument_text(docstring, parameter.name)
+        options.append(OptionSpec(parameter.name, kind, parameter.default, text, choices, bounds))
     return tuple(options)
 
 

@@ -26,6 +26,9 @@ from adapterctl.workers import engine, receipt
 
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 TOLERANCE = 1e-6
+#: Methods that give a parent's weakest direction as much say as its strongest. Where a gauge makes the factors 1e4
+#: times larger than their product, Gram matrices in float64 know the weak ones no more: left out for these.
+EVERY_DIRECTION = {"iso_c", "tsv"}
 #: Thousands of small folders: in memory where there is such a place, else where temporary files go.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
@@ -90,6 +93,8 @@ def merge(name: str, case: Case, *, threads: int = 1, dtype: str = "F64", stored
             method = find_method(chosen)
         if method.form == "factors":
             rank = full
+        if method.equal_ranks:
+            rank = max(adapter.max_rank for adapter in facts)
         recipe = Recipe(
             method.name,
             method.rev,
@@ -106,6 +111,25 @@ def merge(name: str, case: Case, *, threads: int = 1, dtype: str = "F64", stored
         proof, _ = receipt.prove(plan, files, out, outcomes)
         contents = {path.name: path.read_bytes() for path in sorted(out.iterdir())}
         return Result(deltas(out), proof["loss"], proof["predicted_loss"], proof["loss_bound"], contents)
+
+
+def fit(name: str, case: Case) -> Case:
+    """The case as the method takes it: no more parents than it can have, of one rank in each module if need be."""
+    method = find_method(name)
+    parents, weights = case.parents[: method.max_parents], case.weights[: method.max_parents]
+    if method.equal_ranks:
+        parents = tuple(
+            {m: _filled(factors, max(len(p[m][0]) for p in parents if m in p)) for m, factors in parent.items()}
+            for parent in parents
+        )
+    return replace(case, parents=parents, weights=weights)
+
+
+def _filled(factors: tuple[np.ndarray, np.ndarray], rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same factors with rows and columns drawn again until there are `rank`."""
+    a, b = factors
+    again = np.arange(rank) % len(a)
+    return a[again], b[:, again]
 
 
 def dense(case: Case) -> dict[str, np.ndarray]:
@@ -167,6 +191,8 @@ def gauge(name: str, case: Case) -> None:
         parents.append(changed)
 
     turned = replace(case, parents=tuple(parents))
+    if name in EVERY_DIRECTION:
+        assume(size(turned) < 100 * size(case))
 
     assert_same(merge(name, case).delta, merge(name, turned).delta, size(case) + size(turned))
 
@@ -182,6 +208,8 @@ def homogeneity(name: str, case: Case) -> None:
 
 def absent(name: str, case: Case) -> None:
     assume_clear_cut(case)
+    if find_method(name).max_parents == len(case.parents):
+        case = replace(case, parents=case.parents[:-1], weights=case.weights[:-1])
     ghost = {module: (a + 1, b - 1) for module, (a, b) in case.parents[0].items()}
     with_ghost = replace(case, parents=(*case.parents, ghost), weights=(*case.weights, 0.0))
 
@@ -244,13 +272,41 @@ def test_every_law_has_a_test():
 @settings(max_examples=25)
 @given(case=cases())
 def test_method_keeps_law(name: str, law: str, case: Case):
-    LAW_TESTS[law](name, case)
+    LAW_TESTS[law](name, fit(name, case))
+
+
+@pytest.mark.parametrize(
+    ("name", "law"), [(method.name, law) for method in methods().values() for law in sorted(method.breaks)]
+)
+def test_a_law_that_is_declared_broken_is_broken(name: str, law: str):
+    """Two parents of one shape that nearly oppose each other, or nearly agree, break whatever can be broken."""
+    random = np.random.default_rng(5)
+    a, b = _factors(random, 7, 8, 3, 1.0)
+    near = (a + 0.1 * random.normal(size=a.shape), b)
+    other = _factors(random, 7, 8, 3, 1.0)
+    witnesses = [
+        Case(({"m": (a, b)}, {"m": second}), weights)
+        for second in (near, other)
+        for weights in ((1.0, 1.0), (1.0, -1.0), (0.5, 2.0))
+    ]
+
+    assert any(fails(LAW_TESTS[law], name, case) for case in witnesses), f"{name} keeps {law}: do not declare it"
+
+
+def fails(law: Callable[[str, Case], None], name: str, case: Case) -> bool:
+    try:
+        law(name, fit(name, case))
+    except AssertionError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize("name", list(methods()))
 @settings(max_examples=25)
 @given(case=cases(), dtype=st.sampled_from(("F64", "F32", "F16", "BF16")))
 def test_what_was_predicted_is_what_is_measured(name: str, case: Case, dtype: str):
+    case = fit(name, case)
+
     result = merge(name, case, dtype=dtype)
 
     exact = dense(case)
@@ -264,6 +320,8 @@ def test_what_was_predicted_is_what_is_measured(name: str, case: Case, dtype: st
 @settings(max_examples=10)
 @given(case=cases(), stored=st.sampled_from(("BF16", "F32")))
 def test_bytes_do_not_depend_on_the_number_of_threads(name: str, case: Case, stored: str):
+    case = fit(name, case)
+
     alone = merge(name, case, threads=1, dtype=stored, stored=stored)
     together = merge(name, case, threads=4, dtype=stored, stored=stored)
 
