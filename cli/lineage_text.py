@@ -10,8 +10,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from ..registry.api import LineageEdgeView, LineageView, VersionView
+from ..registry.services.words import edge_label, headline, made
 from .output import Output, printable
-from .views import loss, metrics, number
+from .views import metrics
 
 _Edges = Mapping[str, Sequence[LineageEdgeView]]
 
@@ -39,7 +40,7 @@ def mermaid(view: LineageView) -> str:
     for edge in view.edges:
         if edge.parent in ids and edge.child in ids:
             arrow = "-->" if edge.kind == "merge" else "-.->"
-            lines.append(f'  {ids[edge.parent]} {arrow}|"{_mermaid_text(_edge_label(edge))}"| {ids[edge.child]}')
+            lines.append(f'  {ids[edge.parent]} {arrow}|"{_mermaid_text(edge_label(edge))}"| {ids[edge.child]}')
     if view.root in ids:
         lines.append(f"  style {ids[view.root]} stroke-width:3px")
     return "\n".join(lines)
@@ -54,7 +55,7 @@ def dot(view: LineageView) -> str:
         lines.append(f'  "{_dot_text(version.ref)}" [label="{label}"{bold}];')
     for edge in view.edges:
         style = "" if edge.kind == "merge" else ", style=dashed"
-        label = _dot_text(_edge_label(edge))
+        label = _dot_text(edge_label(edge))
         lines.append(f'  "{_dot_text(edge.parent)}" -> "{_dot_text(edge.child)}" [label="{label}"{style}];')
     return "\n".join([*lines, "}"])
 
@@ -91,37 +92,17 @@ def _line(ref: str, edge: LineageEdgeView | None, version: VersionView | None, o
     """`translate:v3  × 0.6  production  svd, rank 4, loss 3.2%  bleu 0.31`"""
     parts = [out.paint(printable(ref), "bold")]
     if edge is not None:
-        parts.append(printable(_edge_label(edge)))
+        parts.append(printable(edge_label(edge)))
     if version is not None:
         parts.append(out.paint(printable(", ".join(version.stages)), "green"))
         parts.append("removed" if version.state == "removed" else "")
-        parts.append(out.paint(printable(_made(version)), "dim"))
-        parts.append(out.paint(printable(metrics(_key_metrics(version))), "cyan"))
+        parts.append(out.paint(printable(made(version)), "dim"))
+        parts.append(out.paint(printable(metrics(headline(version))), "cyan"))
     return "  ".join(part for part in parts if part)
 
 
 def _label(version: VersionView) -> list[str]:
-    return [part for part in (version.ref, ", ".join(version.stages), _made(version)) if part]
-
-
-def _key_metrics(version: VersionView, most: int = 2) -> dict[str, float]:
-    """One metric a suite (`SUITE/METRIC`), its first, the one of the adapter's own suite before the others."""
-    firsts: dict[str, str] = {}
-    for key in version.metrics:
-        firsts.setdefault(key.partition("/")[0], key)
-    ordered = sorted(firsts, key=lambda suite: suite != version.name)
-    return {firsts[suite]: version.metrics[firsts[suite]] for suite in ordered[:most]}
-
-
-def _made(version: VersionView) -> str:
-    if not version.method:
-        return ""
-    lost = f", loss {loss(version.loss)}" if version.loss is not None else ""
-    return f"{version.method}, rank {version.rank}{lost}"
-
-
-def _edge_label(edge: LineageEdgeView) -> str:
-    return f"× {number(edge.weight)}" if edge.weight is not None else edge.kind.replace("_", " ")
+    return [part for part in (version.ref, ", ".join(version.stages), made(version)) if part]
 
 
 def _by_child(edges: Sequence[LineageEdgeView]) -> _Edges:

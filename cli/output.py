@@ -7,7 +7,6 @@ that comes from a registry reaches a terminal raw: control and direction charact
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +15,8 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from ..registry.domain import errors
+from ..registry.services.words import HOSTILE
+from ..registry.services.words import printable as printable
 
 FORMATS = ("table", "json", "yaml", "name")
 
@@ -45,8 +46,6 @@ EXIT_CODES: Mapping[type[errors.AdapterctlError], int] = MappingProxyType(
 INTERRUPTED = 130
 
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
-# C0, DEL, C1, line separators, and the marks that turn the direction of what follows
-_HOSTILE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +138,7 @@ def as_json(value: Any, *, indent: int = 2) -> str:
     from ..registry import wire
 
     text = msgspec.json.format(wire.to_json(value), indent=indent)
-    return _HOSTILE.sub(lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
+    return HOSTILE.sub(lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
 
 
 def as_yaml(value: Any) -> str:
@@ -148,11 +147,6 @@ def as_yaml(value: Any) -> str:
     from ..registry import wire
 
     return yaml.safe_dump(wire.to_builtins(value), sort_keys=False, allow_unicode=False, width=120)
-
-
-def printable(text: object) -> str:
-    """One line of text that cannot move the cursor, hide, or reverse what stands beside it."""
-    return _HOSTILE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def columns(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> list[str]:

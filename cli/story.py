@@ -17,6 +17,7 @@ from ..registry.domain.errors import JobFailed, Unavailable
 from ..registry.domain.job import Job
 from ..registry.domain.recipe import MergeRequest
 from ..registry.domain.refs import parse_parent, parse_ref
+from ..registry.services import words
 from . import lineage_text, views
 from .batch import read_batch
 from .follow import version_of
@@ -107,7 +108,7 @@ def _merge(registry: RegistryAPI, story: Story, chapter: _Chapters, wait: Wait) 
         request = MergeRequest(parents=tuple(map(parse_parent, PARENTS)), into=INTO, method=method, rank=rank)
         version = _merged(registry, request, wait)
         story.merged.append(version)
-        lost = views.loss(version.loss) if version.loss else "nothing"
+        lost = words.loss(version.loss) if version.loss else "nothing"
         proof = len((version.receipt or {}).get("checks", ()))
         chapter.table([[version.ref, _shape(version), f"loses {lost} of the exact sum", f"{proof} checks passed"]])
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..registry.services.words import EXACT, loss, number
 from .output import Output, printable
 
 if TYPE_CHECKING:
@@ -32,17 +33,10 @@ if TYPE_CHECKING:
     from ..registry.domain.job import Job, JobEvent
     from ..registry.domain.version import Base
 
-#: A relative loss below this is rounding.
-EXACT = 1e-6
 _STATE_STYLES = {
     "succeeded": "green", "running": "cyan", "failed": "red", "cancelled": "yellow",
     "ok": "green", "warning": "yellow", "error": "red",
 }  # fmt: skip
-
-
-def number(value: float) -> str:
-    """Four digits that matter; 0 and whole numbers as they are."""
-    return f"{value:.4g}"
 
 
 def size(size_bytes: int) -> str:
@@ -52,15 +46,6 @@ def size(size_bytes: int) -> str:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1000
     return f"{amount:.1f} TB"
-
-
-def loss(value: float | None) -> str:
-    """A relative loss as people read it; what stays below rounding is nothing lost."""
-    if value is None:
-        return "-"
-    if value < EXACT:
-        return "0"
-    return f"{value:.2%}" if value >= 1e-4 else f"{value:.1e}"
 
 
 def when(iso: str) -> str:

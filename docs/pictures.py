@@ -40,6 +40,7 @@ def main() -> None:
         )
         page = browser.new_page(viewport={"width": 1200, "height": 900}, device_scale_factor=1)
         take_terminal(page, story)
+        take_lineage(page, home)
         with serving(home):
             take_pages(page, home)
         browser.close()
@@ -72,6 +73,15 @@ def take_terminal(page: Page, text: str) -> None:
     page.set_viewport_size({"width": 980, "height": 400})
     page.set_content(f"{html}<style>{style}</style>")
     page.screenshot(path=PICTURES / "demo.png", full_page=True)
+
+
+def take_lineage(page: Page, home: Path) -> None:
+    command = [*ADAPTERCTL, "--home", str(home), "lineage", "translate:v3", "-o", "html"]
+    html = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    page.set_viewport_size({"width": 1280, "height": 620})
+    page.set_content(html)
+    page.focus("[data-ref='translate-chat:v1']")
+    page.screenshot(path=PICTURES / "lineage.png")
 
 
 def take_pages(page: Page, home: Path) -> None:

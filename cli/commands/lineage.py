@@ -14,7 +14,7 @@ from ..connect import Session, add_verbs
 if TYPE_CHECKING:
     from ...registry.api import Direction
 
-FORMATS = ("tree", "json", "yaml", "name", "mermaid", "dot")
+FORMATS = ("tree", "json", "yaml", "name", "mermaid", "dot", "svg", "html")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,15 +32,22 @@ def lineage(
 
     Example: adapterctl lineage translate-chat -o mermaid
     """
-    from .. import lineage_text  # deferred: only this command draws
+    from ...registry.services import draw  # deferred: only this command draws
+    from .. import lineage_text
 
     if up and down:
         raise InvalidInput("--up and --down are given both", hint="leave out both for the whole family")
     direction: Direction = "up" if up else "down" if down else "both"
     found = session.registry(readonly=True).lineage(parse_ref(ref), direction=direction, depth=depth)
-    draw = {"mermaid": lineage_text.mermaid, "dot": lineage_text.dot}.get(session.out.format)
+    drawings = {
+        "mermaid": lineage_text.mermaid,
+        "dot": lineage_text.dot,
+        "svg": draw.lineage_svg,
+        "html": draw.lineage_html,
+    }
+    drawing = drawings.get(session.out.format)
     session.out.data(
         found,
-        text=lambda: draw(found) if draw else lineage_text.tree(found, session.out),
+        text=lambda: drawing(found) if drawing else lineage_text.tree(found, session.out),
         names=[version.ref for version in found.versions],
     )

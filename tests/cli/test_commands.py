@@ -118,6 +118,8 @@ def test_lineage_draws_the_family(read: Run):
     ]  # fmt: skip
     assert read("lineage", "chat:v1", "--down", "-o", "mermaid").stdout.startswith("flowchart TB\n")
     assert read("lineage", "chat:v1", "-o", "dot").stdout.startswith("digraph lineage {\n")
+    assert read("lineage", "chat:v1", "-o", "svg").stdout.startswith("<svg ")
+    assert read("lineage", "chat:v1", "-o", "html").stdout.startswith("<!DOCTYPE html>\n")
 
 
 def test_a_format_that_a_command_does_not_have_is_a_usage_error(read: Run):

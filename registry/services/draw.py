@@ -1,0 +1,470 @@
+"""A lineage as one picture: SVG for documents and pages, HTML with a small script of ours for looking around in it.
+
+Pure: a view in, text out, the same text for the same graph. Each result is one file in ASCII that loads nothing from
+elsewhere. Whatever a registry holds (labels, metric names, tags) comes out as text, never as markup, style or script.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from ..api import LineageEdgeView, LineageView, VersionView
+from .words import edge_label, headline, loss, made, number, printable
+
+#: Beyond this many versions the ones nearest to the root are drawn. 500 in a dense graph take 0.3 s, 2,000 take 8 s.
+MOST = 300
+
+NODE_WIDTH, NODE_HEIGHT = 248, 64
+_COLUMN, _ROW = 280, 122  # from centre to centre
+_MARGIN, _HEADER, _FOOTER = 32, 56, 36
+_NO_XML = re.compile("[\ud800-\udfff\ufffe\uffff]")
+_STYLE = Path(__file__).with_name("draw.css")
+_SCRIPT = Path(__file__).with_name("draw.js")
+
+_Point = tuple[float, float]
+_Pair = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Centres of nodes, and for each (parent, child) the points its line goes through; the origin is top left."""
+
+    width: float
+    height: float
+    nodes: Mapping[str, _Point]
+    lines: Mapping[_Pair, tuple[_Point, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """What is drawn. `more` maps the id of a "+N more" node to its label."""
+
+    versions: Mapping[str, VersionView]
+    pairs: Mapping[_Pair, tuple[LineageEdgeView, ...]]
+    more: Mapping[str, str]
+    more_pairs: tuple[_Pair, ...]
+    total: int
+
+
+def lineage_svg(view: LineageView, *, most: int = MOST) -> str:
+    """The graph as one SVG document, parents above children, in light and dark. `most` bounds the versions drawn."""
+    graph = _graph(view, most)
+    layout = place([*graph.versions, *graph.more], [*graph.pairs, *graph.more_pairs])
+    width = max(layout.width, 560) + 2 * _MARGIN
+    height = layout.height + _HEADER + _FOOTER + 2 * _MARGIN
+    left = (width - layout.width) / 2
+    children, parents = Counter(parent for parent, _ in graph.pairs), Counter(child for _, child in graph.pairs)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(width)} {_n(height)}" width="{_n(width)}"'
+        f' height="{_n(height)}" class="lineage" role="group" aria-labelledby="lineage-title lineage-desc">',
+        f'<title id="lineage-title">Lineage of {_text(view.root)}</title>',
+        f'<desc id="lineage-desc">{_text(_summary(graph, view))}</desc>',
+        f"<style>{_asset(_STYLE)}</style>",
+        # letters wider than usual end at the box
+        f'<clipPath id="lineage-inside"><rect width="{NODE_WIDTH - 4}" height="{NODE_HEIGHT}"/></clipPath>',
+        '<rect class="paper" width="100%" height="100%"/>',
+        *_header(graph, view),
+        f'<g transform="translate({_n(left)} {_MARGIN + _HEADER})">',
+        *(
+            # a label stands at the end that has fewer other lines
+            _edge(edges, layout.lines[parent, child], near_child=children[parent] > parents[child])
+            for (parent, child), edges in graph.pairs.items()
+        ),
+        *(f'<path class="edge more" d="{_path(layout.lines[pair])}"/>' for pair in graph.more_pairs),
+        *(_node(version, layout.nodes[ref], ref == view.root) for ref, version in graph.versions.items()),
+        *(_more(label, layout.nodes[key]) for key, label in graph.more.items()),
+        "</g>",
+        *_legend(width / 2, height - _MARGIN),
+        "</svg>",
+    ]
+    return _ascii("\n".join(parts))
+
+
+def lineage_html(view: LineageView, *, most: int = MOST) -> str:
+    """The same picture as a page: pan, zoom, search, keyboard, and a card with what is known of each version."""
+    style, script = _asset(_STYLE), _asset(_SCRIPT)
+    policy = (
+        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+    )
+    return _ascii(
+        f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Lineage of {_text(view.root)}</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>Lineage of {_text(view.root)}</h1>
+<label>Search <input id="search" type="search" autocomplete="off" placeholder="name, stage, tag"></label>
+<output id="found" for="search" aria-live="polite"></output>
+<span class="buttons">
+<button id="out" type="button" aria-label="Zoom out">&minus;</button>
+<button id="in" type="button" aria-label="Zoom in">+</button>
+<button id="fit" type="button">Fit</button>
+</span>
+</header>
+<main>
+{lineage_svg(view, most=most)}
+<aside id="card" aria-label="Selected version" hidden></aside>
+</main>
+<footer>Tab and arrows walk, Enter centres, + and &minus; zoom, 0 fits, / searches, Esc closes</footer>
+<script type="application/json" id="data">{_json(_cards(_graph(view, most)))}</script>
+<script>{script}</script>
+</body>
+</html>"""
+    )
+
+
+def place(nodes: Sequence[str], pairs: Sequence[_Pair]) -> Layout:
+    """Layers from ancestors down to descendants; nodes do not overlap and long lines go around them.
+
+    Source: Sugiyama, Tagawa & Toda 1981, https://doi.org/10.1109/TSMC.1981.4308636, by fast-sugiyama.
+    """
+    points, lines = _layered(pairs)
+    for node in nodes:  # a version without any edge
+        if node not in points:
+            points[node] = (max((x for x, _ in points.values()), default=-1.0) + 1, 0.0)
+    xs = [x for line in [points.values(), *lines.values()] for x, _ in line]
+    left, right = min(xs), max(xs)
+    rows = {y: row for row, y in enumerate(sorted({y for _, y in points.values()}))}
+
+    def scaled(point: _Point) -> _Point:
+        return (point[0] - left) * _COLUMN + NODE_WIDTH / 2, rows[point[1]] * _ROW + NODE_HEIGHT / 2
+
+    return Layout(
+        width=(right - left) * _COLUMN + NODE_WIDTH,
+        height=(len(rows) - 1) * _ROW + NODE_HEIGHT,
+        nodes={node: scaled(points[node]) for node in nodes},
+        lines={pair: tuple(map(scaled, lines[pair])) for pair in pairs},
+    )
+
+
+def _layered(pairs: Sequence[_Pair]) -> tuple[dict[str, _Point], dict[_Pair, list[_Point]]]:
+    """Points in columns and rows, row 0 on top; parts that have no edge between them stand side by side."""
+    points: dict[str, _Point] = {}
+    lines: dict[_Pair, list[_Point]] = {}
+    offset = 0.0
+    for part in _connected(pairs):
+        found = _part(part)
+        left, right = (end(x for line in found.values() for x, _ in line) for end in (min, max))
+        for (parent, child), line in found.items():
+            moved = [(x - left + offset, y) for x, y in line]
+            points[parent], points[child], lines[parent, child] = moved[0], moved[-1], moved
+        offset += right - left + 1
+    return points, lines
+
+
+def _part(pairs: Sequence[_Pair]) -> dict[_Pair, list[_Point]]:
+    """The points of every line of a connected graph, from the parent's centre to the child's."""
+    from fast_sugiyama import from_edges  # deferred: a compiled module, and only drawings need it
+
+    names = list(dict.fromkeys(name for pair in pairs for name in pair))
+    ids = {name: i for i, name in enumerate(names)}
+    edges = [(ids[parent], ids[child]) for parent, child in pairs]
+    ((placed, _, _, segments),) = from_edges(edges, vertex_spacing=1, dummy_vertices=True, dummy_size=0.5)
+    top = max(y for _, (_, y) in placed)
+    points = {int(node): (round(x, 4), float(round(top - y))) for node, (x, y) in placed}
+    # where a line passes a layer it has a bend: a node with a number beyond ours, one way in and one way out
+    following: dict[int, list[int]] = defaultdict(list)
+    for start, end in segments or ():
+        following[int(start)].append(int(end))
+    lines = {}
+    for node in range(len(names)):
+        for step in following[node]:
+            route = [node, step]
+            while route[-1] >= len(names):
+                route += following[route[-1]]
+            lines[names[node], names[route[-1]]] = [points[i] for i in route]
+    return lines
+
+
+def _connected(pairs: Sequence[_Pair]) -> list[list[_Pair]]:
+    """fast-sugiyama 0.5 gives a bend the number of a node when it gets several parts at once, so each goes alone."""
+    parts: dict[str, list[_Pair]] = {}
+    for pair in pairs:
+        first, second = parts.setdefault(pair[0], []), parts.setdefault(pair[1], [])
+        first.append(pair)
+        if first is not second:
+            first += second
+            parts |= dict.fromkeys((name for joined in second for name in joined), first)
+            parts[pair[1]] = first
+    return list({id(part): part for part in parts.values()}.values())
+
+
+def _graph(view: LineageView, most: int) -> _Graph:
+    """The versions to draw in a stated order, nearest to the root first where there are too many of them."""
+    known = {version.ref: version for version in view.versions}
+    edges = [edge for edge in view.edges if edge.parent in known and edge.child in known]
+    edges.sort(key=lambda edge: (_order(known[edge.child]), edge.position, _order(known[edge.parent])))
+    kept = set(known) if len(known) <= most else _nearest(view.root, known, edges, most)
+    pairs: dict[_Pair, tuple[LineageEdgeView, ...]] = {}
+    behind: dict[_Pair, set[str]] = defaultdict(set)
+    for edge in edges:
+        if edge.parent in kept and edge.child in kept:
+            pair = (edge.parent, edge.child)
+            pairs[pair] = (*pairs.get(pair, ()), edge)
+        elif edge.parent in kept:
+            behind[edge.parent, "children"].add(edge.child)
+        elif edge.child in kept:
+            behind[edge.child, "parents"].add(edge.parent)
+    more, more_pairs = {}, []
+    for (ref, side), hidden in behind.items():
+        key = f"{ref} {side}"  # no ref holds a blank
+        more[key] = f"+{len(hidden)} more"
+        more_pairs.append((ref, key) if side == "children" else (key, ref))
+    return _Graph(
+        versions={ref: known[ref] for ref in sorted(kept, key=lambda ref: _order(known[ref]))},
+        pairs=pairs,
+        more=more,
+        more_pairs=tuple(more_pairs),
+        total=len(known),
+    )
+
+
+def _nearest(root: str, known: Mapping[str, VersionView], edges: Sequence[LineageEdgeView], most: int) -> set[str]:
+    """Breadth first over parents and children alike."""
+    beside: dict[str, list[str]] = defaultdict(list)
+    for edge in edges:
+        beside[edge.parent].append(edge.child)
+        beside[edge.child].append(edge.parent)
+    kept = {root: None} if root in known else dict.fromkeys(list(known)[:1])
+    waiting = deque(kept)
+    while waiting and len(kept) < most:
+        for ref in beside[waiting.popleft()]:
+            if ref not in kept and len(kept) < most:
+                kept[ref] = None
+                waiting.append(ref)
+    return set(kept)
+
+
+def _order(version: VersionView) -> tuple[str, int, str]:
+    return version.name, version.number, version.ref
+
+
+def _summary(graph: _Graph, view: LineageView) -> str:
+    what = {"up": "ancestors", "down": "descendants", "both": "ancestors and descendants"}[view.direction]
+    shown, total = len(graph.versions), graph.total
+    if shown < total:
+        return f"the {shown} of {total} versions nearest to it; --depth, --up and --down choose others"
+    return f"{total} version{'' if total == 1 else 's'}: {what}, parents above children"
+
+
+def _header(graph: _Graph, view: LineageView) -> list[str]:
+    return [
+        f'<text class="heading" x="{_MARGIN}" y="{_MARGIN + 14}">Lineage of {_text(_fit(view.root, 60))}</text>',
+        f'<text class="small" x="{_MARGIN}" y="{_MARGIN + 34}">{_text(_summary(graph, view))}</text>',
+    ]
+
+
+def _node(version: VersionView, centre: _Point, root: bool) -> str:
+    """A box of three lines: what it is called and serves, how it was made, and what it scored."""
+    stages = [stage for stage in version.stages if stage in ("production", "staging")] or version.stages[:1]
+    classes = ["node", "root" if root else "", *(stage for stage in stages if stage in ("production", "staging"))]
+    if version.state == "removed":
+        classes.append("removed")
+    x, y = centre[0] - NODE_WIDTH / 2, centre[1] - NODE_HEIGHT / 2
+    badge = "removed" if version.state == "removed" else ", ".join(stages)
+    scores = [f"{key} {number(value)}" for key, value in headline(version).items()]
+    third = scores[0] if len(", ".join(scores)) > 35 else ", ".join(scores)
+    lines = [
+        f'<g class="{" ".join(filter(None, classes))}" transform="translate({_n(x)} {_n(y)})" tabindex="0" role="img"'
+        f' data-ref="{_text(version.ref)}" aria-label="{_text(_spoken(version))}">',
+        f"<title>{_text(_spoken(version))}</title>",
+        f'<rect class="box" width="{NODE_WIDTH}" height="{NODE_HEIGHT}" rx="7"/>',
+        f'<path class="strip" d="M7 0.5H5.5A5 5 0 0 0 0.5 7V{NODE_HEIGHT - 7}A5 5 0 0 0 5.5 {NODE_HEIGHT - 0.5}H7Z"/>',
+        '<g clip-path="url(#lineage-inside)">',
+        f'<text class="ref" x="18" y="21">{_text(_fit(version.ref, 27 - len(badge[:11]) * 9 // 10))}</text>',
+        f'<text class="badge" x="{NODE_WIDTH - 10}" y="20" text-anchor="end">{_text(_fit(badge, 11))}</text>'
+        if badge
+        else "",
+        f'<text class="small" x="18" y="38">{_text(_fit(made(version) or _origin(version), 35))}</text>',
+        f'<text class="small" x="18" y="54">{_text(_fit(third, 35))}</text>' if third else "",
+        "</g></g>",
+    ]
+    return "".join(lines)
+
+
+def _more(label: str, centre: _Point) -> str:
+    width, height = 104, 30
+    x, y = centre[0] - width / 2, centre[1] - height / 2
+    return (
+        f'<g class="node fold" transform="translate({_n(x)} {_n(y)})">'
+        f'<rect class="box" width="{width}" height="{height}" rx="15"/>'
+        f'<text class="small" x="{width // 2}" y="19" text-anchor="middle">{label}</text></g>'
+    )
+
+
+def _edge(edges: Sequence[LineageEdgeView], line: Sequence[_Point], *, near_child: bool) -> str:
+    """One line a pair, with every weight that the parent has in the child."""
+    label = " + ".join(map(edge_label, edges))
+    merged = any(edge.weight is not None for edge in edges)
+    x, y = _label_point(line, near_child=near_child)
+    shown = _fit(label, 22)
+    width = 6.2 * len(shown) + 8
+    spoken = f"{edges[0].parent} to {edges[0].child}: {label}"
+    return (
+        f'<g class="edge-group" data-parent="{_text(edges[0].parent)}" data-child="{_text(edges[0].child)}">'
+        f"<title>{_text(spoken)}</title>"
+        f'<path class="edge{"" if merged else " trained"}" d="{_path(line)}"/>'
+        f'<rect class="paper" x="{_n(x - width / 2)}" y="{_n(y - 11)}" width="{_n(width)}" height="15" rx="3"/>'
+        f'<text class="small" x="{_n(x)}" y="{_n(y)}" text-anchor="middle">{_text(shown)}</text></g>'
+    )
+
+
+def _path(line: Sequence[_Point]) -> str:
+    """Vertical where it leaves and arrives, smooth through every bend."""
+    start, end = _ends(line)
+    points = [start, *line[1:-1], end]
+    steps = [f"M{_n(start[0])} {_n(start[1])}"]
+    for (x1, y1), (x2, y2) in pairwise(points):
+        middle = (y1 + y2) / 2
+        steps.append(f"C{_n(x1)} {_n(middle)} {_n(x2)} {_n(middle)} {_n(x2)} {_n(y2)}")
+    return "".join(steps)
+
+
+def _label_point(line: Sequence[_Point], *, near_child: bool) -> _Point:
+    """A third of the way from one end of the line, on the line."""
+    start, end = _ends(line)
+    points = [start, *line[1:-1], end]
+    (x1, y1), (x2, y2) = points[-2:] if near_child else points[:2]
+    part = 0.7 if near_child else 0.3
+    ease = 3 * part**2 * (1 - part) + part**3  # x of the curve of _path at `part`; `along` is its y
+    along = 1.5 * part * (1 - part) + part**3
+    return x1 + (x2 - x1) * ease, y1 + (y2 - y1) * along + 4
+
+
+def _ends(line: Sequence[_Point]) -> tuple[_Point, _Point]:
+    (x1, y1), (x2, y2) = line[0], line[-1]
+    return (x1, y1 + NODE_HEIGHT / 2), (x2, y2 - NODE_HEIGHT / 2)
+
+
+def _legend(centre: float, y: float) -> list[str]:
+    x = centre - 235
+    return [
+        f'<g class="legend" transform="translate({_n(x)} {_n(y)})" aria-hidden="true">',
+        '<path class="edge" d="M0 -4H28"/><text class="small" x="36" y="0">merge, × weight</text>',
+        '<path class="edge trained" d="M140 -4H168"/><text class="small" x="176" y="0">trained from</text>',
+        '<rect class="key production" x="262" y="-10" width="12" height="12" rx="3"/>'
+        '<text class="small" x="280" y="0">production</text>',
+        '<rect class="key staging" x="356" y="-10" width="12" height="12" rx="3"/>'
+        '<text class="small" x="374" y="0">staging</text>',
+        '<rect class="key gone" x="428" y="-10" width="12" height="12" rx="3"/>'
+        '<text class="small" x="446" y="0">removed</text>',
+        "</g>",
+    ]
+
+
+def _origin(version: VersionView) -> str:
+    return {"train": "trained", "import": "registered", "merge": "merged"}.get(version.kind, version.kind)
+
+
+def _spoken(version: VersionView) -> str:
+    """What a screen reader says and a tooltip shows."""
+    parts = [version.ref, *version.stages, "removed" if version.state == "removed" else "", _origin(version)]
+    parts += [made(version), *(f"{key} {number(value)}" for key, value in headline(version).items())]
+    parts += [f"made from {', '.join(parent.ref for parent in version.parents)}"] if version.parents else []
+    return ", ".join(part for part in parts if part)
+
+
+def _cards(graph: _Graph) -> dict[str, object]:
+    """For the script: what the card of a version says, and who its parents and children are."""
+    parents: dict[str, list[object]] = defaultdict(list)
+    children: dict[str, list[object]] = defaultdict(list)
+    for (parent, child), edges in graph.pairs.items():
+        label = " + ".join(map(edge_label, edges))
+        parents[child].append([_legal(parent), _legal(label)])
+        children[parent].append([_legal(child), _legal(label)])
+    for ref, version in graph.versions.items():  # and those that the picture does not show
+        parents[ref] += [
+            [_legal(parent.ref), _legal(edge_label(parent))]
+            for parent in version.parents
+            if (parent.ref, ref) not in graph.pairs
+        ]
+    return {
+        _legal(ref): {
+            "facts": [[key, _legal(value)] for key, value in _facts(version) if value],
+            "metrics": [[_legal(key), number(value)] for key, value in version.metrics.items()],
+            "parents": parents[ref],
+            "children": children[ref],
+            "words": " ".join(map(str, _searched(version))).lower(),
+        }
+        for ref, version in graph.versions.items()
+    }
+
+
+def _facts(version: VersionView) -> Iterable[tuple[str, object]]:
+    yield "stage", ", ".join(version.stages)
+    yield "state", "removed" if version.state == "removed" else ""
+    yield "method", version.method or _origin(version)
+    yield "loss", "" if version.loss is None else loss(version.loss)
+    yield "rank", version.rank
+    yield "base", version.base
+    yield "dataset", version.dataset
+    yield "license", version.license
+    yield "created", f"{version.created_at} {version.created_by}".strip()
+    yield "params", ", ".join(f"{key}={value}" for key, value in version.params.items())
+    yield "tags", ", ".join(f"{key}={value}" for key, value in version.tags.items())
+
+
+def _searched(version: VersionView) -> Iterable[object]:
+    yield version.ref
+    yield from version.stages
+    yield from (version.kind, version.state, version.method or "", version.dataset or "", version.created_by)
+    for values in (version.params, version.tags):
+        yield from (f"{key}={value}" for key, value in values.items())
+
+
+def _fit(text: str, most: int) -> str:
+    """Cut in the middle: names of a family differ at their end."""
+    text = printable(text)
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail - 1]}…{text[-tail:]}"
+
+
+def _legal(text: object) -> str:
+    """One line of text that XML may hold; what it may not is shown as an escape."""
+    return _NO_XML.sub(lambda match: f"\\u{ord(match[0]):04x}", printable(text))
+
+
+def _text(text: str) -> str:
+    """For element content and quoted attributes, of XML and HTML alike."""
+    return html.escape(_legal(text), quote=True)
+
+
+def _json(value: object) -> str:
+    """For a script element: nothing in it can end the element or open a comment."""
+    plain = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return plain.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _ascii(text: str) -> str:
+    """The same bytes in every locale; style, script and JSON are ASCII already."""
+    return text.encode("ascii", "xmlcharrefreplace").decode()
+
+
+def _asset(path: Path) -> str:
+    return f"\n{path.read_text(encoding='ascii')}"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _n(value: float) -> str:
+    """At most one decimal, for short files and stable bytes."""
+    return f"{value:.1f}".removesuffix(".0")
