@@ -12,7 +12,7 @@ from ..registry.domain.refs import ParentRef, parse_parent
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d|)")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+_DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32", "f64": "F64"}
 
 
 def pairs(texts: Iterable[str], *, option: str) -> dict[str, str]:
@@ -53,7 +53,9 @@ def dtype(text: str | None) -> str | None:
         return None
     name = _DTYPES.get(text.lower())
     if name is None:
-        raise InvalidInput(f"dtype {text!r} is not one of bf16, f16, f32", hint="leave it out for the widest parent's")
+        raise InvalidInput(
+            f"dtype {text!r} is not one of bf16, f16, f32, f64", hint="leave it out for the widest parent's"
+        )
     return name
 
 

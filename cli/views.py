@@ -348,11 +348,15 @@ def _differences(fields: Mapping[str, tuple[Any, Any]]) -> Iterator[tuple[str, A
 
 
 def _brief(value: Any) -> str:
+    from ..registry.api import ParentView  # deferred: help draws no views
+
     if value is None or value == () or value == []:
         return "-"
     if isinstance(value, float):
         return number(value)
-    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, ParentView):
+        return weighted(value)
+    text = ", ".join(map(_brief, value)) if isinstance(value, list | tuple) else str(value)
     return text if len(text) <= 40 else text[:39] + "…"
 
 

@@ -54,9 +54,9 @@ def migrate(url: str) -> None:
     """
     database = Database(url, create=True)
     try:
+        database.prepare()
         if _state(_revision(database)) == "current":
             return
-        database.prepare()
         with database.exclusive("migrate"):
             revision = _revision(database)
             if _state(revision) == "newer":

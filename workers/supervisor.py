@@ -92,12 +92,14 @@ class Supervisor:
         quiet_since = time.monotonic()
         while not self.stopped:
             self._ledger.reap()
-            if self.run_next() or self._ledger.jobs(states=[JobState.RUNNING], limit=1):
+            if self.run_next():
+                quiet_since = time.monotonic()
+                continue
+            if self._ledger.jobs(states=[JobState.RUNNING], limit=1):
                 quiet_since = time.monotonic()
             elif time.monotonic() - quiet_since >= self._settings.idle_s:
                 return
-            else:
-                time.sleep(POLL_S)
+            time.sleep(POLL_S)
 
     def take_over(self) -> None:
         """Queue again what others claimed. Only for the holder of the supervisor's lock: the others are dead then."""

@@ -197,12 +197,15 @@ def rm(
     """
     registry = session.registry()
     version = registry.version(parse_ref(ref))
-    if not yes:
+    if version.state == "removed":
+        session.out.say(f"{version.ref} was removed before; nothing is new")
+    elif not yes:
         _confirm(
             f"remove {version.ref} ({views.size(version.size_bytes)}) for good?", f"adapterctl rm {version.ref} --yes"
         )
     removed = registry.remove(Ref(version.name, number=version.number), reason=reason)
-    session.out.say(f"{removed.ref} is removed")
+    if version.state == "live":
+        session.out.say(f"{removed.ref} is removed")
     session.out.data(removed, text=lambda: removed.ref, names=[removed.ref])
 
 

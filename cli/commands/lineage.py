@@ -14,7 +14,7 @@ from ..connect import Session, add_verbs
 if TYPE_CHECKING:
     from ...registry.api import Direction
 
-FORMATS = ("tree", "json", "yaml", "name", "mermaid", "dot", "svg", "html")
+FORMATS = ("tree", "table", "json", "yaml", "name", "mermaid", "dot", "svg", "html")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -144,7 +144,10 @@ def verify(
 
     Example: adapterctl verify translate-chat:v1
     """
-    found = session.registry().verify(parse_ref(ref), rerun=rerun)
+    asked = parse_ref(ref)
+    # only a recipe that is run again needs a home that can be written
+    rerun = rerun and session.registry(readonly=True).version(asked).recipe_digest is not None
+    found = session.registry(readonly=not rerun).verify(asked, rerun=rerun)
     session.out.data(found, text=lambda: views.verification_text(found, session.out), names=[found.ref])
     if found.files == "damaged" or found.recipe == "different":
         raise typer.Exit(1)

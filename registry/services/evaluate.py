@@ -125,10 +125,13 @@ def engine_facts(settings: Settings) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a job asks for: every subject (None is the bare base) on every suite, each under its key."""
+    """What a job asks for: every subject on every suite, each under its key.
+
+    A subject is named by its content; it may be that of several versions, and of none where it is the bare base.
+    """
 
     base: Base
-    subjects: Mapping[str, AdapterVersion | None]
+    subjects: Mapping[str, Sequence[AdapterVersion]]
     suites: Mapping[str, Suite]
     limit: int | None
     engine: Mapping[str, str]
@@ -192,10 +195,11 @@ class EvalHandler:
     def _wanted(self, job: Job) -> Wanted:
         known = self._ledger.versions_by_id(job.spec["refs"])
         versions = [known[version_id] for version_id in job.spec["refs"]]
-        subjects: dict[str, AdapterVersion | None] = {BASE: None}
+        subjects: dict[str, list[AdapterVersion]] = {BASE: []}
         merged = [version for version in versions if version.spec.kind == "merge"]
-        for version in [*(parent for child in merged for parent in parents_of(self._ledger, child)), *versions]:
-            subjects[version.spec.content_digest] = version
+        asked = [*(parent for child in merged for parent in parents_of(self._ledger, child)), *versions]
+        for version in {version.id: version for version in asked}.values():
+            subjects.setdefault(version.spec.content_digest, []).append(version)
         return Wanted(
             base=_one_base(versions),
             subjects=subjects,
@@ -207,7 +211,7 @@ class EvalHandler:
     def _plan(self, wanted: Wanted, missing: Sequence[Pair], stack: ExitStack) -> EvalPlan:
         subjects = []
         for digest in dict.fromkeys(pair.subject for pair in missing):
-            version = wanted.subjects[digest]
+            version = next(iter(wanted.subjects[digest]), None)  # any: they have the same bytes
             folder = str(stack.enter_context(self._folders(version))) if version is not None else None
             subjects.append(Subject(digest, version.label if version is not None else BASE, folder))
         return EvalPlan(
@@ -234,9 +238,9 @@ class EvalHandler:
         if lost:
             raise Corrupt(f"the evaluation ended without {len(lost)} of its {len(pairs)} reports", hint="run it again")
         for pair in pairs:
-            version = wanted.subjects[pair.subject]
-            if version is not None and version.state == "live":
-                self._show(version, reports[pair.key], wanted.suites[pair.suite])
+            for version in wanted.subjects[pair.subject]:
+                if version.state == "live":
+                    self._show(version, reports[pair.key], wanted.suites[pair.suite])
         return {"reports": [pair.key for pair in pairs]}
 
     def _show(self, version: AdapterVersion, report: EvalReport, suite: Suite) -> None:

@@ -14,11 +14,13 @@ from typing import Any
 
 from ..api import MethodView, OptionView, ParentView, PlanView, Submitted
 from ..domain.adapter import AdapterFacts
-from ..domain.errors import IncompatibleParents, InvalidInput, Problem, raise_all
+from ..domain.digest import json_digest
+from ..domain.errors import IncompatibleParents, InvalidInput, LossTooHigh, Problem, raise_all
 from ..domain.job import Job, NewJob
 from ..domain.plan import MergePlan, build_plan, check_parents
 from ..domain.recipe import MergeRequest, Recipe, recipe_from_json
 from ..domain.refs import check_name
+from ..domain.suite import Suite
 from ..domain.version import AdapterVersion, NewVersion
 from ..ports import Doorbell, Ledger, Parent, VersionStore
 from ..wire import from_builtins, to_builtins
@@ -65,32 +67,38 @@ def preflight(ledger: Ledger, request: MergeRequest) -> Preflight:
     problems = [*_check_bases(parents), *check_parents(facts, labels)]
     raise_all(IncompatibleParents, "these adapters cannot be merged:", problems)
     recipe = resolve_recipe(request, facts, [parent.spec.content_digest for parent in parents])
-    into = check_name(request.into or "-".join(dict.fromkeys(parent.name for parent in parents)))
+    into = check_name(request.into or _default_name([parent.name for parent in parents]))
     return Preflight(into, parents, recipe, build_plan(recipe, facts, labels))
 
 
 def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, actor: str) -> Submitted:
-    """Commit the job and ring; or return the version, or the live job, that the same recipe has already."""
+    """Commit the job and ring; or return the version, or the live job, that the same recipe has already.
+
+    What exists is held to the terms of this request too: raises `LossTooHigh` where it lost more than `max_loss`, and
+    queues a job where `suites` are asked for. Jobs of one recipe are joined only where their terms are the same.
+    """
     ready = preflight(ledger, request)
-    _check_max_loss(request.max_loss)
+    suites = [find_suite(ledger, suite) for suite in request.suites]
     adapter_id = ledger.ensure_adapter(ready.into)
     digest = ready.recipe.digest
     existing = ledger.live_version(adapter_id, recipe=digest)
     if existing is not None:
-        return _submitted(ready, version=existing, ledger=ledger)
+        _check_loss(ledger, existing, request.max_loss)
+        if not suites:
+            return _submitted(ready, version=existing, ledger=ledger)
     job, created = schedule.submit(
         ledger,
         bell,
         NewJob(
             kind="merge",
-            key=f"{adapter_id}:{digest}",
+            key=":".join([adapter_id, digest, *_terms(request.max_loss, suites)]),
             title=f"merge {' '.join(view.ref for view in ready.parent_views)} into {ready.into}",
             spec={
                 "into": ready.into,
                 "adapter_id": adapter_id,
                 "recipe": ready.recipe.to_json(),
                 "parents": [parent.id for parent in ready.parents],
-                "suites": [to_builtins(find_suite(ledger, suite)) for suite in request.suites],
+                "suites": [to_builtins(suite) for suite in suites],
                 "max_loss": request.max_loss,
             },
             created_by=actor,
@@ -197,7 +205,9 @@ class MergeHandler:
         recipe = recipe_from_json(job.spec["recipe"])
         existing = self._ledger.live_version(job.spec["adapter_id"], recipe=recipe.digest)
         if existing is not None:
-            yield Done({"version_id": existing.id})
+            _check_loss(self._ledger, existing, job.spec.get("max_loss"))
+            queued = [self._ledger.submit(new)[0].id for new in self._then(job, existing.id)]
+            yield Done({"version_id": existing.id, "jobs": queued})
             return
         parents = job_parents(self._ledger, job)
         with ExitStack() as opened:
@@ -231,7 +241,7 @@ class MergeHandler:
             task.out,
             parents=[Parent(v, p.weight) for v, p in zip(parents, recipe.parents, strict=True)],
             edge_kind="merge",
-            key=f"merge:{job.key}",
+            key=f"merge:{job.spec['adapter_id']}:{recipe.digest}",
             created_by=job.created_by,
             job=(job.id, job.attempt),
             then=lambda version_id: self._then(job, version_id),
@@ -260,9 +270,35 @@ def _check_bases(parents: Sequence[AdapterVersion]) -> list[Problem]:
     ]
 
 
-def _check_max_loss(max_loss: float | None) -> None:
-    if max_loss is not None and not 0 <= max_loss <= 1:
-        raise InvalidInput(f"--max-loss {max_loss} is not between 0 and 1", hint="0.05 accepts a loss of 5 %")
+def _default_name(names: Sequence[str]) -> str:
+    """The parents' names joined with `-`. One name alone would make the merge the newest version of its own parent."""
+    distinct = list(dict.fromkeys(names))
+    if len(distinct) == 1:
+        raise InvalidInput(
+            f"all parents are versions of {distinct[0]}, so the merge needs a name",
+            hint=f"--into {distinct[0]}-merged, or --into {distinct[0]} to make it the newest version there",
+        )
+    return "-".join(distinct)
+
+
+def _terms(max_loss: float | None, suites: Sequence[Suite]) -> list[str]:
+    """What a caller asks beyond the recipe, as a part of the job's key; nothing where nothing is asked."""
+    terms = [max_loss, [suite.digest for suite in suites]]
+    return [json_digest(terms)[:16]] if max_loss is not None or suites else []
+
+
+def _check_loss(ledger: Ledger, version: AdapterVersion, max_loss: float | None) -> None:
+    """Hold a version that exists to the limit, as its receipt measured it; rounding is not what the limit is about."""
+    receipt = ledger.detail(version.id).receipt
+    if max_loss is None or receipt is None:
+        return
+    loss = receipt["loss"] - receipt["loss_bound"]
+    if loss > max_loss:
+        raise LossTooHigh(
+            f"{version.label} has this recipe and lost {receipt['loss']:.4f} of the exact sum, "
+            f"--max-loss allows {max_loss:g}",
+            hint="raise --rank, use --method cat, or allow more; `adapterctl plan` shows the loss of each rank",
+        )
 
 
 def _joint_license(parents: Sequence[AdapterVersion]) -> str | None:

@@ -55,7 +55,7 @@ class Stages:
         holder = self._begin(version.name, version.adapter_id, stage)
         self._verify(version)
         if holder is not None and holder.id == version.id:
-            return self._project_again(version.name, version.adapter_id, stage)
+            return self._project_again(version, stage)
         return self._move(version.name, version.adapter_id, stage, "promote", holder, version, reason)
 
     def rollback(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
@@ -144,10 +144,15 @@ class Stages:
             self._project(name, event)
         return _views(self.ledger, [event])[0]
 
-    def _project_again(self, name: str, adapter_id: str, stage: str) -> StageEventView:
-        with self.ledger.exclusive(_lock(adapter_id)):
-            event = self.ledger.stage_history(adapter_id, stage)[-1]
-            self._project(name, event)
+    def _project_again(self, version: AdapterVersion, stage: str) -> StageEventView:
+        with self.ledger.exclusive(_lock(version.adapter_id)):
+            event = self.ledger.stage_history(version.adapter_id, stage)[-1]
+            if event.version_id != version.id:
+                raise StageMoved(
+                    f"{stage} of {version.name} was moved from {version.label} meanwhile",
+                    hint=f"see `adapterctl history {version.name}`, then try again",
+                )
+            self._project(version.name, event)
         return _views(self.ledger, [event])[0]
 
     def _project(self, name: str, event: StageEvent) -> None:

@@ -348,6 +348,10 @@ def _warnings(registration: Registration, facts: AdapterFacts, base: Base, *, kn
         found.append(f"{parent.label}, which it was trained from, applies to another base: {parent.spec.base.name}")
     if registration.base and facts.base_name and registration.base != facts.base_name:
         found.append(f"registered for the base {registration.base}, the config says {facts.base_name}")
+    if isinstance(facts.config.get("target_modules"), str) and facts.config["target_modules"] != "all-linear":
+        found.append(
+            "target_modules is a pattern, which PEFT runs when the adapter is loaded; a list of names is safer"
+        )
     if carried := carried_name(facts):
         found.append(f"tensor names carry the adapter name {carried!r}: PEFT itself does not load such a file")
     return found

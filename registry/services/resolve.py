@@ -39,9 +39,9 @@ def resolve(ledger: Ledger, ref: Ref, *, removed: bool = False) -> AdapterVersio
 
 def known_adapter(ledger: Ledger, name: str) -> str:
     """The id of the adapter `name`. Raises `NotFound` with a did-you-mean."""
-    adapter_id = ledger.adapter_id(name)
-    if adapter_id is None:
-        near = get_close_matches(name, ledger.adapter_names(), n=3, cutoff=0.5)
+    adapter_id, names = ledger.adapter_id(name), ledger.adapter_names()
+    if adapter_id is None or name not in names:
+        near = get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "`adapterctl ls` shows what there is"
         raise NotFound(f"there is no adapter {name!r}", hint=hint)
     return adapter_id

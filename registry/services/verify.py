@@ -95,7 +95,7 @@ class VerifyHandler:
                 out=out,
                 threads=self._threads,
             )
-            compare = {"folder": str(stored), "content_digest": version.spec.content_digest}
+            compare = {"folder": str(stored), "fingerprint": (detail.receipt or {}).get("fingerprint")}
             yield Task({**task, "compare": compare}, out)
 
     def finish(self, job: Job, task: Task, result: Mapping[str, Any]) -> Mapping[str, Any]:

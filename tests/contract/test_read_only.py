@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from adapterctl.migrations import migrate
 from adapterctl.registry.domain.errors import Corrupt, NotAllowed, NotFound
 from adapterctl.registry.domain.job import NewJob
 from adapterctl.registry.domain.version import AdapterVersion
@@ -54,6 +55,10 @@ def _reads_but_cannot_write(home: Path, version: AdapterVersion) -> None:
     with pytest.raises(NotAllowed, match="cannot be written"), other.exclusive("key"):
         pass
     other.close()
+    with pytest.raises(NotAllowed, match="cannot be written"):  # what every command that writes begins with
+        migrate(sqlite_url(home))
+    with pytest.raises(NotAllowed, match="cannot be written"):
+        migrate(sqlite_url(home / "new"))
 
 
 def as_somebody_else(check: Callable[[], None]) -> str:

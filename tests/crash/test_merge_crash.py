@@ -6,7 +6,6 @@ All points share one home, so what one kill leaves behind would be in the way of
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -15,19 +14,16 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from tiny import write_tiny_adapter
 
-from adapterctl.bootstrap import connect
 from adapterctl.registry.crashpoints import CRASH_POINTS
 from adapterctl.registry.domain.job import JobState
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import ParentRef, Ref
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.services.staging import sweep
-from adapterctl.registry.settings import load_settings
 
 OF_A_MERGE = [point for point in CRASH_POINTS if not point.startswith("stage.")]
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 SUBMIT = """
 import sys
 from adapterctl.bootstrap import connect
@@ -36,19 +32,6 @@ from adapterctl.registry.domain.refs import ParentRef, Ref
 
 connect().merge(MergeRequest((ParentRef(Ref("translate")), ParentRef(Ref("chat"), 0.5)), into=sys.argv[1]))
 """
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory, ledger_schema: Path, mlflow_schema: Path) -> LocalRegistry:
-    """A registry with `translate:v1` and `chat:v1`, whose supervisors leave soon."""
-    home = tmp_path_factory.mktemp("crash")
-    shutil.copy(ledger_schema, home / "registry.db")
-    shutil.copy(mlflow_schema, home / "mlflow.db")
-    made = connect(load_settings({"home": home, "idle_s": 0.3}))
-    for seed, name in enumerate(("translate", "chat")):
-        folder = write_tiny_adapter(tmp_path_factory.mktemp(name), seed=seed)
-        made.register(str(folder), name=name)
-    return made
 
 
 def wait_until(true: Callable[[], bool]) -> None:
@@ -60,24 +43,24 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("point", OF_A_MERGE)
 def test_a_kill_at_any_point_leaves_one_version_once_the_merge_is_asked_for_again(
-    registry: LocalRegistry, tmp_path: Path, point: str
+    two_parents: LocalRegistry, tmp_path: Path, point: str
 ):
     into = f"both-{point.replace('.', '-')}"
     died = tmp_path / "died"
-    environment = os.environ | registry.settings.to_env()
+    environment = os.environ | two_parents.settings.to_env()
     crash = {"ADAPTERCTL_CRASH_AT": point, "ADAPTERCTL_CRASH_ONCE": str(died)}
 
     subprocess.run([sys.executable, "-c", SUBMIT, into], env=environment | crash, check=False, timeout=PATIENCE_S)
     wait_until(died.exists)
     request = MergeRequest((ParentRef(Ref("translate")), ParentRef(Ref("chat"), 0.5)), into=into)
-    asked = registry.merge(request)
+    asked = two_parents.merge(request)
     if asked.job is not None:
-        *_, ended = registry.follow(asked.job.id, timeout_s=PATIENCE_S)
+        *_, ended = two_parents.follow(asked.job.id, timeout_s=PATIENCE_S)
         assert ended.state is JobState.SUCCEEDED, ended.error
 
-    [version] = registry.versions(into)
+    [version] = two_parents.versions(into)
     assert [(parent.ref, parent.weight) for parent in version.parents] == [("translate:v1", 1.0), ("chat:v1", 0.5)]
-    client = MlflowClient(registry.ledger.mlflow_uri, registry.ledger.mlflow_uri)
+    client = MlflowClient(two_parents.ledger.mlflow_uri, two_parents.ledger.mlflow_uri)
     [model_version] = client.search_model_versions(f"name = '{into}'")
     assert int(model_version.version) == version.number
     experiment = client.get_run(version.run_id).info.experiment_id
@@ -85,14 +68,14 @@ def test_a_kill_at_any_point_leaves_one_version_once_the_merge_is_asked_for_agai
     assert [(run.info.run_id, run.info.status) for run in runs] == [(version.run_id, "FINISHED")]
     models = [model for model in client.search_logged_models([experiment]) if model.name == into]
     assert [(model.model_id, model.status.value) for model in models] == [(version.model_id, "READY")]
-    assert registry.verify(Ref(into), rerun=False).files == "intact"
+    assert two_parents.verify(Ref(into), rerun=False).files == "intact"
 
 
-def test_nothing_but_versions_is_left_behind(registry: LocalRegistry):
-    stages = registry.settings.home / "staging"
+def test_nothing_but_versions_is_left_behind(two_parents: LocalRegistry):
+    stages = two_parents.settings.home / "staging"
 
     sweep(stages)
 
     assert list(stages.iterdir()) == []
-    stored = list((registry.settings.home / "artifacts").rglob("adapter_model.safetensors"))
-    assert len(stored) == len(registry.versions())
+    stored = list((two_parents.settings.home / "artifacts").rglob("adapter_model.safetensors"))
+    assert len(stored) == len(two_parents.versions())

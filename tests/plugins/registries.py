@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from adapterctl.bootstrap import connect
 from adapterctl.migrations import migrate
 from adapterctl.registry.ports import VersionStore
+from adapterctl.registry.services.local import LocalRegistry
+from adapterctl.registry.settings import load_settings
 from adapterctl.registry.stores.sql.engine import Database, sqlite_url
 from adapterctl.registry.stores.sql.ledger import SqlLedger
 
@@ -42,3 +45,17 @@ def version_store(home: Path, sql_ledger: SqlLedger, mlflow_schema: Path) -> Ver
 
     shutil.copy(mlflow_schema, home / "mlflow.db")
     return MlflowVersions(None, home, sql_ledger.registry_id)
+
+
+@pytest.fixture(scope="module")
+def two_parents(tmp_path_factory: pytest.TempPathFactory, ledger_schema: Path, mlflow_schema: Path) -> LocalRegistry:
+    """A whole registry for the tests of one file, with `translate:v1` and `chat:v1`, whose supervisors leave soon."""
+    from tiny import write_tiny_adapter  # deferred: pytest wants to import its plugins itself
+
+    home = tmp_path_factory.mktemp("two-parents")
+    shutil.copy(ledger_schema, home / "registry.db")
+    shutil.copy(mlflow_schema, home / "mlflow.db")
+    registry = connect(load_settings({"home": home, "idle_s": 0.3}))
+    for seed, name in enumerate(("translate", "chat")):
+        registry.register(str(write_tiny_adapter(tmp_path_factory.mktemp(name), seed=seed)), name=name)
+    return registry

@@ -279,9 +279,9 @@ def test_the_same_model_in_two_folders_has_the_same_pins(tmp_path):
 def test_pins_are_filled_in_once_and_never_changed(tmp_path, sql_ledger):
     bases.add_base(sql_ledger, "tiny/base")
 
-    pinned = bases.add_base(sql_ledger, "tiny/base", folder=model_folder(tmp_path / "one"), revision="abc")
+    pinned = bases.add_base(sql_ledger, "tiny/base", pins=bases.fingerprints(model_folder(tmp_path / "one")), revision="abc")
     with pytest.raises(Refused, match="weights digest differ"):
-        bases.add_base(sql_ledger, "tiny/base", folder=model_folder(tmp_path / "two", weights=b"v"))
+        bases.add_base(sql_ledger, "tiny/base", pins=bases.fingerprints(model_folder(tmp_path / "two", weights=b"v")))
 
     assert pinned.config_digest
     assert pinned.revision == "abc"
@@ -311,8 +311,8 @@ def test_merged_bases_are_one_for_versions_and_spellings(take, tmp_path, sql_led
 
 
 def test_bases_whose_pins_contradict_each_other_are_not_merged(tmp_path, sql_ledger):
-    bases.add_base(sql_ledger, "one", folder=model_folder(tmp_path / "one"))
-    bases.add_base(sql_ledger, "two", folder=model_folder(tmp_path / "two", width=8))
+    bases.add_base(sql_ledger, "one", pins=bases.fingerprints(model_folder(tmp_path / "one")))
+    bases.add_base(sql_ledger, "two", pins=bases.fingerprints(model_folder(tmp_path / "two", width=8)))
 
     with pytest.raises(Refused, match="config digest differ"):
         bases.merge_bases(sql_ledger, "one", "two")

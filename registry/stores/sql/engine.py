@@ -258,13 +258,19 @@ class _Sqlite:
         return self._path.exists()
 
     def prepare(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._not_writable(f": {error.strerror}") from error
+        self.check_writable()
 
     def check_writable(self) -> None:
         if not self._writable:
-            raise NotAllowed(
-                f"{self._path.parent} cannot be written", hint="use a home that is yours: --home or ADAPTERCTL_HOME"
-            )
+            raise self._not_writable()
+
+    def _not_writable(self, why: str = "") -> NotAllowed:
+        hint = "use a home that is yours: --home or ADAPTERCTL_HOME"
+        return NotAllowed(f"{self._path.parent} cannot be written{why}", hint=hint)
 
     @property
     def _writable(self) -> bool:

@@ -173,7 +173,10 @@ class SqlLedger(JobRows):
 
     def adapter_names(self) -> list[str]:
         with self._db.read() as connection:
-            return list(connection.execute(select(adapter.c.name).order_by(adapter.c.name)).scalars())
+            # a row without a version is left by a merge or registration that failed; it names nothing
+            has_versions = select(version.c.id).where(version.c.adapter_id == adapter.c.id).exists()
+            query = select(adapter.c.name).where(has_versions).order_by(adapter.c.name)
+            return list(connection.execute(query).scalars())
 
     def version(self, version_id: str) -> AdapterVersion | None:
         return next(iter(self._versions(_VERSION.where(version.c.id == version_id))), None)
@@ -237,6 +240,7 @@ class SqlLedger(JobRows):
             if known is None:
                 _check_finite(spec.metrics)
                 _insert_version(connection, version_id, adapter_id, spec, placement, created_by)
+                _check_parents(connection, edges)
                 _insert_edges(connection, edges)
                 _insert_metrics(connection, version_id, spec.metrics, "register")
             queued = [queue_job(connection, each)[0] for each in then]
@@ -397,7 +401,7 @@ class SqlLedger(JobRows):
             if version_id is not None:
                 _check_may_hold(connection, adapter_id, version_id, stage)
             _hold(connection, adapter_id, stage, version_id)
-            last = _history(connection, adapter_id)[-1:]
+            last = _history(connection, adapter_id, newest_only=True)
             new = StageEvent(
                 seq=last[0].seq + 1 if last else 1,
                 adapter_id=adapter_id,
@@ -526,6 +530,15 @@ def _check_references(connection: Connection, adapter_id: str, spec: NewVersion)
         raise NotFound(f"there is no base {spec.base.id}", hint="adapterctl base ls")
 
 
+def _check_parents(connection: Connection, edges: Iterable[Edge]) -> None:
+    """A parent may have been removed since the merge was planned; then its child must not come to life."""
+    query = select(version.c.id).where(among(version.c.id), version.c.state != "live").with_for_update()
+    gone = connection.execute(query, these(each.parent_id for each in edges)).scalars().all()
+    if gone:
+        labels = ", ".join(sorted(_labels(connection, gone).values()))
+        raise Refused(f"{labels} was removed meanwhile", hint="choose other parents, and ask again")
+
+
 def _insert_edges(connection: Connection, edges: Iterable[Edge]) -> None:
     for each in edges:
         connection.execute(insert(edge).values({column.name: getattr(each, column.name) for column in edge.columns}))
@@ -636,7 +649,8 @@ def _stage_moved(connection: Connection, stage_name: str, holder: str | None, ex
     )
 
 
-def _history(connection: Connection, adapter_id: str) -> list[StageEvent]:
+def _history(connection: Connection, adapter_id: str, *, newest_only: bool = False) -> list[StageEvent]:
     columns = [stage_history.c[name] for name in StageEvent.__dataclass_fields__]
-    query = select(*columns).where(stage_history.c.adapter_id == adapter_id).order_by(stage_history.c.seq)
+    query = select(*columns).where(stage_history.c.adapter_id == adapter_id)
+    query = query.order_by(stage_history.c.seq.desc()).limit(1) if newest_only else query.order_by(stage_history.c.seq)
     return [StageEvent(*row) for row in connection.execute(query)]
