@@ -279,7 +279,9 @@ def test_the_same_model_in_two_folders_has_the_same_pins(tmp_path):
 def test_pins_are_filled_in_once_and_never_changed(tmp_path, sql_ledger):
     bases.add_base(sql_ledger, "tiny/base")
 
-    pinned = bases.add_base(sql_ledger, "tiny/base", pins=bases.fingerprints(model_folder(tmp_path / "one")), revision="abc")
+    pinned = bases.add_base(
+        sql_ledger, "tiny/base", pins=bases.fingerprints(model_folder(tmp_path / "one")), revision="abc"
+    )
     with pytest.raises(Refused, match="weights digest differ"):
         bases.add_base(sql_ledger, "tiny/base", pins=bases.fingerprints(model_folder(tmp_path / "two", weights=b"v")))
 
