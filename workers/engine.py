@@ -25,6 +25,7 @@ from ..registry.domain.digest import canonical_json
 from ..registry.domain.errors import JobCancelled, Refused
 from ..registry.domain.header import DTYPE_BYTES
 from ..registry.domain.plan import MergePlan, ModulePlan
+from ..registry.merging.elements import elements_of
 from ..registry.merging.grams import GRAM_FLOOR, Factors, Grams, Maps, error_squared, exact_norm, size_of_parts
 from ..registry.merging.method import MethodSpec, find_method
 from ..registry.merging.stack import Stack, blocks_of, coefficients, load_stack
@@ -103,7 +104,11 @@ def predict_loss(
         readers = [files.enter_context(TensorReader(path)) for path in parent_files]
 
         def work(module: ModulePlan) -> tuple[float, float]:
-            grams = load_stack(module.parts, readers, _arithmetic(plan.recipe.dtype)).grams()
+            stack = load_stack(module.parts, readers, _arithmetic(plan.recipe.dtype))
+            grams = stack.grams()
+            if method.form == "elements":
+                a, b = _elements(method, module, stack, plan)
+                return _distance(stack, a, b).error_squared, exact_norm(grams) ** 2
             return error_squared(grams, _maps(method, grams, plan)), exact_norm(grams) ** 2
 
         pairs = for_each_module(plan, work, threads=threads, should_stop=should_stop).values()
@@ -131,9 +136,13 @@ def merge_module(
     if method.form == "factors":
         return _write_factors(module, method.function(coefficients(module.parts)), plan, readers, writer)
     stack = load_stack(module.parts, readers, _arithmetic(plan.recipe.dtype))
+    if method.form == "elements":
+        a, b = _elements(method, module, stack, plan)
+        _write_made(module, a, b, plan, writer)
+        return _distance(stack, a, b)
     grams = stack.grams()
     maps = _maps(method, grams, plan)
-    _write_mapped(module, stack, maps, plan, writer)
+    _write_made(module, maps.a.astype(stack.a.dtype) @ stack.a, stack.b @ maps.b.astype(stack.b.dtype), plan, writer)
     return Outcome(error_squared(grams, maps), _product_error(grams, maps, float(np.finfo(stack.a.dtype).eps) / 2))
 
 
@@ -213,11 +222,32 @@ The recipe stands in full in the metadata of `{WEIGHTS_FILE}` under `adapterctl.
 
 
 def _maps(method: MethodSpec, grams: Grams, plan: MergePlan) -> Maps:
+    maps: Maps = method.function(grams, rank=min(plan.recipe.rank, grams.rank), **_keywords(method, plan))
+    return maps
+
+
+def _elements(
+    method: MethodSpec, module: ModulePlan, stack: Stack, plan: MergePlan
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    made: tuple[NDArray[np.float64], NDArray[np.float64]] = method.function(
+        elements_of(module.name, stack), **_keywords(method, plan)
+    )
+    return made
+
+
+def _keywords(method: MethodSpec, plan: MergePlan) -> dict[str, Any]:
     keywords: dict[str, Any] = dict(plan.recipe.options)
     if method.seeded:
         keywords["seed"] = plan.recipe.seed
-    maps: Maps = method.function(grams, rank=min(plan.recipe.rank, grams.rank), **keywords)
-    return maps
+    return keywords
+
+
+def _distance(stack: Stack, a: NDArray[np.float64], b: NDArray[np.float64]) -> Outcome:
+    """How far b @ a is from the exact sum, with both in one stack as in the receipt, before they are rounded."""
+    joined = Stack(
+        np.concatenate([stack.a, a]), np.concatenate([stack.b, b], axis=1), np.append(stack.c, -np.ones(len(a))), ()
+    ).grams()
+    return Outcome(exact_norm(joined) ** 2, GRAM_FLOOR * size_of_parts(joined))
 
 
 def _write_factors(
@@ -242,12 +272,14 @@ def _write_factors(
     return Outcome(error_squared=0.0, arithmetic=0.0)
 
 
-def _write_mapped(module: ModulePlan, stack: Stack, maps: Maps, plan: MergePlan, writer: TensorWriter) -> None:
+def _write_made(
+    module: ModulePlan, a: NDArray[np.floating], b: NDArray[np.floating], plan: MergePlan, writer: TensorWriter
+) -> None:
     dtype = plan.recipe.dtype
-    rank = maps.a.shape[0]
+    rank = len(a)
     # rows beyond `rank` stay the zeros that the writer reserved
-    writer.write(module.a_key, encode(maps.a.astype(stack.a.dtype) @ stack.a, dtype))
-    columns = encode(stack.b @ maps.b.astype(stack.b.dtype), dtype)
+    writer.write(module.a_key, encode(a, dtype))
+    columns = encode(b, dtype)
     if rank < plan.recipe.rank:
         columns = np.pad(columns, ((0, 0), (0, plan.recipe.rank - rank)))
     writer.write(module.b_key, columns)

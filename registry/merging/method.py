@@ -3,10 +3,11 @@
     @merge_method("svd", form="grams", rev=1, exact=False, ...)
     def svd(grams: Grams, *, rank: int) -> Maps: ...
 
-Three forms. `factors` keeps the parents' factors and gives one scale a row; `grams` turns the small Gram matrices
-into two maps; `choice` picks another method and rank before the recipe is made, so that the recipe never names it.
-`rank` and `seed` are not options: they are fields of the recipe. Methods of others come in by the entry-point group
-`adapterctl.merge_methods`. The laws in tests/laws run over every method that is registered.
+Four forms. `factors` keeps the parents' factors and gives one scale a row; `grams` turns the small Gram matrices
+into two maps; `elements` makes both factors from those of parents of equal rank; `choice` picks another method and rank
+before the recipe is made, so that the recipe never names it. `rank` and `seed` are not options: they are fields of the
+recipe. Methods of others come in by the entry-point group `adapterctl.merge_methods`.
+The laws in tests/laws run over every method that is registered.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ LAWS = (
     "full_rank",  # at the sum of the ranks nothing is lost
 )
 
-Form = Literal["factors", "grams", "choice"]
+Form = Literal["factors", "grams", "elements", "choice"]
 #: An option from 0 to 1.
 Share = Annotated[float, (0.0, 1.0)]
 Method = TypeVar("Method", bound=Callable[..., Any])

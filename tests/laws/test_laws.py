@@ -126,10 +126,13 @@ def fit(name: str, case: Case) -> Case:
 
 
 def _filled(factors: tuple[np.ndarray, np.ndarray], rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same factors with rows and columns drawn again until there are `rank`."""
+    """The same factors with rows and columns drawn again until there are `rank`; A and B of one size, for float16 has
+    to hold sums and multiples of them here.
+    """
     a, b = factors
     again = np.arange(rank) % len(a)
-    return a[again], b[:, again]
+    balance = np.sqrt(np.abs(a).max() / np.abs(b).max())
+    return a[again] / balance, b[:, again] * balance
 
 
 def dense(case: Case) -> dict[str, np.ndarray]:

@@ -20,12 +20,39 @@ def test_a_forecast_is_what_the_merge_then_loses(tmp_path: Path):
     forecasts, _ = forecast(plan, [folder / WEIGHTS for folder in folders], ["a", "b"])
 
     assert {row.rank for row in forecasts if row.method == "svd"} >= {5, 8}, "the asked rank and the default"
+    assert {row.method for row in forecasts if row.loss is None} == {
+        "ties",
+        "magnitude_prune",
+        "dare_linear",
+        "dare_ties",
+    }
     for row in forecasts:
         merged = run_merge(
             folders, tmp_path / f"{row.method}{row.rank}", weights=(1.0, 0.4), method=row.method, rank=row.rank
         )
-        assert row.loss == pytest.approx(merged.receipt["loss"], abs=2e-6)
+        assert row.loss is None or row.loss == pytest.approx(merged.receipt["loss"], abs=2e-6)
         assert row.size_bytes == merged.plan.size_bytes
+
+
+def test_only_methods_that_can_take_the_parents_are_forecast(tmp_path: Path):
+    folders = [write_tiny_adapter(tmp_path / f"p{i}", rank=3 + i, seed=i) for i in range(3)]
+
+    forecasts, _ = forecast(plan_of(folders), [folder / WEIGHTS for folder in folders], ["a", "b", "c"])
+
+    named = {row.method for row in forecasts}
+    assert {"cat", "svd", "tsv", "model_stock"} <= named
+    assert not {"slerp", "ties", "peft_linear"} & named, "slerp takes two parents, the others equal ranks"
+
+
+def test_the_forecast_of_the_method_that_was_asked_for_has_its_options(tmp_path: Path):
+    folders = [write_tiny_adapter(tmp_path / f"p{i}", seed=i) for i in range(2)]
+    asked = {"method": "slerp", "options": {"t": 0.1}, "rank": 3}
+
+    forecasts, _ = forecast(plan_of(folders, **asked), [folder / WEIGHTS for folder in folders], ["a", "b"])
+
+    (row,) = (row for row in forecasts if row.method == "slerp")
+    assert row.loss == pytest.approx(run_merge(folders, tmp_path / "out", **asked).receipt["loss"], abs=2e-6)
+    assert row.rank == 3
 
 
 def test_the_smallest_rank_with_a_small_loss_is_named(tmp_path: Path):

@@ -186,6 +186,24 @@ def test_a_share_is_from_0_to_1(resolved: Any, value: float, fits: bool):
         resolved(method="slerp", options={"t": value})
 
 
+def test_rules_on_factors_need_parents_of_one_rank_and_keep_it(resolved: Any):
+    with pytest.raises(InvalidInput, match=r"the ranks of .* are 4 and 6"):
+        resolved(method="ties")
+    with pytest.raises(InvalidInput, match="ties has the rank of its parents, 4, not 2"):
+        resolved(method="ties", ranks=(4, 4), rank=2)
+
+    assert resolved(method="ties", ranks=(4, 4)).rank == 4
+
+
+def test_an_option_of_several_words_takes_no_other(resolved: Any):
+    with pytest.raises(InvalidInput, match="expected total or frequency"):
+        resolved(method="ties", ranks=(4, 4), options={"majority_sign_method": "weight"})
+
+
+def test_a_random_method_has_its_seed_in_the_recipe(resolved: Any):
+    assert resolved(method="dare_ties", ranks=(4, 4), seed=7).seed == 7
+
+
 def test_slerp_has_two_ends(tmp_path: Path):
     facts = [facts_of(write_tiny_adapter(tmp_path / f"p{i}", seed=i)) for i in range(3)]
     request = MergeRequest(tuple(parse_parent(p) for p in "abc"), method="slerp")

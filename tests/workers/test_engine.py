@@ -96,6 +96,29 @@ def test_modules_of_one_parent_alone_are_kept(tmp_path: Path):
     assert distance(deltas(merged.folder), exact_sum(parents, (1.0, 0.5))) == 0
 
 
+@pytest.mark.parametrize("method", ["tsv", "ties", "peft_linear", "dare_linear"])
+def test_the_loss_is_known_before_anything_is_written(tmp_path: Path, method: str):
+    parents = [write_tiny_adapter(tmp_path / f"p{i}", seed=i) for i in range(2)]
+
+    predicted = engine.predict_loss(plan_of(parents, method=method), files_of(parents))
+
+    assert predicted == pytest.approx(run_merge(parents, tmp_path / "out", method=method).receipt["loss"], rel=1e-5)
+
+
+def test_another_seed_gives_another_merge(tmp_path: Path):
+    parents = [write_tiny_adapter(tmp_path / f"p{i}", seed=i) for i in range(2)]
+    plan = plan_of(parents, method="dare_linear")
+    made = []
+    for seed in (0, 0, 1):
+        out = tmp_path / f"out{len(made)}"
+        out.mkdir()
+        engine.merge(replace(plan, recipe=replace(plan.recipe, seed=seed)), files_of(parents), out)
+        made.append(deltas(out))
+
+    assert distance(made[1], made[0]) == 0
+    assert distance(made[2], made[0]) > 0.1
+
+
 def test_merging_a_merge_is_merging_its_parents(parents: list[Path], tmp_path: Path):
     third = write_tiny_adapter(tmp_path / "p2", seed=2, rank=5, config={"use_rslora": True})
     pair = run_merge(parents, tmp_path / "pair", weights=(0.5, -2.0))
