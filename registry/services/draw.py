@@ -26,6 +26,7 @@ MOST = 300
 NODE_WIDTH, NODE_HEIGHT = 248, 64
 _COLUMN, _ROW = 280, 122  # from centre to centre
 _MARGIN, _HEADER, _FOOTER = 32, 56, 36
+_STAGES = ("production", "staging")  # those with a colour, in the order of what matters most
 _NO_XML = re.compile("[\ud800-\udfff\ufffe\uffff]")
 _STYLE = Path(__file__).with_name("draw.css")
 _SCRIPT = Path(__file__).with_name("draw.js")
@@ -81,7 +82,7 @@ def lineage_svg(view: LineageView, *, most: int = MOST) -> str:
         ),
         *(f'<path class="edge more" d="{_path(layout.lines[pair])}"/>' for pair in graph.more_pairs),
         *(_node(version, layout.nodes[ref], ref == view.root) for ref, version in graph.versions.items()),
-        *(_more(label, layout.nodes[key]) for key, label in graph.more.items()),
+        *(_more(label, layout.nodes[key], above=key.endswith(" parents")) for key, label in graph.more.items()),
         "</g>",
         *_legend(width / 2, height - _MARGIN),
         "</svg>",
@@ -91,6 +92,7 @@ def lineage_svg(view: LineageView, *, most: int = MOST) -> str:
 
 def lineage_html(view: LineageView, *, most: int = MOST) -> str:
     """The same picture as a page: pan, zoom, search, keyboard, and a card with what is known of each version."""
+    graph = _graph(view, most)
     style, script = _asset(_STYLE), _asset(_SCRIPT)
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
@@ -107,7 +109,7 @@ def lineage_html(view: LineageView, *, most: int = MOST) -> str:
 </head>
 <body>
 <header>
-<h1>Lineage of {_text(view.root)}</h1>
+<div><h1>Lineage of {_text(view.root)}</h1><p>{_text(_summary(graph, view))}</p></div>
 <label>Search <input id="search" type="search" autocomplete="off" placeholder="name, stage, tag"></label>
 <output id="found" for="search" aria-live="polite"></output>
 <span class="buttons">
@@ -121,7 +123,7 @@ def lineage_html(view: LineageView, *, most: int = MOST) -> str:
 <aside id="card" aria-label="Selected version" hidden></aside>
 </main>
 <footer>Tab and arrows walk, Enter centres, + and &minus; zoom, 0 fits, / searches, Esc closes</footer>
-<script type="application/json" id="data">{_json(_cards(_graph(view, most)))}</script>
+<script type="application/json" id="data">{_json(_cards(graph))}</script>
 <script>{script}</script>
 </body>
 </html>"""
@@ -271,23 +273,23 @@ def _header(graph: _Graph, view: LineageView) -> list[str]:
 
 def _node(version: VersionView, centre: _Point, root: bool) -> str:
     """A box of three lines: what it is called and serves, how it was made, and what it scored."""
-    stages = [stage for stage in version.stages if stage in ("production", "staging")] or version.stages[:1]
-    classes = ["node", "root" if root else "", *(stage for stage in stages if stage in ("production", "staging"))]
-    if version.state == "removed":
-        classes.append("removed")
+    stages = sorted(version.stages, key=lambda stage: _STAGES.index(stage) if stage in _STAGES else len(_STAGES))
+    removed = version.state == "removed"
+    marks = ("root" if root else "", *(stage for stage in stages[:1] if stage in _STAGES), "removed" if removed else "")
+    classes = ["node", *filter(None, marks)]
     x, y = centre[0] - NODE_WIDTH / 2, centre[1] - NODE_HEIGHT / 2
-    badge = "removed" if version.state == "removed" else ", ".join(stages)
+    badge = "removed" if removed else "".join(stages[:1]) + (f" +{len(stages) - 1}" if stages[1:] else "")
     scores = [f"{key} {number(value)}" for key, value in headline(version).items()]
     third = scores[0] if len(", ".join(scores)) > 35 else ", ".join(scores)
     lines = [
-        f'<g class="{" ".join(filter(None, classes))}" transform="translate({_n(x)} {_n(y)})" tabindex="0" role="img"'
+        f'<g class="{" ".join(classes)}" transform="translate({_n(x)} {_n(y)})" tabindex="0" role="img"'
         f' data-ref="{_text(version.ref)}" aria-label="{_text(_spoken(version))}">',
         f"<title>{_text(_spoken(version))}</title>",
         f'<rect class="box" width="{NODE_WIDTH}" height="{NODE_HEIGHT}" rx="7"/>',
         f'<path class="strip" d="M7 0.5H5.5A5 5 0 0 0 0.5 7V{NODE_HEIGHT - 7}A5 5 0 0 0 5.5 {NODE_HEIGHT - 0.5}H7Z"/>',
         '<g clip-path="url(#lineage-inside)">',
-        f'<text class="ref" x="18" y="21">{_text(_fit(version.ref, 27 - len(badge[:11]) * 9 // 10))}</text>',
-        f'<text class="badge" x="{NODE_WIDTH - 10}" y="20" text-anchor="end">{_text(_fit(badge, 11))}</text>'
+        f'<text class="ref" x="18" y="21">{_text(_fit(version.ref, 28 - len(badge[:13])))}</text>',
+        f'<text class="badge" x="{NODE_WIDTH - 10}" y="20" text-anchor="end">{_text(_fit(badge, 13))}</text>'
         if badge
         else "",
         f'<text class="small" x="18" y="38">{_text(_fit(made(version) or _origin(version), 35))}</text>',
@@ -297,9 +299,11 @@ def _node(version: VersionView, centre: _Point, root: bool) -> str:
     return "".join(lines)
 
 
-def _more(label: str, centre: _Point) -> str:
+def _more(label: str, centre: _Point, *, above: bool) -> str:
+    """A pill where the line ends: at the lower edge of its place for parents, at the upper one for children."""
     width, height = 104, 30
-    x, y = centre[0] - width / 2, centre[1] - height / 2
+    x = centre[0] - width / 2
+    y = centre[1] + NODE_HEIGHT / 2 - height if above else centre[1] - NODE_HEIGHT / 2
     return (
         f'<g class="node fold" transform="translate({_n(x)} {_n(y)})">'
         f'<rect class="box" width="{width}" height="{height}" rx="15"/>'

@@ -109,12 +109,12 @@ def test_wheel_zooms_where_the_pointer_is_and_dragging_moves(open_page, family):
     box = "(() => { const b = document.querySelector('main > svg').viewBox.baseVal; return [b.x, b.y, b.width]; })()"
     before = page.evaluate(box)
 
-    page.mouse.move(200, 400)
+    page.mouse.move(20, 700)  # where no version is
     page.mouse.wheel(0, -100)
     page.wait_for_function(f"{box}[2] < {before[2]}")
     zoomed = page.evaluate(box)
     page.mouse.down()
-    page.mouse.move(260, 430)
+    page.mouse.move(80, 730)
     page.mouse.up()
     moved = page.evaluate(box)
 
@@ -244,4 +244,5 @@ def test_a_page_of_hundreds_of_versions_is_ready_in_two_seconds(open_page, views
 
     assert ready_ms < 2000
     assert page.locator(".node[data-ref]").count() == 300
+    assert "300 of 2000 versions" in page.inner_text("header")
     assert page.evaluate("document.querySelector('main > svg').getScreenCTM().a") > 0.8  # what it opens on is readable

@@ -115,7 +115,9 @@ def test_stages_removal_and_kinds_show(views):
     a, b, c = view.versions
     versions = (
         dataclasses.replace(a, state="removed"),
-        dataclasses.replace(b, stages=("production",), method="svd", loss=0.0321, kind="merge", metrics={"bleu": 0.31}),
+        dataclasses.replace(
+            b, stages=("staging", "production"), method="svd", loss=0.0321, kind="merge", metrics={"bleu": 0.31}
+        ),
         dataclasses.replace(c, stages=("staging",)),
     )
     edges = (*view.edges, LineageEdgeView("c:v1", "a:v1", "trained_from", None, 0))
@@ -126,8 +128,9 @@ def test_stages_removal_and_kinds_show(views):
     assert {node.get("data-ref"): node.get("class") for node in root.iter(f"{SVG}g") if node.get("data-ref")} == {
         "a:v1": "node root removed", "b:v1": "node production", "c:v1": "node staging",
     }  # fmt: skip
+    assert ">production +1<" in text
     assert "a:v1 to c:v1: trained from" in drawn_edges(root)
-    assert 'aria-label="b:v1, production, merged, svd, rank 4, loss 3.21%, bleu 0.31"' in text
+    assert 'aria-label="b:v1, staging, production, merged, svd, rank 4, loss 3.21%, bleu 0.31"' in text
 
 
 @pytest.mark.parametrize("most", [1, 10, 30])
