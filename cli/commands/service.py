@@ -60,6 +60,7 @@ def serve(
         door, host=host, port=port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5
     )
     listening = config.bind_socket()
+    listening.listen(config.backlog)  # who reads the address below may connect at once
     root = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     session.out.line({"url": root}, text=root + path, name=root)
     if open_:

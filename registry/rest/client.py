@@ -93,7 +93,7 @@ class Transport(Protocol):
 
 
 class Http:
-    """A connection of its own for each request."""
+    """A connection of its own for each request, which ends with its answer."""
 
     def __init__(self, server: str) -> None:
         parts = urlsplit(server)
@@ -115,7 +115,7 @@ class Http:
     ) -> Answer:
         connection = self._connect(timeout_s)
         try:
-            connection.request(method, self._prefix + target, body, dict(headers))
+            connection.request(method, self._prefix + target, body, {**headers, "Connection": "close"})
         except (BrokenPipeError, ConnectionResetError):
             if not isinstance(body, bytes | None):
                 # a server that refuses a large upload answers before it has read all of it
@@ -426,7 +426,7 @@ class RemoteRegistry:
             except (OSError, http.client.HTTPException) as error:
                 if attempt == TRIES or isinstance(error, TimeoutError):
                     raise self._unreachable(error) from error
-                time.sleep(0.05 * 4**attempt)
+                time.sleep(0.1 * 3 ** (attempt - 1))
         raise AssertionError("unreachable")
 
     def _events(self, job_id: str, seen: int, deadline: float | None) -> Iterator[tuple[str, int, bytes]]:

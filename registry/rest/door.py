@@ -106,7 +106,7 @@ class Door:
             visit.caller = caller.name if caller else ""
             state["caller"] = caller
             _check_mlflow(visit, caller)
-            await self._app(scope, _limited(receive, limit), answer)
+            await self._app(scope, _limited(receive, limit, visit), answer)
         except AdapterctlError as error:
             await answer.problem(error)
         finally:
@@ -202,6 +202,7 @@ class _Visit:
     def __init__(self, scope: Message) -> None:
         self.began = time.perf_counter()
         self.caller = ""
+        self.too_large: AdapterctlError | None = None
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.address: str = (scope.get("client") or ("unknown",))[0]
@@ -244,6 +245,13 @@ class _Answer:
         self.status = 0
 
     async def __call__(self, message: Message) -> None:
+        if self._visit.too_large is not None:
+            # whoever read the body takes our refusal for an error of its own, and answers in its own words
+            if not self.status:
+                too_large, self._visit.too_large = self._visit.too_large, None
+                await self.problem(too_large)
+                self._visit.too_large = too_large
+            return
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = list(message.get("headers", ()))
@@ -323,7 +331,7 @@ class _Buckets:
         return max(0.1, (1 - left) * 60 / self._size) if short else 0.0
 
 
-def _limited(receive: ASGI, limit: int) -> Callable[[], Awaitable[Message]]:
+def _limited(receive: ASGI, limit: int, visit: _Visit) -> Callable[[], Awaitable[Message]]:
     """`receive`, which refuses what is longer than announced."""
     left = limit
 
@@ -332,7 +340,8 @@ def _limited(receive: ASGI, limit: int) -> Callable[[], Awaitable[Message]]:
         message: Message = await receive()
         left -= len(message.get("body", b""))
         if left < 0:
-            raise _Closed(413, f"the body is larger than {limit:,} bytes", "")
+            visit.too_large = _Closed(413, f"the body is larger than {limit:,} bytes", "")
+            raise visit.too_large
         return message
 
     return limited

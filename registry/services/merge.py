@@ -61,6 +61,8 @@ def preflight(ledger: Ledger, request: MergeRequest) -> Preflight:
     # deferred: the merge methods import numpy, which reads of the registry never need
     from ..merging.method import resolve as resolve_recipe
 
+    if not request.parents:
+        raise InvalidInput("the merge names no parents", hint="give two or more: adapterctl merge translate:v3 chat:v5")
     parents = tuple(resolve(ledger, parent.ref) for parent in request.parents)
     labels = [parent.label for parent in parents]
     facts = [ledger.detail(parent.id).facts for parent in parents]

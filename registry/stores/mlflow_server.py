@@ -95,7 +95,7 @@ def application(uri: str, settings: Settings) -> Any:
     os.environ.update(ours)
     with warnings.catch_warnings():
         # MLflow 3.17 uses a module that starlette is about to drop
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         # deferred: seconds, and only this needs it
         from mlflow.server.fastapi_app import app
 

@@ -1,0 +1,161 @@
+"""A registry, and the same one behind HTTP: in this process, and served by a process of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from adapterctl.bootstrap import OwnFiles, connect, remote
+from adapterctl.registry.api import RegistryAPI
+from adapterctl.registry.domain.access import Scope
+from adapterctl.registry.rest.app import create_app
+from adapterctl.registry.rest.client import RemoteRegistry
+from adapterctl.registry.rest.door import Door, Rules
+from adapterctl.registry.services.local import LocalRegistry
+from adapterctl.registry.settings import Settings
+
+UPLOAD_BYTES = 1 << 20
+
+
+@dataclass
+class Buffered:
+    """An answer that has arrived whole."""
+
+    status: int
+    body: io.BytesIO
+
+    def read(self, amount: int = -1, /) -> bytes:
+        return self.body.read(amount)
+
+    def readline(self) -> bytes:
+        return self.body.readline()
+
+    def close(self) -> None:
+        self.body.close()
+
+
+class InProcess:
+    """A transport that calls the application itself; no socket is opened."""
+
+    def __init__(self, client: TestClient) -> None:
+        self._client = client
+
+    def send(
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes | Iterable[bytes] | None,
+        timeout_s: float,
+    ) -> Buffered:
+        answer = self._client.request(method, target, headers=dict(headers), content=body)
+        return Buffered(answer.status_code, io.BytesIO(answer.content))
+
+
+@dataclass
+class Served:
+    """One registry behind its door, and a secret of each scope."""
+
+    registry: LocalRegistry
+    door: Door
+    client: TestClient
+    secrets: Mapping[str, str]
+
+    def auth(self, scope: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.secrets[scope]}"}
+
+    def remote(self, scope: str = "admin") -> RemoteRegistry:
+        return RemoteRegistry("http://localhost", self.secrets[scope], OwnFiles(), transport=InProcess(self.client))
+
+
+@pytest.fixture(scope="module")
+def new_home(
+    tmp_path_factory: pytest.TempPathFactory, ledger_schema: Path, mlflow_schema: Path
+) -> Callable[[str], Path]:
+    """Make a home whose tables are there already."""
+
+    def make(name: str) -> Path:
+        home = tmp_path_factory.mktemp(name)
+        shutil.copy(ledger_schema, home / "registry.db")
+        shutil.copy(mlflow_schema, home / "mlflow.db")
+        return home
+
+    return make
+
+
+@contextmanager
+def serving(home: Path, rules: Rules | None = None) -> Iterator[Served]:
+    registry = connect(Settings(home=home, actor="ada", idle_s=2.0))
+    secrets = {scope.value: registry.create_token(scope.value, scope=scope).secret for scope in Scope}
+    rules = rules or Rules(hosts=("localhost", "testserver"), upload_bytes=UPLOAD_BYTES, requests_per_minute=10**6)
+    door = create_app(registry, registry.access, rules, version="1.2.3")
+    with TestClient(door, base_url="http://localhost", raise_server_exceptions=False) as client:
+        yield Served(registry, door, client, secrets)
+    registry.ledger.close()
+
+
+@pytest.fixture(scope="module")
+def served(new_home: Callable[[str], Path]) -> Iterator[Served]:
+    with serving(new_home("served")) as served:
+        yield served
+
+
+@contextmanager
+def _server_process(home: Path, log: Path, *options: str, environment: Mapping[str, str] = {}) -> Iterator[str]:
+    """`adapterctl serve` in a process of its own; gives its address. Its log goes to a file."""
+    command = [sys.executable, "-m", "adapterctl", "--home", str(home), "-o", "json", "serve", "--port", "0", *options]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=out, text=True, env=os.environ | {**environment}
+        )
+    try:
+        line = process.stdout.readline()
+        assert line, log.read_text()
+        yield json.loads(line)["url"]
+    finally:
+        process.terminate()
+        process.wait(30)
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module", params=["local", "in process", "over a socket"])
+def registry(
+    request: pytest.FixtureRequest, new_home: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RegistryAPI]:
+    """One registry for a module: the thing itself, or what a client sees of it. Tests take names of their own."""
+    home = new_home("registry")
+    if request.param == "local":
+        local = connect(Settings(home=home, actor="ada", idle_s=5.0))
+        yield local
+        local.ledger.close()
+    elif request.param == "in process":
+        with serving(home) as served:
+            yield served.remote()
+    else:
+        secret = connect(Settings(home=home, actor="ada")).create_token("ada", scope=Scope.ADMIN).secret
+        log = tmp_path_factory.mktemp("server") / "log"
+        with _server_process(home, log, environment={"ADAPTERCTL_IDLE_S": "5"}) as url:
+            yield remote(url, secret)
+
+
+@pytest.fixture
+def serving_with(new_home: Callable[[str], Path]) -> Callable[[Rules], object]:
+    """Serve a new registry by other rules."""
+    return lambda rules: serving(new_home("other"), rules)
+
+
+@pytest.fixture(scope="session")
+def server_process() -> Callable[..., object]:
+    """Start `adapterctl serve` on a home, with its log in a file; gives its address."""
+    return _server_process

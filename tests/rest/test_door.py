@@ -1,0 +1,410 @@
+"""What the door keeps out, and what it leaves on record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import write_tiny_adapter
+
+from adapterctl.registry.domain import errors
+from adapterctl.registry.domain.access import Scope
+from adapterctl.registry.domain.job import JobState, NewJob
+from adapterctl.registry.rest.door import JSON_BYTES, Rules
+from adapterctl.registry.rest.problems import STATUS, from_problem, to_problem
+
+UPLOAD_BYTES = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("localhost:5000", 200),
+        ("LOCALHOST", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example", 421),
+        ("evil.example:80@localhost", 421),
+        ("", 421),
+        ("127.0.0.1", 421),
+    ],
+)
+def test_only_the_servers_own_names_are_answered(served: Any, host: str, status: int):
+    answer = served.client.get("/v1/whoami", headers={"Host": host, **served.auth("read")})
+
+    assert answer.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 404),
+        ({"Origin": "http://localhost:8080"}, 404),
+        ({"Sec-Fetch-Site": "same-origin"}, 404),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost.evil.example"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ],
+    ids=str,
+)
+def test_pages_of_other_sites_change_nothing(served: Any, headers: dict[str, str], status: int):
+    body = {"version": "1", "to": "production"}
+
+    answer = served.client.post("/v1/adapters/x/promotions", json=body, headers={**headers, **served.auth("admin")})
+
+    assert answer.status_code == status
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "Bearer", "Bearer ", "Basic", "Basic !!!", "Basic bm9jb2xvbg==", "Digest x", "Bearer actl_", "bearer x y"],
+)
+def test_what_is_no_token_opens_nothing(served: Any, header: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(served.door._failures, "_size", 1e9)
+
+    assert served.client.get("/v1/adapters", headers={"Authorization": header}).status_code == 401
+
+
+def test_who_fails_too_often_waits(new_home: Callable[[str], Path], serving_with: Any):
+    with serving_with(Rules(hosts=("localhost",), upload_bytes=1, failures_per_minute=3)) as served:
+        statuses = [served.client.get("/v1/adapters").status_code for _ in range(5)]
+        last = served.client.get("/v1/adapters", headers=served.auth("read"))
+
+    assert statuses == [401, 401, 401, 429, 429]
+    assert last.status_code == 429
+    assert int(last.headers["retry-after"]) >= 1
+
+
+def test_who_asks_too_often_waits(serving_with: Any):
+    with serving_with(Rules(hosts=("localhost",), upload_bytes=1, requests_per_minute=2)) as served:
+        statuses = [served.client.get("/v1/whoami", headers=served.auth("read")).status_code for _ in range(3)]
+        other = served.client.get("/v1/whoami", headers=served.auth("merge")).status_code
+
+    assert statuses == [200, 200, 429]
+    assert other == 200
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_bodies_are_limited_whether_announced_or_not(served: Any, announced: bool):
+    def body() -> Iterator[bytes]:
+        for _ in range(JSON_BYTES // 1000 + 2):
+            yield b" " * 1000
+
+    content = b"".join(body()) if announced else body()
+    answer = served.client.post("/v1/merges", content=content, headers=served.auth("merge"))
+
+    assert answer.status_code == 413
+
+
+def test_a_request_leaves_one_line_that_holds_no_secret(served: Any, caplog: pytest.LogCaptureFixture):
+    secret = served.secrets["read"]
+    with caplog.at_level(logging.INFO, logger="adapterctl"):
+        headers = {"X-Request-Id": "mine", **served.auth("read")}
+        answer = served.client.get(f"/v1/whoami?token={secret}", headers=headers)
+
+    (record,) = [record for record in caplog.records if record.name == "adapterctl.http"]
+    line = json.loads(record.getMessage())
+    assert (line["request_id"], line["path"], line["status"], line["caller"]) == ("mine", "/v1/whoami", 200, "read")
+    assert answer.headers["x-request-id"] == "mine"
+    assert secret not in caplog.text
+
+
+def test_a_bad_request_id_is_replaced(served: Any):
+    answer = served.client.get("/healthz", headers={"X-Request-Id": "a b\tc"})
+
+    assert len(answer.headers["x-request-id"]) == 32
+
+
+def test_an_error_that_nobody_expected_tells_nothing(served: Any, monkeypatch: pytest.MonkeyPatch):
+    def broken(self: object) -> None:
+        raise RuntimeError("canary: the inside of the server")
+
+    monkeypatch.setattr(type(served.registry), "adapters", broken)
+
+    answer = served.client.get("/v1/adapters", headers=served.auth("read"))
+
+    assert answer.status_code == 500
+    assert answer.json()["code"] == "failure"
+    assert "canary" not in answer.text
+
+
+def test_what_is_not_there_is_a_problem_too(served: Any):
+    for method, path, status in (("GET", "/v1/nothing", 404), ("DELETE", "/v1/adapters", 405)):
+        answer = served.client.request(method, path, headers=served.auth("admin"))
+
+        assert answer.status_code == status
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+# problems
+
+
+def every_error(kind: type[errors.AdapterctlError] = errors.AdapterctlError) -> Iterator[type[errors.AdapterctlError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        if below.__module__ == errors.__name__:
+            yield from every_error(below)
+
+
+def test_every_error_has_its_status():
+    assert set(STATUS) == set(every_error())
+
+
+@pytest.mark.parametrize("kind", list(every_error()), ids=lambda kind: kind.code)
+def test_every_error_survives_the_wire(kind: type[errors.AdapterctlError]):
+    error = kind("what happened", hint="what to do", problems=[errors.Problem("code", "message", "hint")])
+
+    back = from_problem(400, json.dumps(to_problem(error)).encode())
+
+    assert type(back) is kind
+    assert (back.message, back.hint, back.problems) == (error.message, error.hint, error.problems)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b"[]", b'{"code": 1}', b'{"code": "x", "detail": "y", "errors": [1]}']
+)
+def test_an_answer_of_somebody_else_is_said_to_be_one(body: bytes):
+    assert isinstance(from_problem(502, body), errors.Unavailable)
+
+
+# requests that are sent again
+
+
+def base_request(served: Any, key: str, name: str = "b/1", scope: str = "merge") -> Any:
+    headers = {"Idempotency-Key": key, **served.auth(scope)}
+    return served.client.post("/v1/bases", json={"name": name}, headers=headers)
+
+
+def test_a_request_with_the_same_key_is_answered_again_and_not_done_again(served: Any):
+    first, again = base_request(served, "k1"), base_request(served, "k1")
+    other = base_request(served, "k1", "b/2")
+    someone_else = base_request(served, "k1", "b/2", scope="admin")
+
+    assert (first.status_code, again.status_code) == (200, 200)
+    assert first.json() == again.json()
+    assert "idempotent-replayed" not in first.headers
+    assert again.headers["idempotent-replayed"] == "true"
+    assert other.status_code == 422
+    assert someone_else.status_code == 200
+
+
+def test_a_request_that_is_being_answered_is_a_conflict(served: Any):
+    token = next(token for token in served.registry.tokens() if token.name == "merge")
+    digest = hashlib.sha256(b'POST /v1/bases?\n{"name":"b/3"}').hexdigest()
+    served.registry.access.begin_replay(token.id, "k2", digest)
+
+    assert base_request(served, "k2", "b/3").status_code == 409
+
+
+def test_a_request_that_failed_may_be_sent_again_under_its_key(served: Any):
+    body = {"spelling": "x/1", "base": "x/2"}
+    headers = {"Idempotency-Key": "k3", **served.auth("admin")}
+
+    failed = served.client.post("/v1/base-aliases", json=body, headers=headers)
+    base_request(served, "k4", "x/2")
+    done = served.client.post("/v1/base-aliases", json=body, headers=headers)
+
+    assert (failed.status_code, done.status_code) == (404, 200)
+
+
+def test_the_secret_of_a_new_token_is_not_kept_for_a_second_answer(served: Any):
+    headers = {"Idempotency-Key": "k5", **served.auth("admin")}
+
+    first, again = (
+        served.client.post("/v1/tokens", json={"name": "n", "scope": "read"}, headers=headers) for _ in range(2)
+    )
+
+    assert first.json()["secret"] != again.json()["secret"]
+
+
+# pages
+
+
+def test_pages_follow_each_other_and_end(served: Any):
+    for number in range(5):
+        served.registry.ledger.submit(NewJob("verify", f"page-{number}", "t", {}, "ada"))
+    seen: list[str] = []
+    token: str | None = None
+    while True:
+        query = {"max_results": 2, "state": "queued"} | ({"page_token": token} if token else {})
+        page = served.client.get("/v1/jobs", params=query, headers=served.auth("read")).json()
+        assert len(page["jobs"]) <= 2
+        seen += [job["id"] for job in page["jobs"]]
+        token = page["next_page_token"]
+        if token is None:
+            break
+
+    assert seen == [job.id for job in served.registry.jobs(state="queued")]
+    for job in seen:
+        served.registry.cancel(job)
+
+
+@pytest.mark.parametrize("token", ["x", "e30=", "W10=", "WzFd", "WyJhIiwgInYiXQ==", "////"])
+def test_a_page_token_that_is_none_is_refused(served: Any, token: str):
+    answer = served.client.get("/v1/versions", params={"page_token": token}, headers=served.auth("read"))
+
+    assert answer.status_code in (200, 400)
+    assert answer.status_code == 400 or answer.json()["versions"] == []
+
+
+# events
+
+
+def events_of(text: str) -> list[tuple[str, str, Any]]:
+    found = []
+    for block in text.strip().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines())
+        found.append((fields["event"], fields.get("id", ""), json.loads(fields["data"])))
+    return found
+
+
+def test_a_stream_tells_a_job_to_its_end_and_goes_on_where_it_broke(served: Any):
+    ledger = served.registry.ledger
+    job, _ = ledger.submit(NewJob("verify", "stream", "t", {}, "ada"))
+    ledger.claim("w", 60, kinds=["verify"])
+    ledger.finish(job.id, 1, JobState.SUCCEEDED)
+    headers = {"Accept": "text/event-stream", **served.auth("read")}
+
+    whole = served.client.get(f"/v1/jobs/{job.id}/events", headers=headers)
+    rest = served.client.get(f"/v1/jobs/{job.id}/events", headers={**headers, "Last-Event-ID": "2"})
+
+    assert whole.headers["content-type"].startswith("text/event-stream")
+    assert [(kind, number) for kind, number, _ in events_of(whole.text)] == [
+        ("event", "1"),
+        ("event", "2"),
+        ("event", "3"),
+        ("job", ""),
+        ("end", ""),
+    ]
+    assert [number for kind, number, _ in events_of(rest.text) if kind == "event"] == ["3"]
+    assert events_of(rest.text)[-2][2]["state"] == "succeeded"
+
+
+def test_the_log_of_a_job_is_read_from_the_ledger(served: Any):
+    job, _ = served.registry.ledger.submit(NewJob("verify", "log", "t", {}, "ada"))
+    served.registry.ledger.append_log(job.id, "module 3 of 96\n")
+    served.registry.cancel(job.id)
+
+    answer = served.client.get(f"/v1/jobs/{job.id}/log", headers=served.auth("read"))
+
+    assert answer.json() == [{"seq": 1, "text": "module 3 of 96\n"}]
+
+
+# uploads and downloads
+
+
+def upload(served: Any, parts: list[tuple[str, bytes]], name: str = "up", **changes: Any) -> Any:
+    files = [(part, (part, content)) for part, content in parts]
+    return served.client.post(f"/v1/adapters/{name}/versions", files=files, headers=served.auth("merge"), **changes)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[tuple[str, bytes]]:
+    folder = write_tiny_adapter(tmp_path / "adapter", seed=77)
+    files = [(name, (folder / name).read_bytes()) for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return [("about", b'{"source": "./mine"}'), *files]
+
+
+def test_files_go_up_and_come_down_with_their_digests(served: Any, parts: list[tuple[str, bytes]]):
+    made = upload(served, parts)
+    again = upload(served, parts)
+
+    assert (made.status_code, again.status_code) == (201, 200)
+    assert made.headers["location"] == "/v1/adapters/up/versions/1"
+    assert made.json()["version"]["created_by"] == "merge"
+    for record in made.json()["version"]["files"]:
+        answer = served.client.get(f"/v1/adapters/up/versions/1/files/{record['path']}", headers=served.auth("read"))
+        assert hashlib.sha256(answer.content).hexdigest() == record["sha256"]
+        assert answer.headers["etag"] == f'"{record["sha256"]}"'
+        assert answer.headers["content-length"] == str(record["size_bytes"])
+        assert answer.headers["repr-digest"].startswith("sha-256=:")
+    assert list((served.registry.settings.home / "staging").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "path", ["../../registry.db", "%2e%2e/%2e%2e/registry.db", "/etc/passwd", "MLmodel/..", "nothing"]
+)
+def test_only_files_of_the_manifest_come_down(served: Any, parts: list[tuple[str, bytes]], path: str):
+    upload(served, parts)
+
+    answer = served.client.get(f"/v1/adapters/up/versions/1/files/{path}", headers=served.auth("read"))
+
+    assert answer.status_code in (400, 404, 405)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda parts: parts[1:], "no part about"),
+        (lambda parts: parts[:2], "no part adapter_model.safetensors"),
+        (lambda parts: [*parts, ("adapter_model.bin", b"x")], "has a part 'adapter_model.bin'"),
+        (lambda parts: [*parts, ("../../x", b"x")], "has a part '../../x'"),
+        (lambda parts: [*parts, parts[1]], "adapter_config.json twice"),
+        (lambda parts: [parts[0], ("adapter_config.json", b" " * ((1 << 20) - 50_000)), parts[2]], "JSON"),
+        (lambda parts: [("about", b'{"source": "./x", "more": 1}'), *parts[1:]], "more"),
+        (lambda parts: [("about", b"{"), *parts[1:]], "JSON"),
+    ],
+    ids=["no about", "no weights", "pickle", "path", "twice", "not JSON", "unknown word", "broken about"],
+)
+def test_an_upload_that_is_no_adapter_is_refused_and_leaves_nothing(
+    served: Any, parts: list[tuple[str, bytes]], change: Any, said: str
+):
+    answer = upload(served, change(parts), "refused")
+
+    assert answer.status_code in (400, 422)
+    assert said in answer.text
+    assert served.registry.versions() == [] or "refused" not in {v.name for v in served.registry.versions()}
+    assert list((served.registry.settings.home / "staging").iterdir()) == []
+
+
+def test_an_upload_that_is_cut_or_too_large_is_refused(served: Any, parts: list[tuple[str, bytes]]):
+    boundary = b"b"
+    body = b"".join(
+        b'--b\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n' % (name.encode(), content)
+        for name, content in parts
+    )
+    headers = {"Content-Type": f"multipart/form-data; boundary={boundary.decode()}", **served.auth("merge")}
+
+    cut = served.client.post("/v1/adapters/cut/versions", content=body, headers=headers)
+    large = upload(served, [parts[0], parts[1], ("adapter_model.safetensors", b"x" * UPLOAD_BYTES)], "large")
+
+    assert cut.status_code == 400
+    assert "ended before its last boundary" in cut.text
+    assert large.status_code == 413
+
+
+@pytest.mark.parametrize("source", ["/etc", "./adapter", "~", "file:///etc"])
+def test_a_path_of_the_server_is_no_source(served: Any, source: str):
+    answer = served.client.post("/v1/adapters/path/versions", json={"source": source}, headers=served.auth("admin"))
+
+    assert answer.status_code == 400
+
+
+def test_the_description_names_every_route_and_every_view(served: Any):
+    described = served.client.get("/v1/openapi.json", headers=served.auth("read")).json()
+
+    assert described["openapi"].startswith("3.1")
+    assert described["info"]["version"] == "1.2.3"
+    schemas = described["components"]["schemas"]
+    assert {"VersionView", "Submitted", "LineageView", "Job", "ProblemView", "MergeBody"} <= set(schemas)
+    assert schemas["VersionView"]["properties"]["rank"] == {"type": "integer", "title": "Rank"}
+    assert schemas["MergeBody"]["additionalProperties"] is False
+
+
+def test_changes_are_recorded_under_the_name_of_the_token(served: Any, parts: list[tuple[str, bytes]]):
+    secret = served.registry.create_token("grace", scope=Scope.PROMOTE).secret
+    upload(served, parts, "named")
+
+    answer = served.client.post(
+        "/v1/adapters/named/promotions",
+        json={"version": "1", "to": "staging", "reason": "r"},
+        headers={"Authorization": f"Bearer {secret}"},
+    )
+
+    assert answer.json()["actor"] == "grace"

@@ -1,0 +1,440 @@
+"""Every verb of `RegistryAPI`, written once: in process, through the client, and over a socket it is the same."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from tiny import write_tiny_adapter
+
+from adapterctl.registry.api import RegistryAPI, VersionView
+from adapterctl.registry.domain.access import Scope
+from adapterctl.registry.domain.errors import (
+    AdapterctlError,
+    Conflict,
+    HasDescendants,
+    IncompatibleParents,
+    InvalidAdapter,
+    InvalidInput,
+    NotFound,
+    Refused,
+    StageMoved,
+    WaitTimedOut,
+)
+from adapterctl.registry.domain.job import JobState
+from adapterctl.registry.domain.recipe import MergeRequest
+from adapterctl.registry.domain.refs import parse_parent, parse_ref
+from adapterctl.registry.services.pull import damage
+
+_seeds = itertools.count(1)
+_names = (f"a{number}" for number in itertools.count(1))
+
+Add = Callable[..., VersionView]
+
+
+@pytest.fixture
+def add(registry: RegistryAPI, tmp_path: Path) -> Add:
+    """Register a tiny adapter that no test has used, under a name that no test has used."""
+
+    def register(name: str = "", **about: object) -> VersionView:
+        seed = next(_seeds)
+        folder = write_tiny_adapter(tmp_path / f"source-{seed}", seed=seed)
+        return registry.register(str(folder), name=name or next(_names), **about).version
+
+    return register
+
+
+@pytest.fixture
+def merged(registry: RegistryAPI, add: Add) -> VersionView:
+    """A cat of two new adapters, finished."""
+    return merge(registry, add(), add())
+
+
+def merge(registry: RegistryAPI, *parents: VersionView, **asked: object) -> VersionView:
+    values = {"into": next(_names), "method": "cat", **asked}
+    submitted = registry.merge(MergeRequest(tuple(parse_parent(f"{each.ref}=0.5") for each in parents), **values))
+    *_, job = registry.follow(submitted.job.id, timeout_s=120)
+    assert job.state is JobState.SUCCEEDED, job.error
+    return registry.version(parse_ref(f"{values['into']}:v1"))
+
+
+def ref(version: VersionView):
+    return parse_ref(version.ref)
+
+
+# register and read
+
+
+def test_an_adapter_that_was_registered_comes_back_as_it_was(registry: RegistryAPI, tmp_path: Path):
+    folder = write_tiny_adapter(tmp_path / "source", seed=next(_seeds))
+    (folder / "README.md").write_text("# mine\n")
+    name = next(_names)
+    about = {"metrics": {"bleu": 0.25}, "params": {"lr": "1e-3"}, "tags": {"team": "mt"}, "license": "mit"}
+
+    first = registry.register(str(folder), name=name, dataset="wmt", **about)
+    again = registry.register(str(folder), name=name)
+    pulled = registry.pull(parse_ref(name), tmp_path / "pulled")
+
+    assert (first.created, again.created) == (True, False)
+    assert again.version.id == first.version.id
+    shown = registry.version(parse_ref(f"{name}:v1"))
+    assert (shown.metrics, shown.params, shown.tags, shown.license) == tuple(about.values())
+    assert (shown.dataset, shown.source, shown.created_by) == ("wmt", str(folder), shown.created_by)
+    assert damage(tmp_path / "pulled", pulled.files) == []
+    assert (tmp_path / "pulled" / "adapter_model.safetensors").read_bytes() == (
+        folder / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_an_adapter_trained_from_another_says_so(registry: RegistryAPI, add: Add):
+    first = add()
+
+    second = add(first.name, kind="train", trained_from=ref(first))
+
+    assert [(parent.ref, parent.kind) for parent in second.parents] == [(first.ref, "trained_from")]
+
+
+def test_a_bad_adapter_is_refused_with_every_finding(registry: RegistryAPI, tmp_path: Path):
+    folder = write_tiny_adapter(tmp_path / "bad", config={"r": 3, "modules_to_save": ["lm_head"]})
+
+    with pytest.raises(InvalidAdapter) as caught:
+        registry.register(str(folder), name=next(_names))
+
+    assert len(caught.value.problems) >= 2
+    assert all(problem.message in str(caught.value) for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "pickle"])
+def test_a_folder_that_is_no_adapter_is_refused_before_anything_is_sent(
+    registry: RegistryAPI, tmp_path: Path, what: str
+):
+    folder = tmp_path / what
+    if what != "missing":
+        folder.mkdir()
+    if what == "pickle":
+        (folder / "adapter_model.bin").write_bytes(b"x")
+
+    with pytest.raises((NotFound, InvalidAdapter), match=what) as caught:
+        registry.register(str(folder), name=next(_names))
+
+    assert caught.value.hint
+
+
+def test_adapters_and_versions_are_listed_and_filtered(registry: RegistryAPI, add: Add):
+    name = next(_names)
+    versions = [add(name, metrics={"bleu": bleu}, tags={"team": team}) for bleu, team in ((0.2, "a"), (0.4, "b"))]
+
+    (adapter,) = [each for each in registry.adapters() if each.name == name]
+
+    assert (adapter.versions, adapter.latest) == (2, "v2")
+    assert [each.ref for each in registry.versions(name)] == [each.ref for each in versions]
+    assert [each.number for each in registry.versions(name, metric=["bleu>0.3"])] == [2]
+    assert [each.number for each in registry.versions(name, tag={"team": "a"}, base="tiny/base")] == [1]
+    assert registry.versions(name, stage="production") == []
+    with pytest.raises(InvalidInput, match="not a condition"):
+        registry.versions(name, metric=["bleu"])
+
+
+def test_what_is_not_there_is_not_found_with_what_there_is(registry: RegistryAPI, add: Add):
+    known = add()
+
+    with pytest.raises(NotFound, match=f"no {known.name}:v7") as caught:
+        registry.version(parse_ref(f"{known.name}:v7"))
+
+    assert "v1" in caught.value.hint
+    for ask in (
+        lambda: registry.versions("nobody"),
+        lambda: registry.version(parse_ref("nobody@production")),
+        lambda: registry.lineage(parse_ref("nobody@sha256:0123456789abcdef")),
+        lambda: registry.history("nobody"),
+        lambda: registry.retention(parse_ref("nobody")),
+        lambda: registry.job("nobody"),
+        lambda: registry.job_events("nobody"),
+        lambda: registry.cancel("nobody"),
+        lambda: next(iter(registry.follow("nobody"))),
+        lambda: registry.revoke_token("nobody"),
+    ):
+        with pytest.raises(NotFound, match="nobody"):
+            ask()
+
+
+def test_two_versions_are_compared(registry: RegistryAPI, add: Add):
+    one, two = add(), add()
+
+    found = registry.diff(ref(one), ref(two))
+
+    assert (found.first, found.second, found.same_content) == (one.ref, two.ref, False)
+    assert found.distance > 0
+
+
+def test_files_are_not_pulled_over_others(registry: RegistryAPI, add: Add, tmp_path: Path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "mine").write_text("x")
+
+    with pytest.raises(Conflict, match="not an empty folder"):
+        registry.pull(ref(add()), tmp_path / "target")
+
+
+def test_bases_are_pinned_aliased_and_merged(registry: RegistryAPI, tmp_path: Path):
+    one, two, spelling = (f"base/{next(_names)}" for _ in range(3))
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": next(_seeds)}))
+
+    pinned = registry.add_base(one, folder=tmp_path, revision="abc")
+    registry.add_base(two)
+    registry.alias_base(spelling, one)
+    kept = registry.merge_bases(one, two)
+
+    assert (pinned.revision, pinned.config_digest) == ("abc", kept.config_digest)
+    (spellings,) = [spellings for base, spellings in registry.bases() if base.id == kept.id]
+    assert set(spellings) >= {one, two, spelling}
+    with pytest.raises(NotFound, match="no base"):
+        registry.alias_base("x", "nothing-like-it-at-all")
+
+
+# merges
+
+
+def test_methods_are_listed_and_explained(registry: RegistryAPI):
+    methods = {method.name: method for method in registry.methods()}
+
+    assert {"cat", "svd", "sum"} <= set(methods)
+    assert methods["cat"].exact
+    assert all(method.summary and method.when for method in methods.values())
+
+
+def test_a_plan_says_what_a_merge_would_give(registry: RegistryAPI, add: Add):
+    one, two = add(), add()
+
+    plan = registry.plan(MergeRequest((parse_parent(one.ref), parse_parent(two.ref)), into=next(_names)))
+
+    assert [parent.ref for parent in plan.parents] == [one.ref, two.ref]
+    assert (plan.method, plan.rank, plan.exists) == ("cat", 8, None)
+    assert plan.forecasts
+
+
+def test_parents_that_do_not_fit_are_refused_with_every_reason(registry: RegistryAPI, add: Add):
+    one, two, three = add(), add(base=f"base/{next(_names)}"), add(base=f"base/{next(_names)}")
+    request = MergeRequest(tuple(parse_parent(each.ref) for each in (one, two, three)))
+
+    for ask in (registry.plan, registry.merge):
+        with pytest.raises(IncompatibleParents) as caught:
+            ask(request)
+
+        assert [problem.code for problem in caught.value.problems] == ["base", "base"]
+
+
+def test_a_merge_is_made_once_proved_and_linked_to_its_parents(registry: RegistryAPI, add: Add):
+    one, two = add(), add()
+
+    made = merge(registry, one, two)
+    request = MergeRequest(tuple(parse_parent(f"{each.ref}=0.5") for each in (one, two)), into=made.name, method="cat")
+    again = registry.merge(request)
+
+    assert (again.deduplicated, again.job, again.version.ref) == (True, None, made.ref)
+    assert made.receipt["loss"] == made.loss == 0
+    assert [(parent.ref, parent.weight) for parent in made.parents] == [(one.ref, 0.5), (two.ref, 0.5)]
+    graph = registry.lineage(ref(made), direction="up", depth=1)
+    assert {version.ref for version in graph.versions} == {made.ref, one.ref, two.ref}
+    assert {(edge.child, edge.parent, edge.weight) for edge in graph.edges} == {
+        (made.ref, one.ref, 0.5),
+        (made.ref, two.ref, 0.5),
+    }
+
+
+def test_a_merge_is_verified_by_running_it_again(registry: RegistryAPI, merged: VersionView):
+    again = registry.verify(ref(merged))
+    bytes_only = registry.verify(ref(merged), rerun=False)
+
+    assert (again.files, again.recipe, again.distance) == ("intact", "identical", 0)
+    assert (bytes_only.files, bytes_only.recipe) == ("intact", "skipped")
+
+
+def test_a_version_is_removed_unless_something_descends_from_it(registry: RegistryAPI, merged: VersionView):
+    parent = parse_ref(merged.parents[0].ref)
+
+    with pytest.raises(HasDescendants, match=merged.ref):
+        registry.remove(parent, reason="too early")
+    removed = registry.remove(ref(merged), reason="a test")
+
+    assert removed.state == "removed"
+    assert registry.remove(parent, reason="now it may").state == "removed"
+    assert [each.state for each in registry.versions(merged.name, removed=True)] == ["removed"]
+    with pytest.raises(NotFound, match="was removed"):
+        registry.pull(ref(merged), Path("nowhere"))
+
+
+# jobs
+
+
+def test_a_job_tells_its_history_and_its_end(registry: RegistryAPI, add: Add):
+    request = MergeRequest((parse_parent(add().ref), parse_parent(add().ref)), into=next(_names))
+
+    submitted = registry.merge(request)
+    seen = list(registry.follow(submitted.job.id, timeout_s=120))
+
+    assert seen[-1] == registry.job(submitted.job.id)
+    assert seen[-1].state is JobState.SUCCEEDED
+    assert submitted.job.id in [job.id for job in registry.jobs(state="ended", kind="merge")]
+    assert len(registry.jobs(limit=1)) == 1
+    events = registry.job_events(submitted.job.id)
+    assert [event.kind for event in events] == ["queued", "running", "succeeded"]
+    assert registry.job_events(submitted.job.id, after=2) == events[2:]
+    for ask in (registry.cancel, registry.retry):
+        with pytest.raises(Conflict, match="succeeded"):
+            ask(submitted.job.id)
+
+
+def test_a_job_is_cancelled_and_retried(registry: RegistryAPI, add: Add):
+    request = MergeRequest((parse_parent(add().ref), parse_parent(add().ref)), into=next(_names))
+    job = registry.merge(request).job
+
+    registry.cancel(job.id)
+    *_, ended = registry.follow(job.id, timeout_s=60)
+    assert ended.state in (JobState.CANCELLED, JobState.SUCCEEDED)  # it may have been quicker than we were
+    if ended.state is JobState.CANCELLED:
+        assert registry.retry(job.id).state is JobState.QUEUED
+        *_, ended = registry.follow(job.id, timeout_s=120)
+    assert ended.state is JobState.SUCCEEDED
+
+
+def test_waiting_ends_where_the_job_does_not(registry: RegistryAPI, add: Add):
+    request = MergeRequest((parse_parent(add().ref), parse_parent(add().ref)), into=next(_names))
+    job = registry.merge(request).job
+
+    with pytest.raises(WaitTimedOut, match="after 0 s"):
+        list(registry.follow(job.id, timeout_s=0.0))
+
+    assert registry.job(job.id).id == job.id
+    list(registry.follow(job.id, timeout_s=120))
+
+
+# evaluation
+
+SUITE = "name: {name}\ntasks:\n  - {{name: t, data: rows.jsonl, metrics: [nll]}}\n"
+
+
+def suite_file(folder: Path, name: str) -> Path:
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "un chat ->", "target": " a cat"}) + "\n")
+    path = folder / f"{name}.yaml"
+    path.write_text(SUITE.format(name=name))
+    return path
+
+
+def test_a_suite_is_set_by_its_file(registry: RegistryAPI, add: Add, tmp_path: Path):
+    version = add()
+
+    registry.set_suite(version.name, str(suite_file(tmp_path, "mine")))
+    view = registry.retention(ref(version))
+
+    assert (view.ref, view.rows) == (version.ref, ())
+
+
+@pytest.mark.parametrize("text", ["nowhere.yaml", "0" * 64])
+def test_a_suite_that_is_not_there_is_not_found(registry: RegistryAPI, add: Add, text: str):
+    version = add()
+
+    with pytest.raises(NotFound, match=text):
+        registry.set_suite(version.name, text)
+
+
+def test_a_suite_with_code_is_refused(registry: RegistryAPI, add: Add, tmp_path: Path):
+    path = suite_file(tmp_path, "bad")
+    path.write_text(path.read_text().replace("metrics: [nll]", "metrics: [nll], prompt: '{% for x in y %}'"))
+
+    with pytest.raises(InvalidInput, match="templates know") as caught:
+        registry.set_suite(add().name, str(path))
+
+    assert caught.value.problems
+
+
+def test_an_evaluation_without_its_base_is_refused(registry: RegistryAPI, add: Add, tmp_path: Path):
+    version = add()
+    path = suite_file(tmp_path, "mine")
+
+    with pytest.raises(AdapterctlError, match="tiny/base"):
+        registry.evaluate([ref(version)], suites=[str(path)], limit=1)
+    with pytest.raises(InvalidInput, match="no evaluation suite"):
+        registry.evaluate([ref(version)], suites=[])
+
+
+def test_reports_of_bases_that_are_unknown_are_not_taken(registry: RegistryAPI):
+    results = Path(__file__).parents[2] / "examples" / "results"
+
+    assert registry.import_reports(results) == 0
+
+
+# stages
+
+
+def test_stages_move_back_and_forth_and_are_recorded(registry: RegistryAPI, add: Add):
+    name = next(_names)
+    one, two = add(name), add(name)
+
+    first = registry.promote(ref(one), to="production", reason="good")
+    registry.promote(ref(two), to="production")
+    back = registry.rollback(name, stage="production", reason="worse")
+    held = registry.version(parse_ref(f"{name}@production"))
+    emptied = registry.demote(name, stage="production")
+
+    assert (first.ref, first.previous, first.reason) == (one.ref, None, "good")
+    assert (back.ref, back.previous) == (one.ref, two.ref)
+    assert (held.ref, held.stages) == (one.ref, ("production",))
+    assert emptied.ref is None
+    history = registry.history(name, verify=True)
+    assert [event.action for event in history.events] == ["promote", "promote", "rollback", "demote"]
+    assert history.findings == ()
+    assert registry.history(name, stage="staging").events == ()
+    assert registry.history(name, verify=True, head="f" * 64).findings != ()
+
+
+def test_a_stage_that_does_not_exist_or_is_not_held_is_refused(registry: RegistryAPI, add: Add):
+    version = add()
+
+    with pytest.raises(InvalidInput, match="nirvana"):
+        registry.promote(ref(version), to="nirvana")
+    with pytest.raises(AdapterctlError):
+        registry.rollback(version.name, stage="production")
+    with pytest.raises((Refused, NotFound, StageMoved)):
+        registry.adopt(version.name, stage="production")
+
+
+# tokens
+
+
+def test_tokens_are_made_listed_and_revoked(registry: RegistryAPI):
+    made = registry.create_token("ci", scope=Scope.MERGE, names=["chat-*"], valid_s=3600)
+
+    (listed,) = [token for token in registry.tokens() if token.id == made.token.id]
+    revoked = registry.revoke_token(made.token.id)
+
+    assert made.secret.startswith("actl_")
+    assert (listed.name, listed.scope, listed.names) == ("ci", Scope.MERGE, ("chat-*",))
+    assert listed.expires_at > listed.created_at
+    assert revoked.revoked_at is not None
+    with pytest.raises(InvalidInput, match="token name"):
+        registry.create_token("a\nb", scope=Scope.READ)
+    with pytest.raises(InvalidInput, match="globs"):
+        registry.create_token("x", scope=Scope.READ, names=["../*"])
+
+
+# the registry itself
+
+
+def test_doctor_finds_nothing_broken(registry: RegistryAPI):
+    checks = registry.doctor()
+
+    assert {"ledger", "mlflow", "jobs"} <= {check.name for check in checks}
+    assert [check for check in checks if check.status == "error" and not fnmatch(check.name, "filesystem")] == []
+
+
+def test_every_verb_is_in_these_tests():
+    verbs = {name for name, value in vars(RegistryAPI).items() if callable(value) and not name.startswith("_")}
+
+    used = {node.attr for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Attribute)}
+
+    assert verbs - used == set()

@@ -1,0 +1,275 @@
+"""`adapterctl serve` as a process: commands against it, MLflow's pages behind its door, and where secrets go."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from tiny import write_tiny_adapter
+from typer.testing import CliRunner
+
+from adapterctl.bootstrap import connect
+from adapterctl.cli.main import app
+from adapterctl.registry.domain.access import Scope
+from adapterctl.registry.settings import Settings
+
+HEAVY = {"alembic", "fastapi", "httpx", "httpx2", "mlflow", "numpy", "requests", "sqlalchemy", "starlette"}
+
+
+@dataclass(frozen=True)
+class Server:
+    home: Path
+    url: str
+    log: Path
+    secrets: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def server(
+    new_home: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, server_process: Callable
+) -> Iterator[Server]:
+    """A registry with translate:v1 and chat:v1, served with tokens."""
+    home, folder = new_home("home"), tmp_path_factory.mktemp("adapters")
+    registry = connect(Settings(home=home, actor="ada"))
+    with closing(registry.ledger):
+        for seed, name in enumerate(("translate", "chat"), start=1):
+            registry.register(str(write_tiny_adapter(folder / name, seed=seed)), name=name)
+        secrets = {scope.value: registry.create_token(scope.value, scope=scope).secret for scope in Scope}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with server_process(home, log, environment={"ADAPTERCTL_IDLE_S": "1"}) as url:
+        yield Server(home, url, log, secrets)
+
+
+@pytest.fixture
+def ask(server: Server) -> Callable[..., tuple[int, str]]:
+    """Status and text of a request to the server."""
+
+    def send(
+        path: str,
+        scope: str = "",
+        *,
+        method: str = "GET",
+        body: object = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[int, str]:
+        given = {"Authorization": f"Bearer {server.secrets[scope]}"} if scope else {}
+        data = None if body is None else json.dumps(body).encode()
+        sent = {"Content-Type": "application/json", **given, **headers}
+        request = Request(server.url + path, data, sent, method=method)
+        try:
+            with urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except HTTPError as error:
+            with closing(error):
+                return error.code, error.read().decode()
+
+    return send
+
+
+@pytest.fixture
+def run(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, stdout and stderr of a command that goes to the server, or with `local` to its home."""
+
+    def invoke(*words: str, local: bool = False, scope: str = "admin", stdin: str = "") -> tuple[int, str, str]:
+        with pytest.MonkeyPatch.context() as patch:
+            if local:
+                patch.setenv("ADAPTERCTL_HOME", str(server.home))
+            else:
+                patch.setenv("ADAPTERCTL_SERVER", server.url)
+                patch.setenv("ADAPTERCTL_TOKEN", server.secrets[scope])
+            result = CliRunner().invoke(app, list(words), prog_name="adapterctl", input=stdin, catch_exceptions=False)
+        return result.exit_code, result.stdout, result.stderr
+
+    return invoke
+
+
+def test_commands_say_the_same_wherever_the_registry_is(run: Callable):
+    made, _, said = run("merge", "translate:v1", "chat:v1", "--into", "both", "--method", "cat")
+    run("promote", "both:v1", "--to", "staging", "--reason", "fits")
+    assert made == 0, said
+
+    for words in (
+        ["ls"],
+        ["ls", "both", "-o", "json"],
+        ["show", "both@staging", "-o", "yaml"],
+        ["diff", "translate:v1", "chat:v1"],
+        ["lineage", "both:v1", "-o", "json"],
+        ["history", "both", "--verify"],
+        ["jobs", "ls"],
+        ["plan", "translate:v1", "chat:v1", "--into", "both"],
+        ["methods", "-q"],
+        ["base", "ls", "-o", "json"],
+        ["show", "nobody"],
+        ["show", "both:v9", "-o", "json"],
+        ["rm", "translate:v1", "--yes"],
+        ["jobs", "show", "none"],
+        ["promote", "both:v1", "--to", "nirvana"],
+        ["tokens", "ls", "-q"],
+    ):
+        assert run(*words) == run(*words, local=True), words
+
+
+def test_what_a_token_may_not_do_ends_with_code_4(run: Callable):
+    code, _, said = run("rm", "translate:v1", "--yes", scope="promote")
+
+    assert code == 4
+    assert "needs admin" in said
+
+
+def test_a_server_that_is_not_there_is_said_to_be_away(run: Callable, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ADAPTERCTL_SERVER", "http://127.0.0.1:1")
+
+    result = CliRunner().invoke(app, ["ls"], prog_name="adapterctl", catch_exceptions=False)
+
+    assert result.exit_code == 1
+    assert "http://127.0.0.1:1 cannot be reached" in result.stderr
+
+
+@pytest.mark.parametrize("address", ["registry", "ftp://registry", "http://ada:secret@registry", "http://"])
+def test_an_address_that_is_none_is_refused(address: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ADAPTERCTL_SERVER", address)
+
+    assert CliRunner().invoke(app, ["ls"], prog_name="adapterctl", catch_exceptions=False).exit_code == 2
+
+
+def test_a_command_that_goes_to_a_server_loads_nothing_heavy(server: Server):
+    code = (
+        "import sys, atexit\natexit.register(lambda: print(*sorted({n.partition('.')[0] for n in sys.modules}),"
+        " file=sys.stderr))\nsys.argv = ['adapterctl', 'ls']\nfrom adapterctl.cli.main import main\nmain()"
+    )
+    environment = os.environ | {"ADAPTERCTL_SERVER": server.url, "ADAPTERCTL_TOKEN": server.secrets["read"]}
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+
+    assert "translate" in done.stdout
+    assert HEAVY.intersection(done.stderr.split()) == set()
+
+
+def test_login_keeps_the_token_for_its_owner_alone(
+    server: Server, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    file = tmp_path / "adapterctl" / "config.toml"
+    file.parent.mkdir()
+    file.write_text('# mine\nthreads = 3\nserver = "http://old"\n')
+    invoke = lambda *words, stdin="": CliRunner().invoke(app, list(words), input=stdin, catch_exceptions=False)  # noqa: E731
+
+    refused = invoke("login", server.url, stdin="actl_wrong\n")
+    before = file.read_text()
+    done = invoke("login", server.url, stdin=f"{server.secrets['merge']}\n")
+    seen = invoke("ls", "-q")
+    local = invoke("--home", str(tmp_path / "home"), "tokens", "create", "x", "-q")
+    out = invoke("logout")
+
+    assert (refused.exit_code, before) == (4, '# mine\nthreads = 3\nserver = "http://old"\n')
+    assert (done.exit_code, done.stdout) == (0, "merge (merge)\n")
+    assert seen.stdout.split() == sorted(seen.stdout.split())
+    assert "translate" in seen.stdout
+    assert local.exit_code == 0
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert out.exit_code == 0
+    assert file.read_text() == "# mine\nthreads = 3\n"
+
+
+def test_an_address_for_others_needs_a_token_first(home: Path):
+    command = [sys.executable, "-m", "adapterctl", "serve", "--host", "0.0.0.0", "--port", "0"]
+
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ADAPTERCTL_HOME": str(home)})
+
+    assert done.returncode == 2
+    assert "tokens create" in done.stderr
+
+
+# MLflow behind the door
+
+
+def test_mlflows_pages_ask_a_browser_for_the_token(server: Server, ask: Callable):
+    nobody, _ = ask("/")
+    basic = b64encode(f"any:{server.secrets['read']}".encode()).decode()
+    status, page = ask("/", headers={"Authorization": f"Basic {basic}"})
+
+    assert nobody == 401
+    assert status == 200
+    assert "MLflow" in page
+
+
+def test_mlflows_client_works_with_a_token(server: Server, monkeypatch: pytest.MonkeyPatch):
+    import mlflow  # deferred: seconds
+
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", server.secrets["read"])
+    client = mlflow.MlflowClient(tracking_uri=server.url, registry_uri=server.url)
+
+    names = {model.name for model in client.search_registered_models()}
+
+    assert {"chat", "translate"} <= names
+    with pytest.raises(mlflow.exceptions.MlflowException, match="needs admin"):
+        client.set_registered_model_alias("chat", "production", "1")
+
+
+@pytest.mark.parametrize(("scope", "status"), [("read", 403), ("merge", 403), ("promote", 403), ("admin", 200)])
+def test_only_admins_move_an_alias_in_mlflow(ask: Callable, scope: str, status: int):
+    body = {"name": "translate", "alias": "candidate", "version": "1"}
+
+    assert ask("/api/2.0/mlflow/registered-models/alias", scope, method="POST", body=body)[0] == status
+
+
+def test_parts_of_mlflow_that_act_for_others_are_closed_to_admins_too(ask: Callable):
+    status, said = ask("/ajax-api/3.0/mlflow/assistant/config", "admin")
+
+    assert status == 403
+    assert "switched off" in said
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}])
+def test_hostile_pages_reach_neither_of_us(ask: Callable, headers: dict[str, str]):
+    for path in ("/v1/merges", "/api/2.0/mlflow/registered-models/create"):
+        assert ask(path, "admin", method="POST", body={}, headers=headers)[0] in (403, 421)
+
+
+# secrets
+
+
+def test_secrets_are_in_no_log_no_file_and_no_process_list(server: Server, run: Callable, ask: Callable):
+    for scope in Scope:
+        ask(f"/v1/adapters?page_token={server.secrets[scope]}", scope)
+        ask("/v1/merges", scope, method="POST", body={"parents": [server.secrets[scope]]})
+    run("merge", "translate:v1=0.3", "chat:v1", "--into", "quiet")
+    secrets = [secret.encode() for secret in server.secrets.values()]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            shown = path.read_bytes()
+        except OSError:
+            continue  # it has ended
+        assert not any(secret in shown for secret in secrets)
+
+    assert server.log.read_text().count("\n") > 10
+    for path in [server.log, *(path for path in server.home.rglob("*") if path.is_file())]:
+        content = path.read_bytes()
+        assert not any(secret in content for secret in secrets), path
+
+
+def test_every_line_of_the_servers_log_is_json(server: Server, ask: Callable):
+    ask("/v1/whoami", "read")
+
+    deadline = time.monotonic() + 10  # the line follows the answer
+    while not any(line.get("path") == "/v1/whoami" and line["caller"] == "read" for line in lines(server.log)):
+        assert time.monotonic() < deadline
+
+    assert all({"at", "level", "log"} <= set(line) for line in lines(server.log))
+
+
+def lines(log: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
