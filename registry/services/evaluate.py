@@ -211,7 +211,7 @@ class EvalHandler:
     def _plan(self, wanted: Wanted, missing: Sequence[Pair], stack: ExitStack) -> EvalPlan:
         subjects = []
         for digest in dict.fromkeys(pair.subject for pair in missing):
-            version = next(iter(wanted.subjects[digest]), None)  # any: they have the same bytes
+            version = next(reversed(wanted.subjects[digest]), None)  # any would do, for they have the same bytes
             folder = str(stack.enter_context(self._folders(version))) if version is not None else None
             subjects.append(Subject(digest, version.label if version is not None else BASE, folder))
         return EvalPlan(
