@@ -21,13 +21,14 @@ from pathlib import Path
 import commands  # these modules register their benchmarks
 import lineage
 import merges
+import service
 from measure import BENCHMARKS, Benchmark, Figure
 
 from adapterctl.workers.receipt import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, PAGE = ROOT / "build" / "bench.json", ROOT / "docs" / "benchmarks.md"
-MODULES = (merges, lineage, commands)
+MODULES = (merges, lineage, commands, service)
 PACKAGES = ("numpy", "torch", "peft", "transformers", "mlflow")
 
 
