@@ -7,7 +7,7 @@ returns False unless the job is running under exactly that attempt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,10 @@ class Parent:
 
     version: AdapterVersion
     weight: float | None = None
+
+
+#: Opens the files of a version in a folder of this machine, for reading, while the context lasts.
+Folders = Callable[[AdapterVersion], AbstractContextManager[Path]]
 
 
 class Ledger(Protocol):

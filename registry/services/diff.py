@@ -8,8 +8,8 @@ from typing import Any
 from ..api import DiffView, VersionView
 from ..domain.errors import IncompatibleParents
 from ..domain.version import AdapterVersion
-from ..ports import Ledger
-from .merge import WEIGHTS_FILE, Folders
+from ..ports import Folders, Ledger
+from .register import WEIGHTS_FILE
 from .views import version_view
 
 _COMPARED = (

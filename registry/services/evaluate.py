@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from ..domain.job import Job, NewJob
 from ..domain.refs import Ref
 from ..domain.suite import Suite
 from ..domain.version import AdapterVersion, Base
-from ..ports import Doorbell, Ledger, VersionStore
+from ..ports import Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
 from ..wire import from_builtins, from_json, to_builtins
 from .locate_base import locate_base
@@ -37,8 +37,6 @@ DTYPE = "float32"
 BATCH_SIZE = 8
 #: Provenance of reports that came with a file instead of being computed here.
 IMPORTED = "committed result"
-
-Folders = Callable[[AdapterVersion], AbstractContextManager[Path]]
 
 
 def request_evaluation(

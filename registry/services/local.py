@@ -40,7 +40,7 @@ from ..domain.recipe import MergeRequest
 from ..domain.refs import Ref, check_name
 from ..domain.suite import Suite
 from ..domain.version import Base
-from ..ports import Access, Doorbell, Ledger, VersionStore
+from ..ports import Access, Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
 from . import bases, diff, doctor, evaluate, merge, pull, register, schedule, select, trace, verify, views
 from .locate_base import remember_base
@@ -63,7 +63,7 @@ class LocalRegistry:
         access: Access,
         *,
         open_versions: Callable[[], VersionStore],
-        folders: merge.Folders,
+        folders: Folders,
         open_hub: register.SourceFolder,
         made_on_demand: Mapping[str, str] | None = None,
     ) -> None:

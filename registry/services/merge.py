@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,15 @@ from ..domain.recipe import MergeRequest, Recipe, recipe_from_json
 from ..domain.refs import check_name
 from ..domain.suite import Suite
 from ..domain.version import AdapterVersion, NewVersion
-from ..ports import Doorbell, Ledger, Parent, VersionStore
+from ..ports import Doorbell, Folders, Ledger, Parent, VersionStore
 from ..wire import from_builtins, to_builtins
 from . import schedule
-from .register import publish
+from .register import WEIGHTS_FILE, publish
 from .resolve import resolve
 from .schedule import Done, Task
 from .staging import stage_folder
 from .suites import find_suite
 from .views import version_view
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-Folders = Callable[[AdapterVersion], AbstractContextManager[Path]]
 
 
 @dataclass(frozen=True, slots=True)

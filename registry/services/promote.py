@@ -8,17 +8,15 @@ either is noticed by the next verb, which names both sides and changes nothing u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..api import HistoryView, StageEventView
 from ..crashpoints import reached
 from ..domain.errors import InvalidInput, NotFound, Refused, StageMoved
 from ..domain.stage import GENESIS, LEGACY_STAGES, StageAction, StageEvent, legacy_stage, verify_chain
 from ..domain.version import AdapterVersion
-from ..ports import Ledger, VersionStore
+from ..ports import Folders, Ledger, VersionStore
 from .pull import check_intact
 from .resolve import known_adapter
 from .views import iso_time
@@ -39,7 +37,7 @@ class Stages:
 
     ledger: Ledger
     versions: VersionStore
-    folders: Callable[[AdapterVersion], AbstractContextManager[Path]]
+    folders: Folders
     names: Sequence[str]
     actor: str
 

@@ -17,9 +17,9 @@ from ..domain.errors import Corrupt
 from ..domain.job import Job, NewJob
 from ..domain.recipe import recipe_from_json
 from ..domain.version import AdapterVersion
-from ..ports import Ledger
+from ..ports import Folders, Ledger
 from ..wire import from_builtins
-from .merge import Folders, merge_task
+from .merge import merge_task
 from .pull import damage
 from .schedule import Done, Task
 from .staging import stage_folder
