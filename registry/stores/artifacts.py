@@ -15,7 +15,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ..domain.digest import file_digest
-from ..domain.version import FileRecord
+from ..domain.errors import Corrupt
+from ..domain.version import AdapterVersion, FileRecord
 
 _READ_ONLY = 0o444
 
@@ -26,6 +27,16 @@ def local_folder(location: str) -> Path | None:
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return Path(unquote(parts.path))
     return Path(location) if location.startswith("/") else None
+
+
+def own_folder(version: AdapterVersion) -> Path | None:
+    """The folder of this machine that holds a version's files; None where they lie elsewhere. Raises `Corrupt`."""
+    folder = local_folder(version.placement.location)
+    if folder is not None and not folder.is_dir():
+        raise Corrupt(
+            f"the files of {version.label} are gone: {folder}", hint="restore that folder, or merge or register it anew"
+        )
+    return folder
 
 
 def list_files(folder: Path) -> tuple[FileRecord, ...]:

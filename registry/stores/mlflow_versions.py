@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 from ..crashpoints import reached
 from ..domain.digest import json_digest
-from ..domain.errors import Corrupt, NotFound, Refused
+from ..domain.errors import NotFound, Refused
 from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion, Base, FileRecord, NewVersion, Placement
 from ..ports import Parent
 from ..wire import from_json, to_builtins, to_json
-from .artifacts import list_files, local_folder, move_into_place
+from .artifacts import list_files, local_folder, move_into_place, own_folder
 from .mlflow_access import (
     ADAPTER_ID,
     EXISTS,
@@ -131,18 +131,12 @@ class MlflowVersions:
 
     @contextmanager
     def folder(self, version: AdapterVersion) -> Iterator[Path]:
-        location = version.placement.location
-        local = local_folder(location)
-        if local is None:
-            with self._mlflow.download(location) as folder:
-                yield folder
+        own = own_folder(version)
+        if own is not None:
+            yield own
             return
-        if not local.is_dir():
-            raise Corrupt(
-                f"the files of {version.label} are gone: {local}",
-                hint="restore that folder, or merge or register it anew",
-            )
-        yield local
+        with self._mlflow.download(version.placement.location) as folder:
+            yield folder
 
     @contextmanager
     def source_folder(self, kind: Literal["run", "model"], location: str) -> Iterator[Path]:
