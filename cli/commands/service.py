@@ -50,6 +50,7 @@ def serve(
     import uvicorn
 
     from ...bootstrap import application, connect
+    from ...registry.rest.app import listen
 
     own = (*LOOPBACK, host) if host not in ("0.0.0.0", "::") else (*LOOPBACK, *_names())
     _log_to_stderr()
@@ -59,8 +60,7 @@ def serve(
     config = uvicorn.Config(
         door, host=host, port=port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5
     )
-    listening = config.bind_socket()
-    listening.listen(config.backlog)  # who reads the address below may connect at once
+    listening = listen(host, port)
     root = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     session.out.line({"url": root}, text=root + path, name=root)
     if open_:

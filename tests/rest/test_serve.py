@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -24,6 +26,8 @@ from typer.testing import CliRunner
 from adapterctl.bootstrap import connect
 from adapterctl.cli.main import app
 from adapterctl.registry.domain.access import Scope
+from adapterctl.registry.domain.errors import Unavailable
+from adapterctl.registry.rest.app import listen
 from adapterctl.registry.settings import Settings
 
 HEAVY = {"alembic", "fastapi", "httpx", "httpx2", "mlflow", "numpy", "requests", "sqlalchemy", "starlette"}
@@ -191,6 +195,40 @@ def test_an_address_for_others_needs_a_token_first(home: Path):
 
     assert done.returncode == 2
     assert "tokens create" in done.stderr
+
+
+# the socket
+
+
+def test_answers_on_a_kept_connection_are_sent_at_once():
+    nodelay: list[int] = []
+
+    async def answer_twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nodelay.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        for _ in range(2):
+            writer.write(await reader.readexactly(4))
+        writer.close()
+        await writer.wait_closed()
+
+    async def ask_twice() -> list[bytes]:
+        listening = listen("127.0.0.1", 0)
+        async with await asyncio.start_server(answer_twice, sock=listening):
+            reader, writer = await asyncio.open_connection(*listening.getsockname())
+            answers = []
+            for question in (b"one.", b"two."):
+                writer.write(question)
+                answers.append(await reader.readexactly(4))
+            writer.close()
+            await writer.wait_closed()
+            return answers
+
+    assert asyncio.run(ask_twice()) == [b"one.", b"two."]
+    assert nodelay == [1]  # else Nagle's algorithm holds the second answer back until the first is acknowledged
+
+
+def test_a_port_that_is_taken_is_said_in_our_words():
+    with listen("127.0.0.1", 0) as first, pytest.raises(Unavailable, match="cannot listen on 127"):
+        listen(*first.getsockname())
 
 
 # MLflow behind the door
