@@ -72,4 +72,4 @@ def plan(
     facts = [facts_of(folder) for folder in folders]
     parents = tuple(ParentRef(Ref(f"p{i}"), weight) for i, weight in enumerate(weights))
     recipe = resolve(MergeRequest(parents, method=method, rank=rank), facts, ["0" * 64, "1" * 64])
-    return build_plan(recipe, facts, ["p0", "p1"])
+    return build_plan(recipe, facts)

@@ -48,7 +48,6 @@ class MergePlan:
     recipe: Recipe
     modules: tuple[ModulePlan, ...]
     config: Mapping[str, Any]
-    warnings: tuple[str, ...] = ()
     max_loss: float | None = None
 
     @property
@@ -114,15 +113,32 @@ def check_parents(facts: Sequence[AdapterFacts], labels: Sequence[str]) -> list[
     return problems
 
 
-def build_plan(recipe: Recipe, facts: Sequence[AdapterFacts], labels: Sequence[str]) -> MergePlan:
-    """The merge, spelled out tensor by tensor. `facts` and `labels` are those of `recipe.parents`, in order.
+def build_plan(recipe: Recipe, facts: Sequence[AdapterFacts]) -> MergePlan:
+    """The merge, spelled out tensor by tensor. `facts` are those of `recipe.parents`, in order.
 
     Every output module has the recipe's rank; a module whose parents have less is filled with zeros, which is exact.
     """
     by_module = _by_module(facts)
     with_bias = any(m.bias is not None for f in facts for m in f.modules)
     modules = tuple(_module_plan(name, by_module[name], recipe, with_bias=with_bias) for name in sorted(by_module))
-    return MergePlan(recipe, modules, _config(recipe, facts, with_bias=with_bias), _warnings(facts, labels))
+    return MergePlan(recipe, modules, _config(recipe, facts, with_bias=with_bias))
+
+
+def parent_warnings(facts: Sequence[AdapterFacts], labels: Sequence[str]) -> tuple[str, ...]:
+    """What a caller should know of these parents, although they can be merged."""
+    warnings = []
+    tasks = {f.task_type for f in facts if f.task_type}
+    if len(tasks) > 1:
+        listed = ", ".join(f"{label} {f.task_type}" for label, f in zip(labels, facts, strict=True))
+        warnings.append(f"the parents were trained for different task types: {listed}")
+    names = [{m.name for m in f.modules} for f in facts]
+    for i, label in enumerate(labels):
+        others = set().union(*(n for j, n in enumerate(names) if j != i))
+        if others and not names[i] & others:
+            warnings.append(f"{label} shares no module with another parent")
+    if len(set(labels)) < len(labels):
+        warnings.append("a parent is named twice: its weights add up")
+    return tuple(warnings)
 
 
 def _by_module(facts: Sequence[AdapterFacts]) -> dict[str, list[tuple[int, LoraModule]]]:
@@ -222,19 +238,3 @@ def _selects(listed: Collection[str], module: str) -> bool:
     """PEFT's rule for a list (`check_target_module_exists`), by walking up the path instead of down the list."""
     parts = module.split(".")
     return any(".".join(parts[start:]) in listed for start in range(len(parts)))
-
-
-def _warnings(facts: Sequence[AdapterFacts], labels: Sequence[str]) -> tuple[str, ...]:
-    warnings = []
-    tasks = {f.task_type for f in facts if f.task_type}
-    if len(tasks) > 1:
-        listed = ", ".join(f"{label} {f.task_type}" for label, f in zip(labels, facts, strict=True))
-        warnings.append(f"the parents were trained for different task types: {listed}")
-    names = [{m.name for m in f.modules} for f in facts]
-    for i, label in enumerate(labels):
-        others = set().union(*(n for j, n in enumerate(names) if j != i))
-        if others and not names[i] & others:
-            warnings.append(f"{label} shares no module with another parent")
-    if len(set(labels)) < len(labels):
-        warnings.append("a parent is named twice: its weights add up")
-    return tuple(warnings)

@@ -17,7 +17,7 @@ from ..domain.adapter import AdapterFacts
 from ..domain.digest import json_digest
 from ..domain.errors import IncompatibleParents, InvalidInput, LossTooHigh, Problem, raise_all
 from ..domain.job import Job, NewJob
-from ..domain.plan import MergePlan, build_plan, check_parents
+from ..domain.plan import MergePlan, build_plan, check_parents, parent_warnings
 from ..domain.recipe import MergeRequest, Recipe, recipe_from_json
 from ..domain.refs import check_name
 from ..domain.suite import Suite
@@ -40,7 +40,19 @@ class Preflight:
     into: str
     parents: tuple[AdapterVersion, ...]
     recipe: Recipe
-    plan: MergePlan
+    facts: tuple[AdapterFacts, ...]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(parent.label for parent in self.parents)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return parent_warnings(self.facts, self.labels)
+
+    def plan(self) -> MergePlan:
+        """Spelled out tensor by tensor; a request that is only queued does without."""
+        return build_plan(self.recipe, self.facts)
 
     @property
     def parent_views(self) -> tuple[ParentView, ...]:
@@ -66,7 +78,7 @@ def preflight(ledger: Ledger, request: MergeRequest) -> Preflight:
     raise_all(IncompatibleParents, "these adapters cannot be merged:", problems)
     recipe = resolve_recipe(request, facts, [parent.spec.content_digest for parent in parents])
     into = check_name(request.into or _default_name([parent.name for parent in parents]))
-    return Preflight(into, parents, recipe, build_plan(recipe, facts, labels))
+    return Preflight(into, parents, recipe, tuple(facts))
 
 
 def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, actor: str) -> Submitted:
@@ -111,23 +123,24 @@ def plan_merge(ledger: Ledger, folders: Folders, request: MergeRequest) -> PlanV
     from ..merging.forecast import forecast
 
     ready = preflight(ledger, request)
+    plan = ready.plan()
     adapter_id = ledger.adapter_id(ready.into)
     existing = ledger.live_version(adapter_id, recipe=ready.recipe.digest) if adapter_id else None
     with ExitStack() as open_folders:
         files = [open_folders.enter_context(folders(parent)) / WEIGHTS_FILE for parent in ready.parents]
-        forecasts, pairs = forecast(ready.plan, files, [parent.label for parent in ready.parents])
+        forecasts, pairs = forecast(plan, files, ready.labels)
     return PlanView(
         into=ready.into,
         recipe_digest=ready.recipe.digest,
         method=ready.recipe.method,
         rank=ready.recipe.rank,
         dtype=ready.recipe.dtype,
-        size_bytes=ready.plan.size_bytes,
+        size_bytes=plan.size_bytes,
         base=ready.parents[0].spec.base.name,
         parents=ready.parent_views,
         forecasts=forecasts,
         pairs=pairs,
-        warnings=ready.plan.warnings,
+        warnings=ready.warnings,
         exists=existing.label if existing else None,
     )
 
@@ -144,7 +157,7 @@ def merge_task(
 ) -> dict[str, Any]:
     """The task of the child that executes `recipe`: plan and files, nothing that leads to a database or a server."""
     facts = [ledger.detail(parent.id).facts for parent in parents]
-    plan = build_plan(recipe, facts, [parent.label for parent in parents])
+    plan = build_plan(recipe, facts)
     return {
         "kind": "merge",
         "plan": to_builtins(replace(plan, max_loss=max_loss)),
@@ -322,5 +335,5 @@ def _submitted(
         job=job,
         version=version_view(ledger, version) if ledger and version else None,
         deduplicated=deduplicated,
-        warnings=ready.plan.warnings,
+        warnings=ready.warnings,
     )

@@ -10,7 +10,7 @@ import pytest
 from tiny import LINEAR, write_tiny_adapter
 from tiny_merge import facts_of, plan_of
 
-from adapterctl.registry.domain.plan import MergePlan, check_parents
+from adapterctl.registry.domain.plan import MergePlan, check_parents, parent_warnings
 from adapterctl.registry.wire import from_json, to_json
 
 LABELS = ["translate:v1", "chat:v2"]
@@ -137,11 +137,11 @@ def test_what_deserves_a_look_is_a_warning(tmp_path: Path):
     one = write_tiny_adapter(tmp_path / "p0", linear={"a": (8, 8)})
     other = write_tiny_adapter(tmp_path / "p1", linear={"b": (8, 8)}, config={"task_type": "SEQ_CLS"})
 
-    warnings = plan_of([one, other]).warnings
+    warnings = parent_warnings([facts_of(one), facts_of(other)], ["p0", "p1"])
 
     assert any("different task types" in warning for warning in warnings)
     assert "p0 shares no module with another parent" in warnings
-    assert any("named twice" in warning for warning in plan_of([one, one]).warnings)
+    assert any("named twice" in warning for warning in parent_warnings([facts_of(one)] * 2, ["p0", "p0"]))
 
 
 def test_the_size_is_that_of_the_tensors_that_will_be_written(tmp_path: Path):

@@ -104,7 +104,7 @@ def merge(name: str, case: Case, *, threads: int = 1, dtype: str = "F64", stored
             seed=0 if method.seeded else None,
             options={option.name: option.default for option in method.options},
         )
-        plan = build_plan(recipe, facts, [f"p{i}" for i in range(len(facts))])
+        plan = build_plan(recipe, facts)
         files, out = [folder / WEIGHTS for folder in folders], root / "out"
         out.mkdir()
         outcomes = engine.merge(plan, files, out, threads=threads)

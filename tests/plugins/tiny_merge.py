@@ -59,7 +59,7 @@ def plan_of(
     parents = tuple(ParentRef(Ref(f"p{i}"), w) for i, w in enumerate(weights or [1.0] * len(folders)))
     request = MergeRequest(parents, method=method, rank=rank, dtype=dtype, options=dict(options or {}))
     assert check_parents(facts, labels) == []
-    return build_plan(resolve(request, facts, digests), facts, labels)
+    return build_plan(resolve(request, facts, digests), facts)
 
 
 def run_merge(folders: Sequence[Path], out: Path, *, threads: int = 1, **asked: Any) -> Merged:
