@@ -20,20 +20,26 @@ def resolve(ledger: Ledger, ref: Ref, *, removed: bool = False) -> AdapterVersio
         NotFound: no such adapter, version, stage or digest; or it was removed and `removed` is False.
         InvalidInput: a digest prefix that fits several versions.
     """
+    if ref.number is not None and (numbered := ledger.version_by_number(ref.name, ref.number)) is not None:
+        return _unless_removed(ledger, numbered, removed=removed)  # one look is enough for most references
     adapter_id = known_adapter(ledger, ref.name)
-    if ref.number is not None:
-        version = ledger.version_by_number(ref.name, ref.number)
-    elif ref.alias is not None:
+    version: AdapterVersion | None = None
+    if ref.alias is not None:
         holder = ledger.stage_holder(adapter_id, ref.alias)
         version = ledger.version(holder) if holder else None
     elif ref.digest is not None:
         version = _by_digest(ledger, ref)
-    else:
+    elif ref.number is None:
         version = next(iter(reversed(ledger.versions(ref.name))), None)
     if version is None:
         raise NotFound(f"there is no {ref}", hint=_what_there_is(ledger, ref.name, adapter_id))
+    return _unless_removed(ledger, version, removed=removed)
+
+
+def _unless_removed(ledger: Ledger, version: AdapterVersion, *, removed: bool) -> AdapterVersion:
     if version.state == "removed" and not removed:
-        raise NotFound(f"{version.label} was removed", hint=_what_there_is(ledger, ref.name, adapter_id))
+        hint = _what_there_is(ledger, version.name, version.adapter_id)
+        raise NotFound(f"{version.label} was removed", hint=hint)
     return version
 
 

@@ -8,10 +8,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from adapterctl.registry.domain.job import JobState
+import pytest
+
+from adapterctl.registry.domain.errors import Unavailable
+from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.domain.stage import verify_chain
 from adapterctl.registry.domain.version import AdapterVersion
 from adapterctl.registry.ports import Ledger
+from adapterctl.registry.stores.sql import engine
+from adapterctl.registry.stores.sql.ledger import SqlLedger
 
 PROCESSES, COMMANDS = 6, 200
 
@@ -45,3 +50,13 @@ def test_six_processes_at_once_lose_nothing(ledger: Ledger, add_version: Callabl
     assert verify_chain(history) == []
     assert len(history) == sum(int(out) for out, _ in outputs)
     assert ledger.stage_holder(adapter_id, "production") == history[-1].version_id
+
+
+def test_a_thread_waits_for_its_turn_to_write_but_not_for_ever(sql_ledger: SqlLedger, monkeypatch: pytest.MonkeyPatch):
+    new = NewJob("merge", "translate:recipe", "merge", {}, "ada")
+    monkeypatch.setattr(engine, "BUSY_TIMEOUT_S", 0.01)
+
+    with sql_ledger._db.write(), pytest.raises(Unavailable, match="is busy"):
+        sql_ledger.submit(new)
+
+    assert sql_ledger.submit(new)[1]

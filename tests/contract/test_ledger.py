@@ -14,6 +14,7 @@ from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.domain.stage import verify_chain
 from adapterctl.registry.domain.version import AdapterVersion, Base
 from adapterctl.registry.ports import Ledger
+from adapterctl.registry.stores.sql import ledger as sql_ledger_module
 
 AddVersion = Callable[..., AdapterVersion]
 
@@ -116,6 +117,17 @@ def test_a_version_comes_back_as_it_was_added(ledger: Ledger, add_version: AddVe
     assert (detail.facts, detail.norms, detail.recipe, detail.receipt) == (facts, {"q": 0.5}, recipe, receipt)
     assert ledger.metrics([added.id]) == {added.id: {"m": 1.0}}
     assert [edge.parent_id for edge in ledger.parent_edges([added.id])[added.id]] == [each.id for each in parents]
+
+
+def test_details_are_those_of_their_version_however_few_are_kept_at_hand(
+    ledger: Ledger, add_version: AddVersion, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sql_ledger_module, "DETAILS_KEPT", 1)
+    versions = [add_version(recipe={"method": f"m{number}"}) for number in range(3)]
+
+    recipes = [ledger.detail(version.id).recipe for version in (*versions, *versions)]
+
+    assert recipes == [{"method": f"m{number}"} for number in (0, 1, 2, 0, 1, 2)]
 
 
 def test_adding_a_version_again_changes_nothing(ledger: Ledger, add_version: AddVersion):

@@ -16,8 +16,9 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -30,6 +31,7 @@ from sqlalchemy import (
     Float,
     NullPool,
     QueuePool,
+    Row,
     Text,
     bindparam,
     create_engine,
@@ -143,7 +145,7 @@ class Database:
         Raises `NotAllowed` where the home is read-only.
         """
         self._product.check_writable()
-        with self._translated(), self._open()[1].begin() as connection:
+        with self._product.turn(), self._translated(), self._open()[1].begin() as connection:
             yield connection
 
     @property
@@ -194,6 +196,15 @@ def insert_once(connection: Connection, statement: Executable) -> bool:
     return True
 
 
+def inserted(connection: Connection, statement: Executable, values: Mapping[str, Any]) -> Row[Any] | None:
+    """Run an INSERT that returns its row; None, and nothing is changed, where a unique key is taken already."""
+    try:
+        with connection.begin_nested():
+            return connection.execute(statement, values).one()
+    except IntegrityError:
+        return None
+
+
 def among(column: ColumnElement[str]) -> ColumnElement[bool]:
     """`column IN (...)` for any number of values, which are given at execution by `these(values)`."""
     listed = _Strings(bindparam("these", type_=Text())).table_valued("value")
@@ -236,6 +247,10 @@ class _Product(Protocol):
     def check_writable(self) -> None: ...
     def prepare(self) -> None: ...
     def exclusive(self, name: str) -> AbstractContextManager[None]: ...
+    def turn(self) -> AbstractContextManager[None]:
+        """Held by a thread while it writes."""
+        ...
+
     def in_our_words(self, error: DBAPIError) -> AdapterctlError: ...
 
 
@@ -248,6 +263,7 @@ class _Sqlite:
     def __init__(self, path: Path, *, create: bool) -> None:
         self._path = path
         self._create = create
+        self._writing = threading.Lock()
 
     @property
     def label(self) -> str:
@@ -284,6 +300,16 @@ class _Sqlite:
         with file.open("a") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        # SQLite lets a writer that finds another one sleep, up to 0.1 s at a time; threads of one process can queue
+        if not self._writing.acquire(timeout=BUSY_TIMEOUT_S):
+            raise Unavailable(f"{self.label} is busy: others have written for {BUSY_TIMEOUT_S:g} s", hint="try again")
+        try:
+            yield
+        finally:
+            self._writing.release()
 
     def engine(self) -> Engine:
         if not self._create and not self.exists:
@@ -368,6 +394,9 @@ class _Postgres:
             yield
         finally:
             connection.close()  # and with it the lock: the connection is in no pool
+
+    def turn(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the server's rows are locked one by one
 
     def engine(self) -> Engine:
         # a connection that the server dropped while it lay idle is replaced before it is used

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import uuid6
-from sqlalchemy import ColumnElement, Connection, Row, func, insert, literal, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, func, insert, literal, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from ... import wire
 from ...domain.errors import Conflict, NotFound
 from ...domain.job import DEFAULT_MAX_ATTEMPTS, ENDED, LIVE, Job, JobEvent, JobState, LogPiece, NewJob, Progress
-from .engine import Database, Now, insert_once
+from .engine import Database, Now, inserted
 from .tables import job, job_event, job_log
 
 WORKER_LOST = {
@@ -214,28 +214,39 @@ _UNHELD: Mapping[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_un
 
 def queue_job(connection: Connection, new: NewJob) -> tuple[Job | None, bool]:
     """Insert a queued job, or find the live one with its key."""
-    job_id = str(uuid6.uuid7())
     row = {
-        "id": job_id,
+        "id": str(uuid6.uuid7()),
         "kind": new.kind,
         "key": new.key,
         "title": new.title,
         "spec": wire.to_json(new.spec),
-        "state": JobState.QUEUED,
-        "attempt": 0,
         "max_attempts": new.max_attempts,
         "created_by": new.created_by,
-        "created_at": Now(),
-        "updated_at": Now(),
-        "cancel_requested": False,
-        "result": "{}",
     }
-    created = insert_once(connection, insert(job).values(row))
-    if created:
-        _record(connection, job_id, "queued", f"by {new.created_by}")
-    same = (job.c.kind == new.kind) & (job.c.key == new.key) & job.c.state.in_(LIVE)
-    found = connection.execute(select(job).where(same)).one_or_none()
-    return None if found is None else _job(found), created
+    created = inserted(connection, _QUEUE, row)
+    if created is not None:
+        connection.execute(_FIRST_EVENT, {"job_id": created.id, "message": f"by {new.created_by}"})
+        return _job(created), True
+    found = connection.execute(_LIVE_WITH_KEY, {"kind": new.kind, "key": new.key}).one_or_none()
+    return None if found is None else _job(found), False
+
+
+# Built once: every submit runs them, and to build them takes as long as to run them.
+_QUEUE = (
+    insert(job)
+    .values(
+        {name: bindparam(name) for name in ("id", "kind", "key", "title", "spec", "max_attempts", "created_by")}
+        | {"state": JobState.QUEUED, "attempt": 0, "created_at": Now(), "updated_at": Now()}
+        | {"cancel_requested": False, "result": "{}"}
+    )
+    .returning(job)
+)
+_FIRST_EVENT = insert(job_event).values(
+    job_id=bindparam("job_id"), seq=1, at=Now(), kind=JobState.QUEUED, message=bindparam("message")
+)
+_LIVE_WITH_KEY = select(job).where(
+    job.c.kind == bindparam("kind"), job.c.key == bindparam("key"), job.c.state.in_(LIVE)
+)
 
 
 def held(job_id: str, attempt: int) -> ColumnElement[bool]:

@@ -7,6 +7,7 @@ values that no query looks into are JSON text (`registry/wire.py`).
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
@@ -14,7 +15,7 @@ from operator import attrgetter
 from typing import Any
 
 import uuid6
-from sqlalchemy import Column, Connection, Row, Select, delete, func, insert, select, update
+from sqlalchemy import Column, Connection, Row, Select, bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ... import wire
@@ -53,6 +54,9 @@ from .tables import (
     version_detail,
 )
 
+#: Details of versions that a process keeps at hand; those of a 7B adapter take half a megabyte.
+DETAILS_KEPT = 64
+
 
 class SqlLedger(JobRows):
     """`registry.ports.Ledger` on a database whose tables exist (see `migrations.migrate`)."""
@@ -60,6 +64,7 @@ class SqlLedger(JobRows):
     def __init__(self, database: Database) -> None:
         super().__init__(database)
         self._meta: Row[Any] | None = None
+        self._details: OrderedDict[str, VersionDetail] = OrderedDict()
 
     # the registry itself
 
@@ -161,7 +166,7 @@ class SqlLedger(JobRows):
 
     def adapter_id(self, name: str) -> str | None:
         with self._db.read() as connection:
-            return connection.execute(select(adapter.c.id).where(adapter.c.name == name)).scalar_one_or_none()
+            return connection.execute(_ADAPTER_ID, {"name": name}).scalar_one_or_none()
 
     def ensure_adapter(self, name: str) -> str:
         known = self.adapter_id(name)
@@ -182,6 +187,15 @@ class SqlLedger(JobRows):
         return next(iter(self._versions(_VERSION.where(version.c.id == version_id))), None)
 
     def detail(self, version_id: str) -> VersionDetail:
+        # it never changes, and takes a millisecond to read: a server is asked for the same parents again and again
+        known = self._details.get(version_id)
+        if known is None:
+            known = self._details[version_id] = self._read_detail(version_id)
+            if len(self._details) > DETAILS_KEPT:
+                self._details.popitem(last=False)
+        return known
+
+    def _read_detail(self, version_id: str) -> VersionDetail:
         query = select(version_detail.c.body).where(version_detail.c.version_id == version_id)
         with self._db.read() as connection:
             body = connection.execute(query).scalar_one_or_none()
@@ -190,8 +204,7 @@ class SqlLedger(JobRows):
         return wire.from_json(body, VersionDetail)
 
     def version_by_number(self, name: str, number: int) -> AdapterVersion | None:
-        query = _VERSION.where(adapter.c.name == name, version.c.number == number)
-        return next(iter(self._versions(query)), None)
+        return next(iter(self._versions(_BY_NUMBER, {"name": name, "number": number})), None)
 
     def versions(self, name: str | None = None, *, include_removed: bool = False) -> list[AdapterVersion]:
         query = _VERSION if name is None else _VERSION.where(adapter.c.name == name)
@@ -213,14 +226,14 @@ class SqlLedger(JobRows):
     def live_version(
         self, adapter_id: str, *, content: tuple[str, str] | None = None, recipe: str | None = None
     ) -> AdapterVersion | None:
+        if recipe is not None:
+            return next(iter(self._versions(_LIVE_MERGE, {"adapter_id": adapter_id, "recipe": recipe})), None)
         query = _VERSION.where(version.c.adapter_id == adapter_id, version.c.state == "live")
         if content is not None:
             digest, base_id = content
             query = query.where(
                 version.c.kind != "merge", version.c.content_digest == digest, version.c.base_id == base_id
             )
-        if recipe is not None:
-            query = query.where(version.c.kind == "merge", version.c.recipe_digest == recipe)
         return next(iter(self._versions(query)), None)
 
     def add_version(
@@ -281,7 +294,7 @@ class SqlLedger(JobRows):
                 found.setdefault(version_id, {})[key] = value
         return found
 
-    def _versions(self, query: Select[Any], values: Mapping[str, str] | None = None) -> list[AdapterVersion]:
+    def _versions(self, query: Select[Any], values: Mapping[str, Any] | None = None) -> list[AdapterVersion]:
         with self._db.read() as connection:
             return [_version(row) for row in connection.execute(query, values).all()]
 
@@ -462,6 +475,17 @@ _VERSION = (
     .join(adapter, version.c.adapter_id == adapter.c.id)
     .join(base, version.c.base_id == base.c.id)
 )
+
+
+# Built once, for they are run with every request for a merge.
+_BY_NUMBER = _VERSION.where(adapter.c.name == bindparam("name"), version.c.number == bindparam("number"))
+_LIVE_MERGE = _VERSION.where(
+    version.c.adapter_id == bindparam("adapter_id"),
+    version.c.recipe_digest == bindparam("recipe"),
+    version.c.state == "live",
+    version.c.kind == "merge",
+)
+_ADAPTER_ID = select(adapter.c.id).where(adapter.c.name == bindparam("name"))
 
 
 def _version(row: Row[Any]) -> AdapterVersion:
