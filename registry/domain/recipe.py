@@ -37,6 +37,11 @@ class MergeRequest:
     suites: tuple[str, ...] = ()
     max_loss: float | None = None
 
+    @property
+    def target(self) -> str:
+        """The adapter that gets a new version: the one that was named, or the parents' names joined with `-`."""
+        return self.into or "-".join(dict.fromkeys(parent.ref.name for parent in self.parents))
+
 
 @dataclass(frozen=True, slots=True)
 class RecipeParent:

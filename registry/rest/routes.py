@@ -342,7 +342,7 @@ def plan(body: bodies.MergeBody, call: Read) -> Response:
 def merge(body: bodies.MergeBody, call: Merge) -> Response:
     """Queue a merge, or join the one that is under way."""
     request = body.request()
-    call.caller.check_change(request.into or "-".join(dict.fromkeys(parent.ref.name for parent in request.parents)))
+    call.caller.check_change(request.target)
     submitted = call.registry.merge(request)
     if submitted.job is not None:
         return _accepted(submitted, submitted.job)

@@ -77,8 +77,7 @@ def preflight(ledger: Ledger, request: MergeRequest) -> Preflight:
     problems = [*_check_bases(parents), *check_parents(facts, labels)]
     raise_all(IncompatibleParents, "these adapters cannot be merged:", problems)
     recipe = resolve_recipe(request, facts, [parent.spec.content_digest for parent in parents])
-    into = check_name(request.into or _default_name([parent.name for parent in parents]))
-    return Preflight(into, parents, recipe, tuple(facts))
+    return Preflight(_target(request), parents, recipe, tuple(facts))
 
 
 def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, actor: str) -> Submitted:
@@ -281,15 +280,15 @@ def _check_bases(parents: Sequence[AdapterVersion]) -> list[Problem]:
     ]
 
 
-def _default_name(names: Sequence[str]) -> str:
-    """The parents' names joined with `-`. One name alone would make the merge the newest version of its own parent."""
-    distinct = list(dict.fromkeys(names))
-    if len(distinct) == 1:
+def _target(request: MergeRequest) -> str:
+    """Raises `InvalidInput` where nobody said that the merge shall be the newest version of its own parent."""
+    name = request.target
+    if not request.into and name == request.parents[0].ref.name:
         raise InvalidInput(
-            f"all parents are versions of {distinct[0]}, so the merge needs a name",
-            hint=f"--into {distinct[0]}-merged, or --into {distinct[0]} to make it the newest version there",
+            f"all parents are versions of {name}, so the merge needs a name",
+            hint=f"--into {name}-merged, or --into {name} to make it the newest version there",
         )
-    return "-".join(distinct)
+    return check_name(name)
 
 
 def _terms(max_loss: float | None, suites: Sequence[Suite]) -> list[str]:

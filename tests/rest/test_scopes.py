@@ -158,6 +158,17 @@ def test_a_token_that_is_limited_to_names_changes_nothing_else(served: Any, rout
     assert (allowed.status_code == 403) == ("translate" not in path)
 
 
+@pytest.mark.parametrize(
+    ("parents", "status"), [(["chat-x:v1", "chat-y:v1"], 404), (["translate:v1", "chat-x:v1"], 403)]
+)
+def test_a_limited_token_may_leave_the_name_of_a_merge_to_its_parents(served: Any, parents: list[str], status: int):
+    secret = served.registry.create_token("team", scope=Scope.MERGE, names=["chat*"]).secret
+
+    answer = served.client.post("/v1/merges", headers={"Authorization": f"Bearer {secret}"}, json={"parents": parents})
+
+    assert answer.status_code == status  # 404: the name is fine, the parents are not there
+
+
 @pytest.mark.parametrize("verb", ["cancel", "retry"])
 def test_a_token_that_is_limited_to_names_stops_only_its_own_jobs(served: Any, verb: str):
     from adapterctl.registry.domain.job import NewJob
