@@ -179,6 +179,7 @@ job = Table(
     Column("result", Text, nullable=False),
 )
 Index("ix_job_state_created_at_id", job.c.state, job.c.created_at, job.c.id)
+Index("ix_job_created_at_id", job.c.created_at, job.c.id)
 _job_live = text("state IN ('queued', 'running')")
 Index(
     "uq_job_live_key",
