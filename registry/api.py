@@ -189,6 +189,8 @@ class RetentionView:
 
 @dataclass(frozen=True, slots=True)
 class StageEventView:
+    """`evidence` is the digest of the decision that a move stood on; `warnings` are for the one who moved it."""
+
     seq: int
     stage: str
     action: str
@@ -198,16 +200,23 @@ class StageEventView:
     reason: str
     at: str
     hash: str
+    evidence: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryView:
-    """`findings` is None unless verification was asked for; empty means every link holds. `head` is the last hash."""
+    """`findings` is None unless verification was asked for; empty means every link holds.
+
+    `head` is the hash of the last of all `rows`, also where `events` are those of one stage only.
+    """
 
     name: str
     events: tuple[StageEventView, ...]
     head: str
     findings: tuple[str, ...] | None = None
+    registry_id: str = ""
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from .domain.access import Caller, Scope, Token
 from .domain.evals import EvalReport
 from .domain.job import Job, JobEvent, JobState, LogPiece, NewJob, Progress
-from .domain.stage import StageAction, StageEvent
+from .domain.stage import ApprovalAction, MoveAction, StageEvent
 from .domain.version import AdapterVersion, Base, Edge, NewVersion, Placement, VersionDetail
 
 
@@ -32,11 +32,25 @@ class Parent:
 Folders = Callable[[AdapterVersion], AbstractContextManager[Path]]
 
 
+@dataclass(frozen=True, slots=True)
+class GateFile:
+    """A gate file as it was set; `body` is the canonical JSON that its digest is the SHA-256 of."""
+
+    digest: str
+    body: str
+    set_by: str
+    at: float
+
+
 class Ledger(Protocol):
     """Our own tables. Every method is one transaction; none is open while tensors move or MLflow is called."""
 
     @property
     def registry_id(self) -> str: ...
+
+    def now(self) -> float:
+        """The time by the ledger's clock."""
+        ...
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
         """Hold a lock that dies with its process; the same name excludes every other process of this registry."""
@@ -105,6 +119,9 @@ class Ledger(Protocol):
 
     def set_metrics(self, version_id: str, metrics: Mapping[str, float], *, source: str) -> None: ...
     def metrics(self, version_ids: Sequence[str]) -> dict[str, dict[str, float]]: ...
+    def metric_sources(self, version_id: str) -> dict[str, str]:
+        """Where the newest value of each metric comes from."""
+        ...
 
     # lineage
     def edges_up(self, version_id: str, depth: int | None = None) -> list[Edge]:
@@ -187,6 +204,9 @@ class Ledger(Protocol):
         ...
 
     def reports_for(self, subject: str, base_id: str) -> list[EvalReport]: ...
+    def report_times(self, keys: Sequence[str]) -> dict[str, float]:
+        """When each report was stored."""
+        ...
 
     def set_suites(self, adapter_id: str, suites: Sequence[tuple[str, str, str]]) -> None:
         """Replace the suites of an adapter, in order: (name, digest, body as JSON)."""
@@ -218,16 +238,37 @@ class Ledger(Protocol):
         *,
         version_id: str | None,
         expected: str | None,
-        action: StageAction,
+        action: MoveAction,
         actor: str,
         reason: str,
+        decision: str | None = None,
     ) -> StageEvent:
-        """Compare-and-set plus one chained history row. Raises `StageMoved` when the holder is not `expected`."""
+        """Compare-and-set plus one chained history row. Raises `StageMoved` when the holder is not `expected`.
+
+        `decision` is the record that the move stands on; it is kept, and the row carries its digest.
+        """
+        ...
+
+    def record_approval(
+        self, adapter_id: str, stage: str, *, version_id: str, action: ApprovalAction, actor: str, reason: str
+    ) -> StageEvent:
+        """Append an approval to the same chain; no stage moves."""
         ...
 
     def stage_history(self, adapter_id: str, stage: str | None = None) -> list[StageEvent]:
         """The chain of an adapter (over all its stages), oldest first; `stage` filters what is returned."""
         ...
+
+    def decisions(self, digests: Sequence[str]) -> dict[str, str]:
+        """The kept records by their digests; one that is not there is absent."""
+        ...
+
+    # gates
+    def gate_file(self) -> GateFile | None:
+        """The gates that count, as they were last set."""
+        ...
+
+    def set_gate_file(self, digest: str, body: str, *, set_by: str) -> GateFile: ...
 
 
 class VersionStore(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,9 +13,10 @@ from ...registry.domain.refs import check_alias, check_name, parse_ref
 from .. import views
 from ..complete import complete_names, complete_refs, complete_stages
 from ..connect import Session, add_verbs
+from ..output import printable
 
 if TYPE_CHECKING:
-    from ...registry.api import StageEventView
+    from ...registry.api import HistoryView, StageEventView
 
 GROUP = "Evaluation and stages"
 
@@ -82,6 +84,9 @@ def history(
     head: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A head kept elsewhere: finds a cut or rewritten history.")
     ] = None,
+    export_head: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the head, to be kept elsewhere.")
+    ] = None,
 ) -> None:
     """Show every change of an adapter's stages.
 
@@ -96,14 +101,21 @@ def history(
     session.out.data(
         found, text=lambda: views.history_text(found, session.out), names=[event.hash for event in found.events]
     )
-    if found.findings is None:
-        return
+    if found.findings is not None:
+        _tell(session, found, compared=kept is not None)
+    if export_head is not None:
+        _write_head(found, export_head)
+        session.out.say(f"the head of {found.rows} rows is in {printable(export_head)}; it is not signed")
+
+
+def _tell(session: Session, found: HistoryView, *, compared: bool) -> None:
+    assert found.findings is not None
     for finding in found.findings:
         session.out.warn(finding)
     if found.findings:
         raise typer.Exit(1)
     session.out.say(f"every link holds; head {found.head}")
-    if kept is None:
+    if not compared:
         session.out.say("a cut or rewritten history shows only against a head kept elsewhere: --head FILE")
 
 
@@ -113,11 +125,22 @@ def _show(session: Session, event: StageEventView) -> None:
 
 def _read_head(path: Path) -> str:
     try:
-        words = path.read_text(encoding="utf-8").split()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(
-            f"{path} cannot be read as a head: {error}", hint="keep the head that --verify prints"
+            f"{path} cannot be read as a head: {error}", hint="adapterctl history NAME --export-head FILE"
         ) from error
-    if len(words) != 1:
-        raise InvalidInput(f"{path} holds {len(words)} words, a head is one", hint="keep the head that --verify prints")
-    return words[0]
+
+
+def _write_head(found: HistoryView, path: Path) -> None:
+    """Write the head of a history; a file that is there already may be the only good one, and is left alone."""
+    from ...registry import wire  # deferred: help writes no JSON
+    from ...registry.domain.stage import Head
+
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    head = Head(registry=found.registry_id, name=found.name, seq=found.rows, hash=found.head, time=now)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(wire.to_json(head) + "\n")
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be written: {error.strerror}", hint="give another file") from error

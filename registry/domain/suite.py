@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from .digest import json_digest
 from .errors import AdapterctlError, InvalidInput, Problem, raise_all
 from .evals import MEASURES
+from .fields import Fields
 from .refs import NAME_PATTERN
 
 SUITE_KEYS = ("name", "tasks")
@@ -98,7 +99,7 @@ def check_suite(value: Any, read: Callable[[str], bytes]) -> Suite:
     `read` gives the bytes of a data file by its path as the suite writes it; its own errors become problems too.
     """
     problems: list[Problem] = []
-    top = _Fields(value, "suite", SUITE_KEYS, problems)
+    top = Fields(value, "suite", SUITE_KEYS, problems, of="a suite")
     name = top.text("name", pattern=NAME_PATTERN)
     entries = top.get("tasks", list, [])
     if not 1 <= len(entries) <= MAX_TASKS:
@@ -151,7 +152,7 @@ def render(template: str, row: Mapping[str, Any]) -> str:
 
 
 def _check_task(entry: Any, where: str, read: Callable[[str], bytes], problems: list[Problem]) -> SuiteTask:
-    fields = _Fields(entry, where, TASK_KEYS, problems)
+    fields = Fields(entry, where, TASK_KEYS, problems, of="a suite", inside=True)
     metrics = tuple(fields.texts("metrics", ["nll"]))
     for metric in metrics:
         if metric not in MEASURES:
@@ -163,7 +164,7 @@ def _check_task(entry: Any, where: str, read: Callable[[str], bytes], problems: 
     if primary not in metrics:
         fields.problem("primary", f"is {primary!r}, which is not among the metrics")
     data = fields.text("data")
-    prompt, target = fields.template("prompt"), fields.template("target")
+    prompt, target = _template(fields, "prompt"), _template(fields, "target")
     name = fields.text("name", pattern=NAME_PATTERN)
     content, rows = _check_rows(data, name, (prompt, target), read, fields)
     stops = fields.texts("stop", [])
@@ -185,8 +186,16 @@ def _check_task(entry: Any, where: str, read: Callable[[str], bytes], problems: 
     )
 
 
+def _template(fields: Fields, key: str) -> str:
+    value = fields.text(key, f"{{{{ {key} }}}}")
+    if _CODE.search(_FIELD.sub("", value)):
+        fields.problem(key, f"is {value!r}: templates know {{{{ field }}}} and nothing else")
+        return ""
+    return value
+
+
 def _check_rows(
-    data: str, task: str, templates: tuple[str, str], read: Callable[[str], bytes], fields: _Fields
+    data: str, task: str, templates: tuple[str, str], read: Callable[[str], bytes], fields: Fields
 ) -> tuple[bytes, tuple[Row, ...]]:
     if not data:
         return b"", ()
@@ -237,68 +246,3 @@ def _check_row(line: bytes, default_id: str, templates: tuple[str, str]) -> Row:
 def _stays_inside(path: str) -> bool:
     parts = PurePosixPath(path).parts
     return not path.startswith("/") and ".." not in parts and "\\" not in path and path.endswith(".jsonl")
-
-
-class _Fields:
-    """Typed reading of one mapping that notes what is wrong and goes on with a value of the right type."""
-
-    def __init__(self, value: Any, where: str, known: Sequence[str], problems: list[Problem]) -> None:
-        self._where, self._problems = where, problems
-        self._readable = isinstance(value, dict)
-        self._value: Mapping[Any, Any] = value if self._readable else {}
-        if not self._readable:
-            problems.append(Problem(where, f"is {_kind(value)}, expected keys and values"))
-        for key in self._value:
-            if key not in known:
-                self.problem(str(key), "is no key of a suite", hint=f"known here: {', '.join(known)}")
-
-    def problem(self, key: str, message: str, hint: str = "") -> None:
-        where = key if self._where == "suite" else f"{self._where}.{key}"
-        self._problems.append(Problem(where, message, hint))
-
-    def get(self, key: str, kind: type, default: Any) -> Any:
-        value = self._value.get(key, default)
-        # True is an int to Python and not to anyone else
-        if isinstance(value, kind) and not isinstance(value, bool):
-            return value
-        self.problem(key, f"is {_kind(value)}, expected {_NAMES[kind]}")
-        return kind() if default is None else default
-
-    def text(self, key: str, default: str | None = None, *, pattern: str = r"(?s).+") -> str:
-        if default is None and key not in self._value:
-            if self._readable:
-                self.problem(key, "is missing")
-            return ""
-        value: str = self.get(key, str, default)
-        if not re.fullmatch(pattern, value):
-            self.problem(key, f"is {value!r}, expected some text" if value == "" else f"{value!r} is not allowed")
-        return value
-
-    def texts(self, key: str, default: list[str]) -> list[str]:
-        values: list[Any] = self.get(key, list, default)
-        if all(isinstance(value, str) for value in values):
-            return values
-        self.problem(key, "is no list of texts")
-        return default
-
-    def template(self, key: str) -> str:
-        value = self.text(key, f"{{{{ {key} }}}}")
-        if _CODE.search(_FIELD.sub("", value)):
-            self.problem(key, f"is {value!r}: templates know {{{{ field }}}} and nothing else")
-            return ""
-        return value
-
-    def number(self, key: str, default: int, low: int, high: int) -> int:
-        value: int = self.get(key, int, default)
-        if not low <= value <= high:
-            self.problem(key, f"is {value}, expected {low} to {high}")
-        return value
-
-
-_NAMES = {str: "a text", int: "a whole number", list: "a list"}
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "empty"
-    return _NAMES.get(type(value), f"a {type(value).__name__}") if not isinstance(value, dict) else "a mapping"

@@ -14,7 +14,18 @@ from dataclasses import dataclass
 from ..api import HistoryView, StageEventView
 from ..crashpoints import reached
 from ..domain.errors import InvalidInput, NotFound, Refused, StageMoved
-from ..domain.stage import GENESIS, LEGACY_STAGES, StageAction, StageEvent, legacy_stage, verify_chain
+from ..domain.stage import (
+    GENESIS,
+    LEGACY_STAGES,
+    Head,
+    MoveAction,
+    StageEvent,
+    legacy_stage,
+    read_head,
+    verify_chain,
+    verify_head,
+)
+from ..domain.verdict import record_digest
 from ..domain.version import AdapterVersion
 from ..ports import Folders, Ledger, VersionStore
 from .pull import check_intact
@@ -119,7 +130,7 @@ class Stages:
         name: str,
         adapter_id: str,
         stage: str,
-        action: StageAction,
+        action: MoveAction,
         holder: AdapterVersion | None,
         version: AdapterVersion | None,
         reason: str,
@@ -144,7 +155,7 @@ class Stages:
 
     def _project_again(self, version: AdapterVersion, stage: str) -> StageEventView:
         with self.ledger.exclusive(_lock(version.adapter_id)):
-            event = self.ledger.stage_history(version.adapter_id, stage)[-1]
+            event = [each for each in self.ledger.stage_history(version.adapter_id, stage) if each.moves][-1]
             if event.version_id != version.id:
                 raise StageMoved(
                     f"{stage} of {version.name} was moved from {version.label} meanwhile",
@@ -169,24 +180,43 @@ class Stages:
 def history(
     ledger: Ledger, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
 ) -> HistoryView:
-    """Every change of an adapter's stages, oldest first.
+    """Every change of an adapter's stages, and every approval, oldest first.
 
-    `verify` checks the whole chain, whatever `stage` shows of it. A history that was cut at its end or written anew
-    from its start has no broken link: it is found only against `head`, a hash that was kept elsewhere.
+    `verify` checks the whole chain, whatever `stage` shows of it, and the kept evidence. A history that was cut at its
+    end or written anew from its start has no broken link: it is found only against `head`, as it was exported or the
+    hash alone, that was kept elsewhere. Raises `InvalidInput` for the head of another history.
     """
+    kept = None if head is None else read_head(head)
+    if isinstance(kept, Head) and (kept.registry, kept.name) != (ledger.registry_id, name):
+        raise InvalidInput(f"that head is of {kept.name} in the registry {kept.registry}, not of {name} here")
     events = ledger.stage_history(known_adapter(ledger, name))
     findings = None
     if verify:
-        findings = verify_chain(events)
-        if head is not None and head not in [GENESIS, *(event.hash for event in events)]:
-            findings.append(f"no row has the hash {head} that was kept: the history was cut or written anew")
+        findings = verify_chain(events) + _verify_evidence(ledger, events)
+        if kept is not None:
+            findings += verify_head(events, kept)
     shown = [event for event in events if stage in (None, event.stage)]
     return HistoryView(
         name=name,
         events=tuple(_views(ledger, shown)),
         head=events[-1].hash if events else GENESIS,
         findings=None if findings is None else tuple(findings),
+        registry_id=ledger.registry_id,
+        rows=len(events),
     )
+
+
+def _verify_evidence(ledger: Ledger, events: Sequence[StageEvent]) -> list[str]:
+    """Rows whose evidence is not there, or is not what it was."""
+    referred = {event.seq: event.evidence for event in events if event.evidence is not None}
+    kept = ledger.decisions(list(referred.values()))
+    findings = []
+    for seq, digest in referred.items():
+        if digest not in kept:
+            findings.append(f"the evidence of row {seq} is gone")
+        elif record_digest(kept[digest]) != digest:
+            findings.append(f"the evidence of row {seq} was edited")
+    return findings
 
 
 def _views(ledger: Ledger, events: Sequence[StageEvent]) -> list[StageEventView]:
@@ -203,6 +233,7 @@ def _views(ledger: Ledger, events: Sequence[StageEvent]) -> list[StageEventView]
             reason=event.reason,
             at=iso_time(event.at),
             hash=event.hash,
+            evidence=event.evidence,
         )
         for event in events
     ]

@@ -273,15 +273,19 @@ def test_stages_are_promoted_rolled_back_and_remembered(run: Run, pair: Path, ad
 
 def test_history_finds_a_head_that_is_no_longer_there(run: Run, pair: Path, tmp_path: Path):
     run("promote", "translate:v1", "--to", "staging")
-    head = run("history", "translate", "-o", "json").data["head"]
-    kept, other = tmp_path / "kept", tmp_path / "other"
-    kept.write_text(f"{head}\n")
-    other.write_text("0" * 63 + "1")
+    hash_of_the_last = run("history", "translate", "-o", "json").data["head"]
+    exported, bare, other = tmp_path / "exported", tmp_path / "bare", tmp_path / "other"
+    run("history", "translate", "--export-head", str(exported))
+    bare.write_text(f"{hash_of_the_last}\n")
+    other.write_text(exported.read_text().replace(hash_of_the_last, "0" * 63 + "1"))
 
-    run("history", "translate", "--verify", "--head", str(kept))
+    for kept in (exported, bare):
+        run("history", "translate", "--verify", "--head", str(kept))
     ran = run("history", "translate", "--verify", "--head", str(other), code=1)
 
-    assert "warning:" in ran.stderr
+    assert "warning: row 1 is not the one that was kept: the history was written anew" in ran.stderr
+    run("history", "translate", "--export-head", str(exported), code=2)
+    run("history", "chat", "--verify", "--head", str(exported), code=2)
 
 
 def test_rm_asks_and_needs_an_answer(run: Run, pair: Path):

@@ -23,7 +23,8 @@ from ...crashpoints import reached
 from ...domain.errors import Conflict, HasDescendants, InvalidInput, NotFound, Refused, StageMoved
 from ...domain.evals import EvalReport
 from ...domain.job import JobState, NewJob
-from ...domain.stage import GENESIS, StageAction, StageEvent
+from ...domain.stage import GENESIS, ApprovalAction, MoveAction, StageAction, StageEvent
+from ...domain.verdict import record_digest
 from ...domain.version import (
     AdapterVersion,
     Base,
@@ -35,6 +36,7 @@ from ...domain.version import (
     VersionSpec,
     summarise,
 )
+from ...ports import GateFile
 from .engine import Database, Now, among, insert_once, these
 from .jobs import JobRows, end_job, held, queue_job
 from .tables import (
@@ -43,8 +45,10 @@ from .tables import (
     base,
     base_alias,
     base_assignment,
+    decision,
     edge,
     eval_report,
+    gate_file,
     meta,
     metric,
     stage,
@@ -87,6 +91,10 @@ class SqlLedger(JobRows):
     def mlflow_uri(self) -> str:
         """The MLflow that this registry belongs to since it was made."""
         return str(self._read_meta().mlflow_uri)
+
+    def now(self) -> float:
+        with self._db.read() as connection:
+            return float(connection.execute(select(Now())).scalar_one())
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
         return self._db.exclusive(name)
@@ -294,6 +302,11 @@ class SqlLedger(JobRows):
                 found.setdefault(version_id, {})[key] = value
         return found
 
+    def metric_sources(self, version_id: str) -> dict[str, str]:
+        query = select(metric.c.key, metric.c.source).where(metric.c.version_id == version_id).order_by(metric.c.id)
+        with self._db.read() as connection:
+            return {row.key: row.source for row in connection.execute(query)}
+
     def _versions(self, query: Select[Any], values: Mapping[str, Any] | None = None) -> list[AdapterVersion]:
         with self._db.read() as connection:
             return [_version(row) for row in connection.execute(query, values).all()]
@@ -352,6 +365,11 @@ class SqlLedger(JobRows):
         with self._db.read() as connection:
             return [wire.from_json(body, EvalReport) for body in connection.execute(query).scalars()]
 
+    def report_times(self, keys: Sequence[str]) -> dict[str, float]:
+        query = select(eval_report.c.key, eval_report.c.at).where(among(eval_report.c.key))
+        with self._db.read() as connection:
+            return {row.key: row.at for row in connection.execute(query, these(keys))}
+
     def set_suites(self, adapter_id: str, suites: Sequence[tuple[str, str, str]]) -> None:
         with self._db.write() as connection:
             connection.execute(select(adapter.c.id).where(adapter.c.id == adapter_id).with_for_update())
@@ -401,41 +419,77 @@ class SqlLedger(JobRows):
         *,
         version_id: str | None,
         expected: str | None,
-        action: StageAction,
+        action: MoveAction,
         actor: str,
         reason: str,
+        decision: str | None = None,
     ) -> StageEvent:
         with self._db.write() as connection:
-            # one mover at a time: the row of the adapter stands for all of its stages and their chain
-            connection.execute(select(adapter.c.id).where(adapter.c.id == adapter_id).with_for_update())
+            _lock_stages(connection, adapter_id)
             holder = _holder(connection, adapter_id, stage)
             if holder != expected:
                 raise _stage_moved(connection, stage, holder, expected)
             if version_id is not None:
                 _check_may_hold(connection, adapter_id, version_id, stage)
             _hold(connection, adapter_id, stage, version_id)
-            last = _history(connection, adapter_id, newest_only=True)
-            new = StageEvent(
-                seq=last[0].seq + 1 if last else 1,
-                adapter_id=adapter_id,
-                stage=stage,
-                action=action,
+            event = _append_event(
+                connection,
+                adapter_id,
+                stage,
+                action,
                 version_id=version_id,
                 previous_id=holder,
                 actor=actor,
                 reason=reason,
-                # read first, as the hash covers it
-                at=round(connection.execute(select(Now())).scalar_one(), 3),
-                prev_hash=last[0].hash if last else GENESIS,
-            ).sealed()
-            row = {column.name: getattr(new, column.name) for column in stage_history.columns}
-            connection.execute(insert(stage_history).values(row))
-            return new
+                evidence=None if decision is None else _keep_decision(connection, decision),
+            )
+            reached("stage.writing")
+            return event
+
+    def record_approval(
+        self, adapter_id: str, stage: str, *, version_id: str, action: ApprovalAction, actor: str, reason: str
+    ) -> StageEvent:
+        with self._db.write() as connection:
+            _lock_stages(connection, adapter_id)
+            _check_may_hold(connection, adapter_id, version_id, stage)
+            return _append_event(
+                connection,
+                adapter_id,
+                stage,
+                action,
+                version_id=version_id,
+                previous_id=None,
+                actor=actor,
+                reason=reason,
+                evidence=None,
+            )
 
     def stage_history(self, adapter_id: str, stage: str | None = None) -> list[StageEvent]:
         with self._db.read() as connection:
             events = _history(connection, adapter_id)
         return [each for each in events if stage in (None, each.stage)]
+
+    def decisions(self, digests: Sequence[str]) -> dict[str, str]:
+        query = select(decision.c.digest, decision.c.body).where(among(decision.c.digest))
+        with self._db.read() as connection:
+            return {row.digest: row.body for row in connection.execute(query, these(digests))}
+
+    # gates
+
+    def gate_file(self) -> GateFile | None:
+        with self._db.read() as connection:
+            return _gate_file(connection)
+
+    def set_gate_file(self, digest: str, body: str, *, set_by: str) -> GateFile:
+        with self._db.write() as connection:
+            current = _gate_file(connection)
+            if current is not None and current.digest == digest:
+                return current
+            row = {"digest": digest, "body": body, "set_by": set_by, "at": Now()}
+            connection.execute(insert(gate_file).values(row))
+            found = _gate_file(connection)
+        assert found is not None
+        return found
 
 
 # bases
@@ -641,6 +695,56 @@ def _edges_at(connection: Connection, column: Column[str], nodes: Iterable[str])
 
 
 # stages
+
+
+def _gate_file(connection: Connection) -> GateFile | None:
+    columns = [gate_file.c[name] for name in GateFile.__dataclass_fields__]
+    row = connection.execute(select(*columns).order_by(gate_file.c.id.desc()).limit(1)).one_or_none()
+    return None if row is None else GateFile(*row)
+
+
+def _lock_stages(connection: Connection, adapter_id: str) -> None:
+    """One writer at a time: the row of the adapter stands for all of its stages and their chain."""
+    connection.execute(select(adapter.c.id).where(adapter.c.id == adapter_id).with_for_update())
+
+
+def _keep_decision(connection: Connection, record: str) -> str:
+    digest = record_digest(record)
+    insert_once(connection, insert(decision).values(digest=digest, body=record, at=Now()))
+    return digest
+
+
+def _append_event(
+    connection: Connection,
+    adapter_id: str,
+    stage_name: str,
+    action: StageAction,
+    *,
+    version_id: str | None,
+    previous_id: str | None,
+    actor: str,
+    reason: str,
+    evidence: str | None,
+) -> StageEvent:
+    """One more link of the adapter's chain. The caller holds its lock."""
+    last = _history(connection, adapter_id, newest_only=True)
+    new = StageEvent(
+        seq=last[0].seq + 1 if last else 1,
+        adapter_id=adapter_id,
+        stage=stage_name,
+        action=action,
+        version_id=version_id,
+        previous_id=previous_id,
+        actor=actor,
+        reason=reason,
+        # read first, as the hash covers it
+        at=round(connection.execute(select(Now())).scalar_one(), 3),
+        prev_hash=last[0].hash if last else GENESIS,
+        evidence=evidence,
+    ).sealed()
+    row = {column.name: getattr(new, column.name) for column in stage_history.columns}
+    connection.execute(insert(stage_history).values(row))
+    return new
 
 
 def _holder(connection: Connection, adapter_id: str, stage_name: str) -> str | None:

@@ -1,7 +1,8 @@
 """Our tables. `migrations/` builds them; a test holds both against each other.
 
-Facts of record (`edge`, `base_assignment`, `stage_history`) are append-only by triggers. Rules that concurrent writers
-could break are unique indexes: one live job a key, one live version of the same content or recipe in an adapter.
+Facts of record (`edge`, `base_assignment`, `stage_history`, `decision`, `gate_file`) are append-only by triggers. Rules
+that concurrent writers could break are unique indexes: one live job a key, one live version of the same content or
+recipe in an adapter.
 """
 
 from __future__ import annotations
@@ -247,7 +248,28 @@ stage_history = Table(
     Column("at", Float, nullable=False),
     Column("prev_hash", Text, nullable=False),
     Column("hash", Text, nullable=False),
+    Column("evidence", Text),
     PrimaryKeyConstraint("adapter_id", "seq"),
+)
+
+# What a move of a stage stood on: the canonical JSON that the history's `evidence` is the SHA-256 of.
+decision = Table(
+    "decision",
+    metadata,
+    Column("digest", Text, primary_key=True),
+    Column("body", Text, nullable=False),
+    Column("at", Float, nullable=False),
+)
+
+# Every gate file that was ever set; the newest counts.
+gate_file = Table(
+    "gate_file",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("digest", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("set_by", Text, nullable=False),
+    Column("at", Float, nullable=False),
 )
 
 # Suites that jobs refer to by digest, whatever became of their files.
