@@ -173,13 +173,20 @@ def test_a_supervisor_whose_job_was_taken_stops_its_child_and_writes_nothing(
     assert versions_of(registry) == []
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a locked database gives up soon."""
+    monkeypatch.setattr("adapterctl.registry.stores.sql.engine.BUSY_TIMEOUT_S", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_supervisor_that_cannot_renew_stops_its_child_when_the_lease_is_over(
     registry: LocalRegistry, submit: Submit, new_supervisor: NewSupervisor, home: Path
 ):
     other = sqlite3.connect(home / "registry.db", isolation_level=None)
     job = submit()
     supervisor = new_supervisor(
-        replace(registry.settings, lease_s=0.3),
+        replace(registry.settings, lease_s=0.05),  # over before the child has started
         merge=Between(registry, lambda job: other.execute("BEGIN IMMEDIATE")),  # nobody else can write now
     )
 
@@ -187,6 +194,7 @@ def test_a_supervisor_that_cannot_renew_stops_its_child_when_the_lease_is_over(
 
     other.rollback()
     other.close()
+    assert "attempt 1 lost" in (home / "jobs" / f"{job.id}.log").read_text()
     assert registry.job(job.id).state is JobState.RUNNING
     assert [each.state for each in registry.ledger.reap(abandoned=True)] == [JobState.QUEUED]
     assert versions_of(registry) == []
