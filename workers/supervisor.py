@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any, Literal
 
 from ..registry.crashpoints import reached
@@ -145,7 +146,7 @@ class Supervisor:
     def _compute(self, job: Job, task: Task, lease: Lease, log: JobLog) -> Outcome:
         """Run the child under the lease, the time limit and our own wish to stop."""
         deadline = time.monotonic() + self._settings.job_timeout_s
-        with Child(task, self._settings.home / "jobs" / f"{job.id}.task.json", log) as child:
+        with Child(task, log) as child:
             self._prepare_once()
             while True:
                 if lease.verdict == "lost":
@@ -245,9 +246,8 @@ class Lease(threading.Thread):
 class Child:
     """A runner at work, and what it says: `progress`, `result` or `error`, or `ended` with an exit code."""
 
-    def __init__(self, task: Task, task_file: Path, log: JobLog) -> None:
+    def __init__(self, task: Task, log: JobLog) -> None:
         self._task = task
-        self._task_file = task_file
         self._log = log
         self._messages: queue.Queue[Mapping[str, Any]] = queue.Queue()
 
@@ -271,16 +271,19 @@ class Child:
         self._process.wait()
 
     def __enter__(self) -> Child:
-        self._task_file.write_text(json.dumps(self._task.body), encoding="utf-8")
-        # Started by the main thread: the kernel ends the child with the thread that started it (PR_SET_PDEATHSIG).
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "adapterctl.workers.runner", str(self._task_file)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=self._log.file,
-            env=_child_environment(),
-            start_new_session=True,
-        )
+        # A file without a name: whoever is killed, and whenever, nothing of it stays.
+        with TemporaryFile(dir=self._log.path.parent) as task_file:
+            task_file.write(json.dumps(self._task.body).encode())
+            task_file.seek(0)
+            # Started by the main thread: the kernel ends the child with the thread that started it (PR_SET_PDEATHSIG).
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "adapterctl.workers.runner", "/dev/stdin"],
+                stdin=task_file,
+                stdout=subprocess.PIPE,
+                stderr=self._log.file,
+                env=_child_environment(),
+                start_new_session=True,
+            )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         return self
@@ -288,7 +291,6 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self.kill()
         self._reader.join()
-        self._task_file.unlink(missing_ok=True)
 
     def _read(self) -> None:
         stream = self._process.stdout
@@ -331,8 +333,8 @@ class JobLog:
 
     def write(self, text: str) -> None:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self.file.write(f"{now} {text.rstrip()}\n".encode())
-        self.file.flush()
+        with suppress(OSError):  # on a full disk a line is missing, and the work goes on
+            self.file.write(f"{now} {text.rstrip()}\n".encode())
 
     def ship(self, *, every_s: float = 0.0) -> None:
         """Copy what is new to the ledger. One that cannot be reached gets it the next time."""
@@ -356,7 +358,7 @@ class JobLog:
 
     def __enter__(self) -> JobLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file: IO[bytes] = self.path.open("ab")
+        self.file: IO[bytes] = self.path.open("ab", buffering=0)
         self._start = self._shipped = self.file.tell()
         self.write(self._first_line)
         return self

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -36,9 +36,24 @@ USER, PASSWORD = "adapterctl", "postgres-canary-5f1e"
 _PR_SET_PDEATHSIG = 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class PostgresServer:
+    """A server that runs; `start` starts its program on the data that is there."""
+
     port: int
+    start: Callable[[], subprocess.Popen[bytes]]
+
+    def __post_init__(self) -> None:
+        self.process = self.start()
+
+    def restart(self) -> None:
+        """End it at once, as a crash would, and start it again; returns before it can be used."""
+        self.stop()
+        self.process = self.start()
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGQUIT)
+        self.process.wait(30)
 
     def url(self, database: str) -> str:
         return f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{self.port}/{database}"
@@ -49,7 +64,7 @@ class PostgresServer:
 
 
 @contextmanager
-def postgres_server() -> Iterator[PostgresServer]:
+def postgres_server(environment: Mapping[str, str] | None = None) -> Iterator[PostgresServer]:
     """A server of its own, gone with everything that it wrote when the block ends or this process dies."""
     folder = Path(tempfile.mkdtemp(prefix="adapterctl-pg-", dir="/tmp"))
     try:
@@ -66,17 +81,24 @@ def postgres_server() -> Iterator[PostgresServer]:
             *("-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"),
             *("-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"),
         ]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent, **as_user
-            )
+
+        def start() -> subprocess.Popen[bytes]:
+            with (folder / "log").open("ab") as log:
+                return subprocess.Popen(
+                    command,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **(environment or {})},
+                    preexec_fn=_die_with_parent,
+                    **as_user,
+                )
+
+        server = PostgresServer(port, start)
         try:
-            server = PostgresServer(port)
-            _wait(server, process, folder / "log")
+            _wait(server, folder / "log")
             yield server
         finally:
-            process.send_signal(signal.SIGQUIT)  # at once: nothing of it is needed again
-            process.wait(30)
+            server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -161,13 +183,13 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait(server: PostgresServer, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(server: PostgresServer, log: Path) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
             psycopg.connect(server.url("postgres"), connect_timeout=5).close()
             return
         except psycopg.OperationalError as error:
-            if process.poll() is not None or time.monotonic() > deadline:
+            if server.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"PostgreSQL did not start: {error}\n{log.read_text()}") from error
             time.sleep(0.05)

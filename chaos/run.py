@@ -1,0 +1,84 @@
+"""Chaos, for those who do not believe it: `make chaos SEEDS=1-4` kills processes while merges run, and counts.
+
+    python chaos/run.py [--seeds 1-4] [--database sqlite|postgres|both] [--jobs 60] [--faults 30] [--again]
+
+A seed on a database is one piece: it ends within 20 minutes, appends one line to docs/proofs/chaos.jsonl, and the table
+in docs/proofs/README.md is written anew. A piece whose line is there already is left out (unless `--again`), so a long
+run may be interrupted and taken up. Exits with 1 as soon as one piece found anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import records
+from piece import Piece, Result, run_piece
+from verdict import KINDS
+
+DATABASES = ("sqlite", "postgres")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="1", help="1, 1-4 or 1,3,5")
+    parser.add_argument("--database", choices=(*DATABASES, "both"), default="both")
+    parser.add_argument("--jobs", type=int, default=60)
+    parser.add_argument("--faults", type=int, default=30)
+    parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--not-served", action="store_true", help="leave out the server")
+    parser.add_argument("--kinds", default="", help="kinds of faults, separated by commas (default: all)")
+    parser.add_argument("--again", action="store_true", help="run what was recorded already")
+    parser.add_argument("--no-record", action="store_true", help="write nothing down")
+    parser.add_argument("--room", type=Path, default=None, help="where scratch files go")
+    asked = parser.parse_args(arguments)
+    failed = False
+    for seed in _numbers(asked.seeds):
+        for database in DATABASES if asked.database == "both" else (asked.database,):
+            piece = Piece(
+                seed,
+                database,
+                asked.jobs,
+                asked.faults,
+                clients=asked.clients,
+                served=not asked.not_served,
+                kinds=[kind for kind in asked.kinds.split(",") if kind],
+            )
+            if not asked.again and not asked.no_record and records.is_recorded(piece):
+                print(f"seed {seed} on {database}: recorded already")
+                continue
+            result = run_piece(piece, asked.room)
+            failed |= not result.verdict.clean
+            tell(piece, result)
+            if not asked.no_record:
+                records.append(piece, result)
+    return 1 if failed else 0
+
+
+def tell(piece: Piece, result: Result) -> None:
+    verdict = result.verdict
+    print(
+        f"seed {piece.seed} on {piece.database}: {result.faults.total()} faults, {verdict.jobs} jobs, "
+        f"{verdict.attempts} attempts, {result.used_up} tried again, "
+        f"{verdict.versions} versions in {result.seconds:.0f} s; "
+        + ", ".join(f"{verdict.count(kind)} {kind}" for kind in KINDS),
+        flush=True,
+    )
+    print("   ", ", ".join(f"{count} {kind}" for kind, count in result.faults.most_common()))
+    for kind, messages in verdict.findings.items():
+        for message in messages[:10]:
+            print(f"    {kind}: {message}")
+
+
+def _numbers(text: str) -> list[int]:
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""The registry that chaos is let loose on: real processes on a real database, in folders of their own.
+
+Two forms. `sqlite`: one home, whose supervisor is started by whoever asks for work. `postgres`: ledger and MLflow on a
+PostgreSQL server, and two machines, each with a home and a supervisor. In both, clients work in the registry directly
+and one goes through `adapterctl serve`. Everything here may be killed at any time; `tend` does what people and process
+managers do then: start it again, and ring.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from mmap import mmap
+from pathlib import Path
+
+from model import Model
+from postgres import PostgresServer, postgres_server
+
+from adapterctl.bootstrap import connect
+from adapterctl.registry.domain.errors import AdapterctlError
+from adapterctl.registry.services.local import LocalRegistry
+from adapterctl.registry.settings import Settings
+from adapterctl.registry.stores.spawn_bell import SpawnBell
+
+HERE = Path(__file__).resolve().parent
+LEASE_S = 3.0
+RING_EVERY_S = 1.0
+#: The filesystem of the homes, where one of its own can be made: small enough to be filled.
+DISK_MB = 192
+SUPERVISOR, CHILD = "adapterctl.workers.supervisor", "adapterctl.workers.runner"
+
+
+class Clock:
+    """The seconds by which the clock of some processes is ahead; None where it cannot be stepped (no C compiler)."""
+
+    def __init__(self, folder: Path, name: str, library: Path | None) -> None:
+        self._file = folder / f"{name}.clock"
+        self._file.write_bytes(struct.pack("d", 0.0))
+        self._library = library
+        with self._file.open("r+b") as file:
+            self._page = mmap(file.fileno(), 8)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"LD_PRELOAD": str(self._library), "CHAOS_CLOCK": str(self._file)} if self._library else {}
+
+    def step(self, seconds: float) -> None:
+        ahead = struct.unpack("d", self._page[:8])[0]
+        self._page[:8] = struct.pack("d", ahead + seconds)
+
+
+class Bell(SpawnBell):
+    """The real one, which also tells how many supervisors it started."""
+
+    started = 0
+
+    def forget_ended(self) -> None:
+        self._forget_ended()
+
+    def _spawn(self) -> int:
+        self.started += 1
+        return super()._spawn()
+
+
+@dataclass
+class Client:
+    """A client process, and what it needs to be started again."""
+
+    orders: Path
+    accepted: Path
+    environment: Mapping[str, str]
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.process is not None and self.process.poll() == 0
+
+
+class Scene:
+    """`machines` are the settings of each machine that works; `room` keeps what must survive a full disk."""
+
+    def __init__(
+        self,
+        room: Path,
+        machines: Sequence[Settings],
+        *,
+        postgres: PostgresServer | None,
+        disk: Path | None,
+        clocks: Mapping[str, Clock],
+    ) -> None:
+        self.room = room
+        self.machines = machines
+        self.postgres = postgres
+        self.disk = disk
+        self.clocks = clocks
+        self.clients: list[Client] = []
+        self.server: subprocess.Popen[bytes] | None = None
+        self.armed: dict[str, str] = {}
+        self._serves = False
+        self._port = _free_port()
+        self._rung_at = 0.0
+        self._bells = [Bell(settings) for settings in machines]
+
+    @cached_property
+    def registry(self) -> LocalRegistry:
+        """For looking at it from outside; its own doorbell is not rung."""
+        return connect(self.machines[0])
+
+    # processes
+
+    def start_clients(self, model: Model, lists: Sequence[Sequence[int]], *, served: bool) -> None:
+        """A client for each list; with `served`, the last one goes through the server."""
+        for number, numbers in enumerate(lists):
+            orders = []
+            for each in (model.wanted[n] for n in numbers):
+                parents = [(model.label(name), weight) for name, weight in each.parents]
+                orders.append({"number": each.number, "into": each.into, "parents": parents})
+            path = self.room / f"orders-{number}.json"
+            path.write_text(json.dumps(orders), encoding="utf-8")
+            machine = self.machines[number % len(self.machines)]
+            environment = self._environment(machine)
+            if served and number == len(lists) - 1:
+                self._serves = True
+                environment["ADAPTERCTL_SERVER"] = f"http://127.0.0.1:{self._port}"
+            self.clients.append(Client(path, self.room / f"accepted-{number}.jsonl", environment))
+
+    def tend(self) -> None:
+        """Start again what was killed, and ring where nobody may be at work. Called all the time."""
+        for client in self.clients:
+            if not client.finished and (client.process is None or client.process.poll() is not None):
+                program = [str(HERE / "client.py"), str(client.orders), str(client.accepted)]
+                client.process = self._start("client", program, client.environment)
+        if self._serves and (self.server is None or self.server.poll() is not None):
+            command = ["-P", "-m", "adapterctl", "serve", "--port", str(self._port)]
+            self.server = self._start("server", command, self._environment(self.machines[-1]))
+        if self.postgres is not None and self.postgres.process.poll() is not None:
+            self.postgres.process = self.postgres.start()
+        if time.monotonic() - self._rung_at >= RING_EVERY_S:
+            self.ring()
+
+    def ring(self) -> None:
+        """What a waiting command does: start a supervisor on each machine that has none."""
+        self._rung_at = time.monotonic()
+        for machine, bell in zip(self.machines, self._bells, strict=True):
+            with _environment(self._environment(machine) | self.armed), suppress(AdapterctlError, OSError):
+                before = bell.started
+                bell.ring("")
+                if bell.started > before:  # it took the environment with it
+                    self.armed = {}
+
+    def processes(self, program: str) -> list[int]:
+        """The live processes of this scene that run a program of ours; a child is ours by its parent."""
+        found = [(pid, words) for pid, words in _all_processes() if program in words or SUPERVISOR in words]
+        supervisors = [pid for pid, words in found if SUPERVISOR in words and self._is_ours(pid, words)]
+        if program == SUPERVISOR:
+            return supervisors
+        return [pid for pid, words in found if program in words and _parent(pid) in supervisors]
+
+    def end(self) -> None:
+        """Let supervisors give back what they hold and leave; end the rest."""
+        for client in self.clients:
+            _end(client.process)
+        _end(self.server)
+        deadline = time.monotonic() + 30
+        while (left := self.processes(SUPERVISOR)) and time.monotonic() < deadline:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+                    os.kill(pid, signal.SIGTERM)
+            for bell in self._bells:
+                bell.forget_ended()
+            time.sleep(0.2)
+
+    def kill_all(self) -> None:
+        for pid in (*self.processes(SUPERVISOR), *self.processes(CHILD)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in (self.server, *(client.process for client in self.clients)):
+            if process is not None:
+                process.kill()
+                process.wait()
+        for bell in self._bells:
+            bell.forget_ended()
+
+    def _start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with (self.room / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, *arguments],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def _environment(self, machine: Settings) -> dict[str, str]:
+        clock = self.clocks.get("host")
+        return machine.to_env() | (clock.environment if clock else {})
+
+    def _is_ours(self, pid: int, words: Sequence[str]) -> bool:
+        homes = [str(machine.home) for machine in self.machines]
+        if any(home in word for word in words for home in homes):
+            return True
+        with suppress(OSError):
+            entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            return any(f"ADAPTERCTL_HOME={home}".encode() in entries for home in homes)
+        return False
+
+
+@contextmanager
+def open_scene(database: str, room: Path) -> Iterator[Scene]:
+    """A new registry of the given kind, gone at the end with every process that it started."""
+    with ExitStack() as stack:
+        disk = stack.enter_context(_small_disk(room / "disk"))
+        root = disk or room
+        library = _build_clock(room)
+        clocks = {"host": Clock(room, "host", library)} if library else {}
+        common = Settings(
+            home=root / "one", threads=1, lease_s=LEASE_S, idle_s=10.0, job_timeout_s=120.0, actor="chaos"
+        )
+        postgres = None
+        machines = [common]
+        if database == "postgres":
+            if library:
+                clocks["database"] = Clock(room, "database", library)
+                _open_to_others(room, library)
+            postgres = stack.enter_context(postgres_server(clocks["database"].environment if library else None))
+            for name in ("ledger", "mlflow"):
+                postgres.run(f"CREATE DATABASE {name}")
+            shared = replace(
+                common,
+                database_url=postgres.url("ledger"),
+                mlflow_uri=postgres.url("mlflow"),
+                artifacts=(root / "artifacts").as_uri(),
+            )
+            machines = [shared, replace(shared, home=root / "two")]
+        for machine in machines:
+            machine.home.mkdir()
+        scene = Scene(room, machines, postgres=postgres, disk=disk, clocks=clocks)
+        stack.callback(scene.kill_all)
+        yield scene
+
+
+@contextmanager
+def _small_disk(folder: Path) -> Iterator[Path | None]:
+    """A filesystem of its own, so that it can be full without harm to others; None where we may not mount one."""
+    folder.mkdir()
+    options = f"size={DISK_MB}m,mode=0755"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+    try:
+        yield folder if mounted.returncode == 0 else None
+    finally:
+        if mounted.returncode == 0:
+            subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def _build_clock(room: Path) -> Path | None:
+    library = room / "clock.so"
+    command = ["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(HERE / "clock.c"), "-ldl", "-lm"]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return library
+
+
+def _open_to_others(room: Path, library: Path) -> None:
+    """PostgreSQL runs as another user, and has to read the library and its clock."""
+    room.chmod(0o755)
+    library.chmod(0o755)
+    for file in room.glob("*.clock"):
+        file.chmod(0o644)
+
+
+def _all_processes() -> Iterator[tuple[int, list[str]]]:
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with suppress(OSError):
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if words != [""]:  # a zombie has no words left
+                yield int(folder.name), words
+
+
+def _parent(pid: int) -> int:
+    with suppress(OSError):
+        # the second word is the name in brackets, which may hold anything
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def _end(process: subprocess.Popen[bytes] | None) -> None:
+    if process is not None:
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
