@@ -372,6 +372,24 @@ class RegistryAPI(Protocol):
     def doctor(self) -> list[Check]: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What of a lineage is drawn, and the metric that colours it (None: stages do)."""
+
+    direction: Direction = "both"
+    depth: int | None = None
+    metric: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A page or a picture as it is sent, in ASCII; `policy` is the Content-Security-Policy under which it works."""
+
+    text: str
+    media_type: str
+    policy: str
+
+
 class ServedRegistry(RegistryAPI, Protocol):
     """What a server needs beyond the verbs: callers, files that come over the wire, and work that is not waited for."""
 
@@ -409,6 +427,14 @@ class ServedRegistry(RegistryAPI, Protocol):
 
     def files(self, ref: Ref) -> AbstractContextManager[tuple[VersionView, Path]]:
         """A version and a folder with its files, unchecked: whoever takes them compares the digests."""
+        ...
+
+    def picture(self, ref: Ref, look: Look, *, whole: bool = False) -> Drawing:
+        """A version and its nearest relatives as SVG; with `whole` the adapter that `ref` names."""
+        ...
+
+    def page(self, ref: Ref, look: Look, *, whole: bool, root: str) -> Drawing:
+        """The page of a version or of an adapter; `root` leads from it to the root of the server."""
         ...
 
     def pin_base(self, name: str, *, revision: str | None, pins: Mapping[str, str]) -> Base: ...

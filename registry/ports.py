@@ -48,6 +48,11 @@ class Ledger(Protocol):
     @property
     def registry_id(self) -> str: ...
 
+    @property
+    def mlflow_uri(self) -> str:
+        """The MLflow that the registry belongs to since it was made."""
+        ...
+
     def now(self) -> float:
         """The time by the ledger's clock."""
         ...
@@ -81,6 +86,10 @@ class Ledger(Protocol):
     def version_by_number(self, name: str, number: int) -> AdapterVersion | None: ...
     def versions(self, name: str | None = None, *, include_removed: bool = False) -> list[AdapterVersion]:
         """Ordered by adapter name, then number."""
+        ...
+
+    def newest(self, names: Sequence[str]) -> dict[str, int]:
+        """The number of the newest live version of each adapter that has one."""
         ...
 
     def versions_by_digest(self, digest_prefix: str, name: str | None = None) -> list[AdapterVersion]:

@@ -24,6 +24,7 @@ from ..domain.errors import AdapterctlError, InvalidInput, NotAllowed, NotFound,
 from ..domain.job import JobState
 from ..ports import Access
 from .door import Door, Metrics, Rules
+from .pages import router as pages
 from .problems import MEDIA_TYPE, status_of, to_problem
 from .routes import router
 
@@ -73,6 +74,7 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
     app.state.registry, app.state.access, app.state.door = registry, access, door
     app.state.upload_bytes = rules.upload_bytes
     app.include_router(router)
+    app.include_router(pages)
     _add_health(app, registry, metrics)
     _add_problems(app)
     if mlflow_app is not None:

@@ -216,10 +216,12 @@ class _Visit:
 
     @property
     def is_ours(self) -> bool:
-        return self.path.startswith("/v1/") or self.path in (*OPEN_PATHS, "/metrics", "/v1")
+        return self.path.startswith(("/v1/", "/adapters/")) or self.path in (*OPEN_PATHS, "/metrics", "/v1")
 
     @property
     def area(self) -> str:
+        if self.path.startswith("/adapters/"):
+            return "/adapters"
         return "/".join(self.path.split("/")[:3]) if self.path.startswith("/v1/") and self.is_known else "mlflow"
 
     @property

@@ -214,20 +214,20 @@ async def register(request: Request, name: str, call: Merge) -> Response:
 @router.get("/adapters/{name}/versions/{version}", response_model=VersionView)
 def version(name: str, version: str, call: Read) -> Response:
     """Show one version: 3, v3, latest, @STAGE or @sha256:HEX."""
-    return _reply(call.registry.version(_ref(name, version)))
+    return _reply(call.registry.version(version_ref(name, version)))
 
 
 @router.delete("/adapters/{name}/versions/{version}", response_model=VersionView)
 def remove(name: str, version: str, call: Admin, reason: Annotated[str, Query(max_length=5000)] = "") -> Response:
     """Remove a version that nothing descends from; its files are deleted, its row stays as a tombstone."""
     call.caller.check_change(name)
-    return _reply(call.registry.remove(_ref(name, version), reason=reason))
+    return _reply(call.registry.remove(version_ref(name, version), reason=reason))
 
 
 @router.get("/adapters/{name}/versions/{version}/receipt", response_model=dict[str, Any])
 def receipt(name: str, version: str, call: Read) -> Response:
     """The proof that travels with a merge."""
-    found = call.registry.version(_ref(name, version))
+    found = call.registry.version(version_ref(name, version))
     if found.receipt is None:
         raise NotFound(f"{found.ref} has no receipt", hint="only merges have one")
     return _reply(found.receipt)
@@ -237,7 +237,7 @@ def receipt(name: str, version: str, call: Read) -> Response:
 def file(name: str, version: str, path: str, call: Read) -> Response:
     """One file of a version, with its digest; what is not in the manifest is not there."""
     with ExitStack() as stack:
-        view, folder = stack.enter_context(call.registry.files(_ref(name, version)))
+        view, folder = stack.enter_context(call.registry.files(version_ref(name, version)))
         record = next((each for each in view.files if each.path == path), None)
         if record is None:
             raise NotFound(f"{view.ref} has no file {path[:200]!r}", hint=", ".join(each.path for each in view.files))
@@ -263,13 +263,13 @@ def lineage(
     depth: Annotated[int | None, Query(ge=0, le=100_000)] = None,
 ) -> Response:
     """Ancestors and descendants, and the edges between them."""
-    return _reply(call.registry.lineage(_ref(name, version), direction=direction, depth=depth))
+    return _reply(call.registry.lineage(version_ref(name, version), direction=direction, depth=depth))
 
 
 @router.get("/adapters/{name}/versions/{version}/retention", response_model=RetentionView)
 def retention(name: str, version: str, call: Read) -> Response:
     """What a merge kept of its parents."""
-    return _reply(call.registry.retention(_ref(name, version)))
+    return _reply(call.registry.retention(version_ref(name, version)))
 
 
 @router.get("/diff", response_model=DiffView)
@@ -287,7 +287,7 @@ def diff(
 def promote(name: str, body: bodies.PromoteBody, call: Promote) -> Response:
     """Let a version serve a stage."""
     call.caller.check_change(name)
-    event = call.registry.promote(_ref(name, body.version), to=check_alias(body.to), reason=body.reason)
+    event = call.registry.promote(version_ref(name, body.version), to=check_alias(body.to), reason=body.reason)
     return _reply(event)
 
 
@@ -556,7 +556,7 @@ def _accepted(value: Any, job: Job) -> Response:
     return _reply(value, status=202, headers=headers)
 
 
-def _ref(name: str, version: str) -> Ref:
+def version_ref(name: str, version: str) -> Ref:
     """The reference in a path: `3`, `v3`, `latest`, `@STAGE` or `@sha256:HEX` behind a name."""
     check_name(name)
     if version == "latest":

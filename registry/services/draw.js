@@ -5,7 +5,9 @@
   const card = document.getElementById("card");
   const search = document.getElementById("search");
   const found = document.getElementById("found");
-  const data = new Map(Object.entries(JSON.parse(document.getElementById("data").textContent)));
+  const look = document.getElementById("look");
+  const { root, versions } = JSON.parse(document.getElementById("data").textContent); // root: only where it is served
+  const data = new Map(Object.entries(versions));
   const nodes = new Map([...svg.querySelectorAll(".node[data-ref]")].map((node) => [node.dataset.ref, node]));
   const edges = svg.querySelectorAll(".edge-group");
   const whole = svg.viewBox.baseVal;
@@ -14,9 +16,9 @@
   let chosen = null;
 
   // --- where one looks
-  const look = () => svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.width} ${view.height}`);
+  const apply = () => svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.width} ${view.height}`);
   const scale = () => svg.getScreenCTM().a;
-  const fit = () => { Object.assign(view, full); look(); };
+  const fit = () => { Object.assign(view, full); apply(); };
   const point = (x, y) => new DOMPoint(x, y).matrixTransform(svg.getScreenCTM().inverse());
   const middle = () => { const box = svg.getBoundingClientRect(); return point(box.x + box.width / 2, box.y + box.height / 2); };
   const zoom = (factor, at = middle()) => {
@@ -25,7 +27,7 @@
     view.y = at.y - (at.y - view.y) * bounded;
     view.width *= bounded;
     view.height *= bounded;
-    look();
+    apply();
   };
   const centre = (ref) => {
     const box = nodes.get(ref).getBoundingClientRect();
@@ -35,7 +37,7 @@
     view.height /= factor;
     view.x = at.x - view.width / 2;
     view.y = at.y - view.height / 2;
-    look();
+    apply();
   };
   const reveal = (ref) => {
     const box = nodes.get(ref).getBoundingClientRect(), frame = svg.getBoundingClientRect();
@@ -59,21 +61,48 @@
       if (shown) { item.type = "button"; item.addEventListener("click", () => go(ref)); }
     }
   };
+  const links = (rows) => {
+    if (!rows) return;
+    const line = add(card, "p", "");
+    for (const [word, address] of rows) { const link = add(line, "a", word); link.href = address; line.append(" "); }
+  };
+  const receipts = new Map();
+  const proof = async (ref, path) => {
+    if (!receipts.has(ref)) {
+      const answer = await fetch(root + path);
+      if (!answer.ok) return;
+      receipts.set(ref, await answer.json());
+    }
+    if (ref !== chosen) return;
+    const { layers, checks, spectrum, fingerprint, predicted_loss: promised, loss } = receipts.get(ref);
+    const rows = [["measured loss", loss], ["promised loss", promised], ["energy held at this rank", spectrum?.energy_at_rank],
+      ["checks passed", checks?.length], ["computed with", fingerprint && `numpy ${fingerprint.numpy}, ${fingerprint.blas}, ${fingerprint.cpu}`]];
+    if (layers?.loss.length) {
+      const worst = layers.loss.indexOf(Math.max(...layers.loss));
+      rows.push(["hardest module", `${layers.module[worst]}: ${layers.loss[worst]}`]);
+    }
+    table("Receipt", rows.filter(([, value]) => value !== undefined && value !== null));
+    const link = add(card, "a", "The whole receipt");
+    link.href = root + path;
+  };
   const show = (ref) => {
     card.hidden = !data.has(ref);
     if (card.hidden) return;
     const known = data.get(ref);
     card.replaceChildren();
     add(card, "h2", ref);
+    links(known.links);
     table("", known.facts);
     table("Metrics", known.metrics);
     relatives("Parents", known.parents);
     relatives("Children", known.children);
+    if (ref === chosen && known.receipt) proof(ref, known.receipt);
   };
   const mark = (ref) => {
     for (const edge of edges) edge.classList.toggle("near", ref !== null && (edge.dataset.parent === ref || edge.dataset.child === ref));
   };
   const choose = (ref) => { chosen = ref; show(ref); mark(ref); history.replaceState(null, "", ref ? `#${encodeURIComponent(ref)}` : location.pathname + location.search); };
+  const open = (ref) => { const page = data.get(ref).links?.[0][1]; if (page) location.assign(page); };
   const go = (ref) => { if (nodes.has(ref)) { nodes.get(ref).focus({ preventScroll: true }); reveal(ref); } };
 
   // --- search
@@ -107,10 +136,12 @@
     ArrowLeft: (ref) => beside(ref, -1),
     ArrowRight: (ref) => beside(ref, 1),
     Enter: (ref) => { centre(ref); return ref; },
+    o: (ref) => { open(ref); },
   };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Escape") { search.value = ""; seek(); document.activeElement.blur(); choose(null); return; }
+    if (event.target.closest?.("select")) return;
     if (event.target === search) { if (event.key === "Enter") next(); return; }
     const ref = document.activeElement.dataset?.ref;
     const action = { "+": () => zoom(1.25), "=": () => zoom(1.25), "-": () => zoom(0.8), 0: fit, "/": () => search.focus() }[event.key];
@@ -126,13 +157,14 @@
     const to = point(event.clientX, event.clientY);
     view.x += from.x - to.x;
     view.y += from.y - to.y;
-    look();
+    apply();
   });
   window.addEventListener("pointerup", () => { from = null; });
   svg.addEventListener("wheel", (event) => { event.preventDefault(); zoom(event.deltaY < 0 ? 1.12 : 1 / 1.12, point(event.clientX, event.clientY)); }, { passive: false });
   for (const [ref, node] of nodes) {
     node.addEventListener("focus", () => choose(ref));
     node.addEventListener("click", () => go(ref));
+    node.addEventListener("dblclick", () => open(ref));
     node.addEventListener("pointerenter", () => { if (!from) show(ref); });
     node.addEventListener("pointerleave", () => show(chosen));
   }
@@ -140,10 +172,12 @@
   document.getElementById("out").addEventListener("click", () => zoom(0.8));
   document.getElementById("fit").addEventListener("click", fit);
   search.addEventListener("input", seek);
+  look?.querySelector("button").remove(); // a choice is followed at once
+  look?.addEventListener("change", () => { look.action = location.pathname + location.hash; look.requestSubmit(); });
 
   const follow = () => { try { const ref = decodeURIComponent(location.hash.slice(1)); if (nodes.has(ref)) go(ref); } catch { /* a broken address shows the whole graph */ } };
   window.addEventListener("hashchange", follow);
-  const root = svg.querySelector(".node.root");
-  if (scale() < 0.4 && root) centre(root.dataset.ref); // the whole would be too small to read; 0 shows it
+  const own = svg.querySelector(".node.root");
+  if (scale() < 0.4 && own) centre(own.dataset.ref); // the whole would be too small to read; 0 shows it
   follow();
 })();

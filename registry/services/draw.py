@@ -1,7 +1,8 @@
 """A lineage as one picture: SVG for documents and pages, HTML with a small script of ours for looking around in it.
 
 Pure: a view in, text out, the same text for the same graph. Each result is one file in ASCII that loads nothing from
-elsewhere. Whatever a registry holds (labels, metric names, tags) comes out as text, never as markup, style or script.
+elsewhere; a page that is served (`Site`) links to others and reads receipts, of its own server only. Whatever a
+registry holds (labels, metric names, tags) comes out as text, never as markup, style or script.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import quote
 
 from ..api import LineageEdgeView, LineageView, VersionView
 from .words import edge_label, headline, loss, made, number, printable
@@ -26,6 +29,12 @@ MOST = 300
 NODE_WIDTH, NODE_HEIGHT = 248, 64
 _COLUMN, _ROW = 280, 122  # from centre to centre
 _MARGIN, _HEADER, _FOOTER = 32, 56, 36
+#: Steps of the colours that a metric is shown in; the style has one class for each.
+_HEATS = 7
+_DEPTHS = (1, 2, 3, 5, 10)
+_METRICS_OFFERED = 60
+_KEYS = "Tab and arrows walk, Enter centres, + and &minus; zoom, 0 fits, / searches, Esc closes"
+_KEYS_SERVED = _KEYS.replace("centres,", "centres, o opens,")
 _STAGES = ("production", "staging")  # those with a colour, in the order of what matters most
 _NO_XML = re.compile("[\ud800-\udfff\ufffe\uffff]")
 _STYLE = Path(__file__).with_name("draw.css")
@@ -45,6 +54,32 @@ class Layout:
     lines: Mapping[_Pair, tuple[_Point, ...]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a page is served: the ways from it to the root of our server and to MLflow's pages, with their last slash.
+
+    `depth` is how many generations were asked for; the page's controls show it.
+    """
+
+    root: str
+    mlflow: str
+    depth: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shades:
+    """What is shown beside the graph itself: a metric that colours the versions, and the versions that are behind.
+
+    `behind` maps a version to the newer version of a parent.
+    """
+
+    metric: str | None = None
+    behind: Mapping[str, str] = field(default_factory=dict)
+
+
+PLAIN = Shades()
+
+
 @dataclass(frozen=True, slots=True)
 class _Graph:
     """What is drawn. `more` maps the id of a "+N more" node to its label."""
@@ -56,12 +91,77 @@ class _Graph:
     total: int
 
 
-def lineage_svg(view: LineageView, *, most: int = MOST) -> str:
+def lineage_svg(view: LineageView, *, most: int = MOST, shades: Shades = PLAIN, site: Site | None = None) -> str:
     """The graph as one SVG document, parents above children, in light and dark. `most` bounds the versions drawn."""
+    return _svg(_graph(view, most), view, shades, site)
+
+
+def lineage_html(view: LineageView, *, most: int = MOST, shades: Shades = PLAIN, site: Site | None = None) -> str:
+    """The same picture as a page: pan, zoom, search, keyboard, and a card with what is known of each version.
+
+    With `site` it leads to the pages of other versions and to MLflow's, and lets people choose what is shown.
+    """
     graph = _graph(view, most)
+    cards = _json({"root": site.root if site else None, "versions": _cards(graph, shades, site)})
+    return _ascii(
+        f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy(served=site is not None)}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Lineage of {_text(view.root)}</title>
+<style>{_asset(_STYLE)}</style>
+</head>
+<body>
+<header>
+<div><h1>Lineage of {_text(view.root)}</h1><p>{_text(_summary(graph, view))}</p></div>
+{_controls(graph, view, shades, site) if site else ""}
+<label>Search <input id="search" type="search" autocomplete="off" placeholder="name, stage, tag"></label>
+<output id="found" for="search" aria-live="polite"></output>
+<span class="buttons">
+<button id="out" type="button" aria-label="Zoom out">&minus;</button>
+<button id="in" type="button" aria-label="Zoom in">+</button>
+<button id="fit" type="button">Fit</button>
+</span>
+</header>
+<main>
+{_svg(graph, view, shades, site)}
+<aside aria-label="Versions">
+<section id="card" aria-label="Selected version" hidden></section>
+{_list(graph, site) if site else ""}
+</aside>
+</main>
+<footer>{_KEYS if site is None else _KEYS_SERVED}</footer>
+<script type="application/json" id="data">{cards}</script>
+<script>{_asset(_SCRIPT)}</script>
+</body>
+</html>"""
+    )
+
+
+def policy(*, served: bool) -> str:
+    """The Content-Security-Policy of a page: its own style and script, and nothing from anywhere.
+
+    One that is served may ask its own server, for a receipt or for itself in another shape.
+    """
+    own = "connect-src 'self'; form-action 'self'" if served else "form-action 'none'"
+    style, script = _hash(_asset(_STYLE)), _hash(_asset(_SCRIPT))
+    return f"default-src 'none'; style-src {style}; script-src {script}; base-uri 'none'; {own}"
+
+
+def picture_policy() -> str:
+    """The Content-Security-Policy of an SVG that is opened by itself."""
+    return f"default-src 'none'; style-src {_hash(_asset(_STYLE))}; base-uri 'none'; form-action 'none'"
+
+
+def _svg(graph: _Graph, view: LineageView, shades: Shades, site: Site | None) -> str:
     layout = place([*graph.versions, *graph.more], [*graph.pairs, *graph.more_pairs])
-    width = max(layout.width, 560) + 2 * _MARGIN
-    height = layout.height + _HEADER + _FOOTER + 2 * _MARGIN
+    heats = _heats(graph.versions.values(), shades.metric)
+    legend = _legend(graph, shades)
+    footer = _FOOTER + (24 if heats else 0)
+    width = max(layout.width, 560, legend.width) + 2 * _MARGIN
+    height = layout.height + _HEADER + footer + 2 * _MARGIN
     left = (width - layout.width) / 2
     children, parents = Counter(parent for parent, _ in graph.pairs), Counter(child for _, child in graph.pairs)
     parts = [
@@ -77,57 +177,26 @@ def lineage_svg(view: LineageView, *, most: int = MOST) -> str:
         f'<g transform="translate({_n(left)} {_MARGIN + _HEADER})">',
         *(
             # a label stands at the end that has fewer other lines
-            _edge(edges, layout.lines[parent, child], near_child=children[parent] > parents[child])
+            _edge(
+                edges, graph.versions[child], layout.lines[parent, child], near_child=children[parent] > parents[child]
+            )
             for (parent, child), edges in graph.pairs.items()
         ),
         *(f'<path class="edge more" d="{_path(layout.lines[pair])}"/>' for pair in graph.more_pairs),
-        *(_node(version, layout.nodes[ref], ref == view.root) for ref, version in graph.versions.items()),
-        *(_more(label, layout.nodes[key], above=key.endswith(" parents")) for key, label in graph.more.items()),
+        *(
+            _node(version, layout.nodes[ref], ref == view.root, shades, heats.get(ref))
+            for ref, version in graph.versions.items()
+        ),
+        *(
+            _more(label, layout.nodes[key], graph.versions[key.rpartition(" ")[0]], key.endswith(" parents"), site)
+            for key, label in graph.more.items()
+        ),
         "</g>",
-        *_legend(width / 2, height - _MARGIN),
+        *legend.drawn(width / 2, height - _MARGIN - (24 if heats else 0)),
+        *(_scale(graph, str(shades.metric), width / 2, height - _MARGIN) if heats else ()),
         "</svg>",
     ]
     return _ascii("\n".join(parts))
-
-
-def lineage_html(view: LineageView, *, most: int = MOST) -> str:
-    """The same picture as a page: pan, zoom, search, keyboard, and a card with what is known of each version."""
-    graph = _graph(view, most)
-    style, script = _asset(_STYLE), _asset(_SCRIPT)
-    policy = (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
-    )
-    return _ascii(
-        f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Lineage of {_text(view.root)}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
-<div><h1>Lineage of {_text(view.root)}</h1><p>{_text(_summary(graph, view))}</p></div>
-<label>Search <input id="search" type="search" autocomplete="off" placeholder="name, stage, tag"></label>
-<output id="found" for="search" aria-live="polite"></output>
-<span class="buttons">
-<button id="out" type="button" aria-label="Zoom out">&minus;</button>
-<button id="in" type="button" aria-label="Zoom in">+</button>
-<button id="fit" type="button">Fit</button>
-</span>
-</header>
-<main>
-{lineage_svg(view, most=most)}
-<aside id="card" aria-label="Selected version" hidden></aside>
-</main>
-<footer>Tab and arrows walk, Enter centres, + and &minus; zoom, 0 fits, / searches, Esc closes</footer>
-<script type="application/json" id="data">{_json(_cards(graph))}</script>
-<script>{script}</script>
-</body>
-</html>"""
-    )
 
 
 def place(nodes: Sequence[str], pairs: Sequence[_Pair]) -> Layout:
@@ -258,9 +327,11 @@ def _order(version: VersionView) -> tuple[str, int, str]:
 
 def _summary(graph: _Graph, view: LineageView) -> str:
     what = {"up": "ancestors", "down": "descendants", "both": "ancestors and descendants"}[view.direction]
+    if all(view.root != version.ref for version in view.versions):  # an adapter, not one of its versions
+        what = "every version, what they were made of and what was made of them"
     shown, total = len(graph.versions), graph.total
     if shown < total:
-        return f"the {shown} of {total} versions nearest to it; --depth, --up and --down choose others"
+        return f"the {shown} of {total} versions nearest to it; depth and direction choose others"
     return f"{total} version{'' if total == 1 else 's'}: {what}, parents above children"
 
 
@@ -271,20 +342,24 @@ def _header(graph: _Graph, view: LineageView) -> list[str]:
     ]
 
 
-def _node(version: VersionView, centre: _Point, root: bool) -> str:
+def _node(version: VersionView, centre: _Point, root: bool, shades: Shades, heat: int | None) -> str:
     """A box of three lines: what it is called and serves, how it was made, and what it scored."""
     stages = sorted(version.stages, key=lambda stage: _STAGES.index(stage) if stage in _STAGES else len(_STAGES))
     removed = version.state == "removed"
-    marks = ("root" if root else "", *(stage for stage in stages[:1] if stage in _STAGES), "removed" if removed else "")
+    marks = (
+        "root" if root else "",
+        *(stage for stage in stages[:1] if stage in _STAGES),
+        "removed" if removed else "",
+        f"heat{heat}" if heat is not None else "",
+    )
     classes = ["node", *filter(None, marks)]
     x, y = centre[0] - NODE_WIDTH / 2, centre[1] - NODE_HEIGHT / 2
     badge = "removed" if removed else "".join(stages[:1]) + (f" +{len(stages) - 1}" if stages[1:] else "")
-    scores = [f"{key} {number(value)}" for key, value in headline(version).items()]
-    third = scores[0] if len(", ".join(scores)) > 35 else ", ".join(scores)
+    newer = shades.behind.get(version.ref)
     lines = [
         f'<g class="{" ".join(classes)}" transform="translate({_n(x)} {_n(y)})" tabindex="0" role="img"'
-        f' data-ref="{_text(version.ref)}" aria-label="{_text(_spoken(version))}">',
-        f"<title>{_text(_spoken(version))}</title>",
+        f' data-ref="{_text(version.ref)}" aria-label="{_text(_spoken(version, newer))}">',
+        f"<title>{_text(_spoken(version, newer))}</title>",
         f'<rect class="box" width="{NODE_WIDTH}" height="{NODE_HEIGHT}" rx="7"/>',
         f'<path class="strip" d="M7 0.5H5.5A5 5 0 0 0 0.5 7V{NODE_HEIGHT - 7}A5 5 0 0 0 5.5 {NODE_HEIGHT - 0.5}H7Z"/>',
         '<g clip-path="url(#lineage-inside)">',
@@ -293,28 +368,49 @@ def _node(version: VersionView, centre: _Point, root: bool) -> str:
         if badge
         else "",
         f'<text class="small" x="18" y="38">{_text(_fit(made(version) or _origin(version), 35))}</text>',
-        f'<text class="small" x="18" y="54">{_text(_fit(third, 35))}</text>' if third else "",
+        f'<text class="small" x="18" y="54">{_text(third)}</text>'
+        if (third := _scores(version, shades.metric))
+        else "",
+        f'<circle class="behind" cx="{NODE_WIDTH - 14}" cy="50" r="4"/>' if newer else "",
         "</g></g>",
     ]
     return "".join(lines)
 
 
-def _more(label: str, centre: _Point, *, above: bool) -> str:
-    """A pill where the line ends: at the lower edge of its place for parents, at the upper one for children."""
+def _scores(version: VersionView, metric: str | None) -> str:
+    """The chosen metric, or the headline figures, as far as they fit."""
+    if metric is not None:
+        value = version.metrics.get(metric)
+        return _fit(f"{metric} {number(value)}" if value is not None else "", 35)
+    scores = [f"{key} {number(value)}" for key, value in headline(version).items()]
+    return _fit(", ".join(scores) if len(", ".join(scores)) <= 35 else scores[0], 35)
+
+
+def _more(label: str, centre: _Point, beside: VersionView, above: bool, site: Site | None) -> str:
+    """A pill where the line ends: at the lower edge of its place for parents, at the upper one for children.
+
+    On a served page it leads to the version that it hangs on, where what is hidden here is near.
+    """
     width, height = 104, 30
     x = centre[0] - width / 2
     y = centre[1] + NODE_HEIGHT / 2 - height if above else centre[1] - NODE_HEIGHT / 2
-    return (
+    pill = (
         f'<g class="node fold" transform="translate({_n(x)} {_n(y)})">'
         f'<rect class="box" width="{width}" height="{height}" rx="15"/>'
         f'<text class="small" x="{width // 2}" y="19" text-anchor="middle">{label}</text></g>'
     )
+    if site is None:
+        return pill
+    spoken = f"{label} {'parents' if above else 'children'} of {beside.ref}"
+    return f'<a href="{_text(_page(beside, site))}" aria-label="{_text(spoken)}">{pill}</a>'
 
 
-def _edge(edges: Sequence[LineageEdgeView], line: Sequence[_Point], *, near_child: bool) -> str:
-    """One line a pair, with every weight that the parent has in the child."""
+def _edge(edges: Sequence[LineageEdgeView], child: VersionView, line: Sequence[_Point], *, near_child: bool) -> str:
+    """One line a pair, with every weight that the parent has in the child, and the method that merged it."""
     label = " + ".join(map(edge_label, edges))
     merged = any(edge.weight is not None for edge in edges)
+    if merged and child.method:
+        label = f"{label} {child.method}"
     x, y = _label_point(line, near_child=near_child)
     shown = _fit(label, 22)
     width = 6.2 * len(shown) + 8
@@ -355,35 +451,142 @@ def _ends(line: Sequence[_Point]) -> tuple[_Point, _Point]:
     return (x1, y1 + NODE_HEIGHT / 2), (x2, y2 - NODE_HEIGHT / 2)
 
 
-def _legend(centre: float, y: float) -> list[str]:
-    x = centre - 235
+@dataclass(frozen=True, slots=True)
+class _Legend:
+    """The signs that occur in a picture, each with its word and where it stands in the row."""
+
+    entries: tuple[tuple[float, str, str], ...]
+    width: float
+
+    def drawn(self, centre: float, y: float) -> list[str]:
+        left = centre - self.width / 2
+        return [
+            f'<g class="legend" transform="translate({_n(left)} {_n(y)})" aria-hidden="true">',
+            *(
+                f'<g transform="translate({_n(x)} 0)">{sign}<text class="small" x="{36 if "path" in sign else 18}"'
+                f' y="0">{word}</text></g>'
+                for x, sign, word in self.entries
+            ),
+            "</g>",
+        ]
+
+
+def _legend(graph: _Graph, shades: Shades) -> _Legend:
+    shown = graph.versions.values()
+    edges = [edge for edges in graph.pairs.values() for edge in edges]
+    line, box = '<path class="{}" d="M0 -4H28"/>', '<rect class="key {}" y="-10" width="12" height="12" rx="3"/>'
+    signs = [
+        (any(edge.weight is not None for edge in edges), line.format("edge"), "merge, × weight"),
+        (any(edge.weight is None for edge in edges), line.format("edge trained"), "trained from"),
+        (any("production" in version.stages for version in shown), box.format("production"), "production"),
+        (any("staging" in version.stages for version in shown), box.format("staging"), "staging"),
+        (any(version.state == "removed" for version in shown), box.format("gone"), "removed"),
+        (
+            any(version.ref in shades.behind for version in shown),
+            '<circle class="behind" cx="6" cy="-4" r="4"/>',
+            "a parent has a newer version",
+        ),
+    ]
+    entries, x = [], 0.0
+    for occurs, sign, word in signs:
+        if occurs:
+            entries.append((x, sign, word))
+            x += (36 if "path" in sign else 18) + 6.2 * len(word) + 22
+    return _Legend(tuple(entries), max(0.0, x - 22))
+
+
+def _heats(versions: Iterable[VersionView], metric: str | None) -> dict[str, int]:
+    """The step of each version that has the metric, from the lowest value drawn to the highest."""
+    values = {
+        v.ref: v.metrics[metric]
+        for v in versions
+        if metric is not None and math.isfinite(v.metrics.get(metric, math.nan))
+    }
+    if not values:
+        return {}
+    low, high = min(values.values()), max(values.values())
+    span = high - low
+    return {ref: round((value - low) / span * (_HEATS - 1)) if span > 0 else 0 for ref, value in values.items()}
+
+
+def _scale(graph: _Graph, metric: str, centre: float, y: float) -> list[str]:
+    """What the colours of a metric mean: its lowest value on the left, its highest on the right."""
+    values = [v.metrics[metric] for v in graph.versions.values() if math.isfinite(v.metrics.get(metric, math.nan))]
+    left = centre - _HEATS * 9
     return [
-        f'<g class="legend" transform="translate({_n(x)} {_n(y)})" aria-hidden="true">',
-        '<path class="edge" d="M0 -4H28"/><text class="small" x="36" y="0">merge, × weight</text>',
-        '<path class="edge trained" d="M140 -4H168"/><text class="small" x="176" y="0">trained from</text>',
-        '<rect class="key production" x="262" y="-10" width="12" height="12" rx="3"/>'
-        '<text class="small" x="280" y="0">production</text>',
-        '<rect class="key staging" x="356" y="-10" width="12" height="12" rx="3"/>'
-        '<text class="small" x="374" y="0">staging</text>',
-        '<rect class="key gone" x="428" y="-10" width="12" height="12" rx="3"/>'
-        '<text class="small" x="446" y="0">removed</text>',
+        f'<g class="legend" transform="translate({_n(left)} {_n(y)})" aria-hidden="true">',
+        f'<text class="small" x="-8" y="0" text-anchor="end">{_text(_fit(metric, 35))}: {number(min(values))}</text>',
+        *(
+            f'<g class="heat{i}"><rect class="box" x="{i * 18}" y="-10" width="18" height="12"/></g>'
+            for i in range(_HEATS)
+        ),
+        f'<text class="small" x="{_HEATS * 18 + 8}" y="0">{number(max(values))}</text>',
         "</g>",
     ]
+
+
+def _controls(graph: _Graph, view: LineageView, shades: Shades, site: Site) -> str:
+    """A plain form: the page in another shape is another address, with or without a script."""
+    counts = Counter(key for version in graph.versions.values() for key in version.metrics)
+    metrics = sorted(counts, key=lambda key: (-counts[key], key))[:_METRICS_OFFERED]
+    directions = (("both", "both ways"), ("up", "ancestors"), ("down", "descendants"))
+    depths = [
+        ("", "all"),
+        *((str(depth), str(depth)) for depth in sorted({*_DEPTHS, *([site.depth] if site.depth else [])})),
+    ]
+    shown = [
+        ("Show", "direction", directions, view.direction),
+        ("Generations", "depth", depths, str(site.depth or "")),
+        ("Colour", "metric", [("", "by stage"), *((key, key) for key in metrics)], shades.metric or ""),
+    ]
+    if view.root not in graph.versions:  # of a family all is shown
+        shown = shown[2:]
+    labels = (f"<label>{title} {_select(name, options, chosen)}</label>" for title, name, options, chosen in shown)
+    return "\n".join(['<form id="look" method="get">', *labels, '<button type="submit">Show</button>', "</form>"])
+
+
+def _select(name: str, options: Iterable[tuple[str, str]], chosen: str) -> str:
+    marks = ((value, word, " selected" if value == chosen else "") for value, word in options)
+    shown = (f'<option value="{_text(value)}"{mark}>{_text(_fit(word, 40))}</option>' for value, word, mark in marks)
+    return f'<select name="{name}">{"".join(shown)}</select>'
+
+
+def _list(graph: _Graph, site: Site) -> str:
+    """Every version drawn, as text: for who cannot see the picture, or wants to go somewhere by its name."""
+    rows = [
+        f'<li><a href="{_text(_page(version, site))}">{_text(version.ref)}</a> {_text(", ".join(version.stages))}</li>'
+        for version in graph.versions.values()
+    ]
+    return "\n".join(
+        ['<nav aria-label="Versions in the picture">', "<h2>In the picture</h2>", "<ul>", *rows, "</ul>", "</nav>"]
+    )
+
+
+def _page(version: VersionView, site: Site) -> str:
+    return f"{site.root}adapters/{quote(_legal(version.name), safe='')}/v{version.number}"
+
+
+def _addresses(version: VersionView, site: Site) -> Iterable[tuple[str, str]]:
+    yield "Its own page", _page(version, site)
+    if version.state != "removed":
+        yield "In MLflow", f"{site.mlflow}#/models/{quote(_legal(version.name), safe='')}/versions/{version.number}"
+    yield "Its family", f"{site.root}adapters/{quote(_legal(version.name), safe='')}"
 
 
 def _origin(version: VersionView) -> str:
     return {"train": "trained", "import": "registered", "merge": "merged"}.get(version.kind, version.kind)
 
 
-def _spoken(version: VersionView) -> str:
+def _spoken(version: VersionView, newer: str | None) -> str:
     """What a screen reader says and a tooltip shows."""
     parts = [version.ref, *version.stages, "removed" if version.state == "removed" else "", _origin(version)]
     parts += [made(version), *(f"{key} {number(value)}" for key, value in headline(version).items())]
     parts += [f"made from {', '.join(parent.ref for parent in version.parents)}"] if version.parents else []
+    parts += [f"{newer} is newer than its parent"] if newer else []
     return ", ".join(part for part in parts if part)
 
 
-def _cards(graph: _Graph) -> dict[str, object]:
+def _cards(graph: _Graph, shades: Shades, site: Site | None) -> dict[str, object]:
     """For the script: what the card of a version says, and who its parents and children are."""
     parents: dict[str, list[object]] = defaultdict(list)
     children: dict[str, list[object]] = defaultdict(list)
@@ -399,19 +602,28 @@ def _cards(graph: _Graph) -> dict[str, object]:
         ]
     return {
         _legal(ref): {
-            "facts": [[key, _legal(value)] for key, value in _facts(version) if value],
+            "facts": [[key, _legal(value)] for key, value in _facts(version, shades.behind.get(ref)) if value],
             "metrics": [[_legal(key), number(value)] for key, value in version.metrics.items()],
             "parents": parents[ref],
             "children": children[ref],
             "words": " ".join(map(str, _searched(version))).lower(),
+            **({"links": list(map(list, _addresses(version, site))), "receipt": _receipt(version)} if site else {}),
         }
         for ref, version in graph.versions.items()
     }
 
 
-def _facts(version: VersionView) -> Iterable[tuple[str, object]]:
+def _receipt(version: VersionView) -> str | None:
+    """Where the receipt of a merge is read, from the root of the server."""
+    if not version.recipe_digest or version.state == "removed":
+        return None
+    return f"v1/adapters/{quote(_legal(version.name), safe='')}/versions/{version.number}/receipt"
+
+
+def _facts(version: VersionView, newer: str | None) -> Iterable[tuple[str, object]]:
     yield "stage", ", ".join(version.stages)
     yield "state", "removed" if version.state == "removed" else ""
+    yield "behind", f"{newer} is newer than its parent" if newer else ""
     yield "method", version.method or _origin(version)
     yield "loss", "" if version.loss is None else loss(version.loss)
     yield "rank", version.rank

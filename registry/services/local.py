@@ -19,8 +19,10 @@ from ..api import (
     Check,
     DiffView,
     Direction,
+    Drawing,
     HistoryView,
     LineageView,
+    Look,
     MethodView,
     NewToken,
     PlanView,
@@ -42,7 +44,7 @@ from ..domain.suite import Suite
 from ..domain.version import Base
 from ..ports import Access, Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
-from . import bases, diff, doctor, evaluate, merge, pull, register, schedule, select, trace, verify, views
+from . import bases, browse, diff, doctor, evaluate, merge, pull, register, schedule, select, trace, verify, views
 from .locate_base import remember_base
 from .promote import Stages, check_stage
 from .promote import history as stage_history
@@ -256,6 +258,15 @@ class LocalRegistry:
 
     def lineage(self, ref: Ref, *, direction: Direction = "both", depth: int | None = None) -> LineageView:
         return trace.lineage(self.ledger, ref, direction=direction, depth=depth)
+
+    def picture(self, ref: Ref, look: Look, *, whole: bool = False) -> Drawing:
+        return browse.picture(self.ledger, ref, look, whole=whole)
+
+    def page(self, ref: Ref, look: Look, *, whole: bool, root: str) -> Drawing:
+        # an MLflow on another machine has its pages there
+        elsewhere = self.ledger.mlflow_uri.startswith(("http://", "https://"))
+        mlflow = f"{self.ledger.mlflow_uri.rstrip('/')}/" if elsewhere else root
+        return browse.page(self.ledger, ref, look, whole=whole, root=root, mlflow=mlflow)
 
     # jobs
 

@@ -10,11 +10,20 @@ import pytest
 
 from adapterctl.registry.domain.access import Scope, new_secret
 from adapterctl.registry.rest.mlflow_rules import needed_scope
+from adapterctl.registry.rest.pages import router as pages
 from adapterctl.registry.rest.routes import router
 
 #: Every route with the least scope that it takes. A new route has to be entered here.
 NEEDED = {
     "read": [
+        "GET /adapters/{name}",
+        "GET /adapters/{name}/lineage.svg",
+        "GET /adapters/{name}/{version}",
+        "GET /adapters/{name}/{version}/lineage.svg",
+        "HEAD /adapters/{name}",
+        "HEAD /adapters/{name}/lineage.svg",
+        "HEAD /adapters/{name}/{version}",
+        "HEAD /adapters/{name}/{version}/lineage.svg",
         "GET /v1/adapters",
         "GET /v1/versions",
         "GET /v1/adapters/{name}/versions/{version}",
@@ -67,7 +76,8 @@ SCOPE_OF = {route: Scope(scope) for scope, routes in NEEDED.items() for route in
 
 
 def test_every_route_is_in_the_table():
-    routes = {f"{method} {route.path.replace(':path', '')}" for route in router.routes for method in route.methods}
+    ours = [*router.routes, *pages.routes]
+    routes = {f"{method} {route.path.replace(':path', '')}" for route in ours for method in route.methods}
 
     assert routes == set(SCOPE_OF)
 

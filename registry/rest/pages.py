@@ -1,0 +1,86 @@
+"""Lineage for browsers: pages at `/adapters/NAME` and `/adapters/NAME/VERSION`, and a picture below each.
+
+MLflow's own pages show the pictures inside descriptions and lead to the pages, which lead back. Each is asked for again
+at every visit and answered with 304 while it is the same: a description is written once, and what it shows is fresh.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from ..api import Direction, Drawing, Look
+from ..domain.refs import Ref, check_name
+from .routes import Call, Read, version_ref
+
+router = APIRouter(prefix="/adapters", include_in_schema=False)
+#: A form sends what nobody chose as an empty text.
+Depth = Annotated[str, Query(pattern="^[0-9]{0,5}$")]
+Metric = Annotated[str, Query(max_length=300)]
+
+
+@router.api_route("/{name}/lineage.svg", methods=["GET", "HEAD"])
+def family_picture(request: Request, name: str, call: Read, metric: Metric = "") -> Response:
+    """The newest versions of an adapter with their parents and children."""
+    return _fresh(request, call.registry.picture(Ref(check_name(name)), _look(metric=metric), whole=True))
+
+
+@router.api_route("/{name}/{version}/lineage.svg", methods=["GET", "HEAD"])
+def version_picture(
+    request: Request,
+    name: str,
+    version: str,
+    call: Read,
+    direction: Direction = "both",
+    depth: Depth = "",
+    metric: Metric = "",
+) -> Response:
+    """A version and its nearest relatives."""
+    return _fresh(request, call.registry.picture(version_ref(name, version), _look(direction, depth, metric)))
+
+
+@router.api_route("/{name}", methods=["GET", "HEAD"])
+def family_page(request: Request, name: str, call: Read, metric: Metric = "") -> Response:
+    """All versions of an adapter with their parents and children."""
+    return _page(request, call, Ref(check_name(name)), _look(metric=metric), whole=True)
+
+
+@router.api_route("/{name}/{version}", methods=["GET", "HEAD"])
+def version_page(
+    request: Request,
+    name: str,
+    version: str,
+    call: Read,
+    direction: Direction = "both",
+    depth: Depth = "",
+    metric: Metric = "",
+) -> Response:
+    """All relatives of a version."""
+    return _page(request, call, version_ref(name, version), _look(direction, depth, metric), whole=False)
+
+
+def _look(direction: Direction = "both", depth: str = "", metric: str = "") -> Look:
+    return Look(direction=direction, depth=int(depth or 0) or None, metric=metric or None)
+
+
+def _page(request: Request, call: Call, ref: Ref, look: Look, *, whole: bool) -> Response:
+    # relative, so that a proxy may put us below a path of its own
+    root = "../" * (request.url.path.count("/") - 1)
+    return _fresh(request, call.registry.page(ref, look, whole=whole, root=root))
+
+
+def _fresh(request: Request, drawing: Drawing) -> Response:
+    body = drawing.text.encode("ascii")
+    tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    headers = {
+        "etag": tag,
+        "cache-control": "private, no-cache",
+        "content-security-policy": f"{drawing.policy}; frame-ancestors 'none'",
+        "referrer-policy": "same-origin",
+    }
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type=drawing.media_type, headers=headers)
