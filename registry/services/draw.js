@@ -87,6 +87,7 @@
   };
   const show = (ref) => {
     card.hidden = !data.has(ref);
+    card.parentElement.classList.toggle("empty", card.hidden && root === null);
     if (card.hidden) return;
     const known = data.get(ref);
     card.replaceChildren();

@@ -127,7 +127,7 @@ def lineage_html(view: LineageView, *, most: int = MOST, shades: Shades = PLAIN,
 </header>
 <main>
 {_svg(graph, view, shades, site)}
-<aside aria-label="Versions">
+<aside aria-label="Versions"{"" if site else ' class="empty"'}>
 <section id="card" aria-label="Selected version" hidden></section>
 {_list(graph, site) if site else ""}
 </aside>
