@@ -193,6 +193,7 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
     """What the supervisor can do, by kind of job."""
     from .registry.services.evaluate import EvalHandler, evaluation_of_merge
     from .registry.services.merge import MergeHandler
+    from .registry.services.recall import RecallHandler
     from .registry.services.verify import VerifyHandler
 
     settings, ledger, folders = registry.settings, registry.ledger, registry.folders
@@ -214,6 +215,7 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
             folders=folders,
             made_on_demand=registry.made_on_demand,
         ),
+        "recall": RecallHandler(ledger, open_versions=lambda: registry.version_store),
         "verify": VerifyHandler(ledger, folders=folders, home=settings.home, threads=settings.threads),
     }
 

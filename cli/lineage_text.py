@@ -14,6 +14,9 @@ from ..registry.services.words import edge_label, headline, made
 from .output import Output, printable
 from .views import metrics
 
+#: What is recalled, in every drawing.
+RED = "#c62828"
+
 _Edges = Mapping[str, Sequence[LineageEdgeView]]
 
 
@@ -41,8 +44,13 @@ def mermaid(view: LineageView) -> str:
         if edge.parent in ids and edge.child in ids:
             arrow = "-->" if edge.kind == "merge" else "-.->"
             lines.append(f'  {ids[edge.parent]} {arrow}|"{_mermaid_text(edge_label(edge))}"| {ids[edge.child]}')
-    if view.root in ids:
-        lines.append(f"  style {ids[view.root]} stroke-width:3px")
+    for version in view.versions:
+        style = [
+            *(["stroke-width:3px"] if version.ref == view.root else []),
+            *([f"stroke:{RED},color:{RED}"] if version.recall else []),
+        ]
+        if style:
+            lines.append(f"  style {ids[version.ref]} {','.join(style)}")
     return "\n".join(lines)
 
 
@@ -51,8 +59,9 @@ def dot(view: LineageView) -> str:
     lines = ["digraph lineage {", '  node [shape=box, fontname="sans-serif"];', '  edge [fontname="sans-serif"];']
     for version in view.versions:
         bold = ", penwidth=2" if version.ref == view.root else ""
+        red = f', color="{RED}", fontcolor="{RED}"' if version.recall else ""
         label = "\\n".join(map(_dot_text, _label(version)))
-        lines.append(f'  "{_dot_text(version.ref)}" [label="{label}"{bold}];')
+        lines.append(f'  "{_dot_text(version.ref)}" [label="{label}"{bold}{red}];')
     for edge in view.edges:
         style = "" if edge.kind == "merge" else ", style=dashed"
         label = _dot_text(edge_label(edge))
@@ -96,13 +105,15 @@ def _line(ref: str, edge: LineageEdgeView | None, version: VersionView | None, o
     if version is not None:
         parts.append(out.paint(printable(", ".join(version.stages)), "green"))
         parts.append("removed" if version.state == "removed" else "")
+        parts.append(out.paint("recalled" if version.recall else "", "red"))
         parts.append(out.paint(printable(made(version)), "dim"))
         parts.append(out.paint(printable(metrics(headline(version))), "cyan"))
     return "  ".join(part for part in parts if part)
 
 
 def _label(version: VersionView) -> list[str]:
-    return [part for part in (version.ref, ", ".join(version.stages), made(version)) if part]
+    recalled = "recalled" if version.recall else ""
+    return [part for part in (version.ref, recalled, ", ".join(version.stages), made(version)) if part]
 
 
 def _by_child(edges: Sequence[LineageEdgeView]) -> _Edges:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TextIO
@@ -36,6 +36,7 @@ EXIT_CODES: Mapping[type[errors.AdapterctlError], int] = MappingProxyType(
         errors.IncompatibleParents: 5,
         errors.ReceiptFailed: 5,
         errors.LossTooHigh: 5,
+        errors.Recalled: 5,
         errors.StageMoved: 5,
         errors.HasDescendants: 5,
         errors.JobFailed: 6,
@@ -105,11 +106,27 @@ class Output:
             return text
         return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> str:
-        """Columns two spaces apart; `right` names the columns that hold numbers. On a terminal lines are clipped."""
+    def table(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        right: Iterable[int] = (),
+        red: Container[int] = (),
+    ) -> str:
+        """Columns two spaces apart; `right` names the columns that hold numbers, `red` the rows that warn.
+
+        On a terminal lines are clipped.
+        """
         head, *body = columns([header, *rows], right=right)
         width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
-        return "\n".join([self.paint(_clip(head, width), "dim"), *(_clip(line, width) for line in body)])
+        lines = (_clip(line, width) for line in body)
+        return "\n".join(
+            [
+                self.paint(_clip(head, width), "dim"),
+                *(self.paint(line, "red") if row in red else line for row, line in enumerate(lines)),
+            ]
+        )
 
 
 def exit_code(error: errors.AdapterctlError) -> int:

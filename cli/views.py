@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         MethodView,
         ParentView,
         PlanView,
+        RecallImpact,
         RetentionRow,
         RetentionView,
         StageEventView,
@@ -85,7 +86,7 @@ def versions_table(views: Sequence[VersionView], out: Output) -> str:
         return "no versions"
     rows = [
         [
-            v.ref + (" (removed)" if v.state == "removed" else ""),
+            v.ref + (" (removed)" if v.state == "removed" else " (recalled)" if v.recall else ""),
             ", ".join(v.stages) or "-",
             v.method or v.kind,
             str(v.rank),
@@ -97,7 +98,8 @@ def versions_table(views: Sequence[VersionView], out: Output) -> str:
         for v in views
     ]
     header = ["VERSION", "STAGES", "MADE BY", "RANK", "SIZE", "LOSS", "CREATED (UTC)", "METRICS"]
-    return out.table(header, rows, right={3, 4, 5})
+    red = {row for row, v in enumerate(views) if v.recall}
+    return out.table(header, rows, right={3, 4, 5}, red=red)
 
 
 def version_text(view: VersionView, out: Output) -> str:
@@ -107,8 +109,11 @@ def version_text(view: VersionView, out: Output) -> str:
         title += "  " + out.paint(printable(", ".join(view.stages)), "green")
     if view.state == "removed":
         title += "  " + out.paint("removed", "red")
+    if view.recall:
+        title += "  " + out.paint("recalled", "red")
     shape = f"rank {view.rank}, {view.dtype}, {view.modules} modules, {view.parameters:,} parameters"
     fields: list[tuple[str, Iterable[str]]] = [
+        ("recalled", [_recall_text(view)]),
         ("made by", [_made_by(view)]),
         ("parents", map(weighted, view.parents)),
         ("loss", [_loss_text(view.loss)]),
@@ -317,6 +322,31 @@ def checks_text(checks: Sequence[Check], out: Output) -> str:
         if c.hint:
             lines.append(f"{'':9}{'':{width}}  {out.paint('→ ' + printable(c.hint), 'cyan')}")
     return "\n".join(lines)
+
+
+def recall_text(impact: RecallImpact, out: Output) -> str:
+    """Whom a recall hits and where they serve now, or whom it sets free."""
+    recalled = impact.action == "recall"
+    count = len(impact.descendants)
+    whom = f"{count} descendant{'' if count == 1 else 's'}"
+    title = f"{printable(impact.ref)} {'is recalled' if recalled else 'is no longer recalled'}"
+    fields: list[tuple[str, Iterable[str]]] = [
+        ("reason", [impact.reason]),
+        (
+            "hits" if recalled else "sets free",
+            [f"{whom}: {', '.join(impact.descendants)}" if count else "nothing else"],
+        ),
+        ("serving", [f"{hit.name}@{hit.stage} is {hit.ref}" for hit in impact.stages]),
+    ]
+    return "\n".join([out.paint(title, "red" if recalled else "green"), *_fields(fields, out)])
+
+
+def _recall_text(view: VersionView) -> str:
+    hit = view.recall
+    if hit is None:
+        return ""
+    through = "" if hit.ref == view.ref else f"made of {hit.ref}: "
+    return f"{through}{hit.reason} ({when(hit.at)} UTC by {hit.by})"
 
 
 def _made_by(view: VersionView) -> str:

@@ -17,6 +17,7 @@ from .domain.access import EVERY_NAME, Scope, Token
 from .domain.evals import EvalReport, Interval
 from .domain.job import Job, JobEvent, LogPiece
 from .domain.plan import Forecast, Pair
+from .domain.recall import RecallAction
 from .domain.recipe import MergeRequest
 from .domain.refs import Ref
 from .domain.suite import Suite
@@ -30,6 +31,16 @@ class ParentView:
     ref: str
     weight: float | None
     kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecallView:
+    """The recall that hits a version: `ref` is the version that was recalled, itself or an ancestor."""
+
+    ref: str
+    reason: str
+    by: str
+    at: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +81,7 @@ class VersionView:
     model_id: str = ""
     location: str = ""
     mlflow_path: str = ""
+    recall: RecallView | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +151,31 @@ class LineageView:
     direction: Direction
     versions: tuple[VersionView, ...]
     edges: tuple[LineageEdgeView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageHit:
+    """A version that serves a stage of the adapter `name` now."""
+
+    name: str
+    stage: str
+    ref: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecallImpact:
+    """A recall and whom it hits; for `undo` whom it sets free: versions that no other recall hits.
+
+    `descendants` are the live versions that are made of `ref`, nearest first; `stages` where any of them serves now.
+    """
+
+    ref: str
+    action: RecallAction
+    reason: str
+    by: str
+    at: str
+    descendants: tuple[str, ...]
+    stages: tuple[StageHit, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +363,12 @@ class RegistryAPI(Protocol):
 
     # lineage
     def lineage(self, ref: Ref, *, direction: Direction = "both", depth: int | None = None) -> LineageView: ...
+
+    def recall(self, ref: Ref, *, reason: str) -> RecallImpact:
+        """Say that a version, and with it all that is made of it, should be used no more."""
+        ...
+
+    def undo_recall(self, ref: Ref, *, reason: str) -> RecallImpact: ...
 
     # jobs
     def jobs(self, *, state: str | None = None, kind: str | None = None, limit: int = 100) -> list[Job]: ...

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 from .domain.access import Caller, Scope, Token
 from .domain.evals import EvalReport
 from .domain.job import Job, JobEvent, JobState, LogPiece, NewJob, Progress
+from .domain.recall import Recall, RecallAction, Recalls
 from .domain.stage import ApprovalAction, MoveAction, StageEvent
 from .domain.version import AdapterVersion, Base, Edge, NewVersion, Placement, VersionDetail
 
@@ -143,6 +144,22 @@ class Ledger(Protocol):
         ...
 
     def versions_by_id(self, version_ids: Sequence[str]) -> dict[str, AdapterVersion]: ...
+    def recall(
+        self, version_id: str, action: RecallAction, *, actor: str, reason: str, then: Sequence[NewJob] = ()
+    ) -> tuple[Recall, tuple[Job, ...]]:
+        """Append that a version is recalled, or no longer; a row that says so already is returned instead.
+
+        The jobs `then` are queued in the same transaction, and returned.
+        """
+        ...
+
+    def recalls(self) -> Recalls:
+        """Every version that a recall hits now, whether its own or an ancestor's."""
+        ...
+
+    def descendants(self, version_ids: Sequence[str]) -> dict[str, str]:
+        """These versions and all that is made of them, nearest first, each with the nearest of these versions."""
+        ...
 
     # jobs
     def submit(self, job: NewJob) -> tuple[Job, bool]:
@@ -252,7 +269,9 @@ class Ledger(Protocol):
         reason: str,
         decision: str | None = None,
     ) -> StageEvent:
-        """Compare-and-set plus one chained history row. Raises `StageMoved` when the holder is not `expected`.
+        """Compare-and-set plus one chained history row.
+
+        Raises `StageMoved` when the holder is not `expected`, `Recalled` where a recall hits the version.
 
         `decision` is the record that the move stands on; it is kept, and the row carries its digest.
         """
@@ -319,6 +338,10 @@ class VersionStore(Protocol):
 
         The alias comes last, so that a projection that was cut short shows as a difference to the ledger.
         """
+        ...
+
+    def mark_recall(self, version: AdapterVersion, recalled: tuple[str, str] | None) -> None:
+        """Let the page of a version say that it is recalled (the recalled version, the reason), or no longer."""
         ...
 
     def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None: ...

@@ -180,6 +180,8 @@ def pull(
     """
     version = session.registry(readonly=True).pull(parse_ref(ref), folder)
     session.out.say(f"{version.ref} is in {printable(folder)}")
+    if version.recall:
+        session.out.warn(f"{version.ref} is recalled: {version.recall.reason}")
     session.out.data(version, text=lambda: str(folder), names=[version.ref])
 
 

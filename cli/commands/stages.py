@@ -1,4 +1,4 @@
-"""For those who decide which version serves: promote, rollback, demote, adopt, and the history of it."""
+"""For those who decide which version serves: promote, rollback, demote, adopt, recall, and the history of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,14 @@ Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept in th
 def add_to(app: typer.Typer) -> None:
     add_verbs(
         app,
-        {"promote": promote, "rollback": rollback, "demote": demote, "adopt": adopt, "history": history},
+        {
+            "promote": promote,
+            "rollback": rollback,
+            "demote": demote,
+            "adopt": adopt,
+            "history": history,
+            "recall": recall,
+        },
         group=GROUP,
     )
 
@@ -117,6 +124,28 @@ def _tell(session: Session, found: HistoryView, *, compared: bool) -> None:
     session.out.say(f"every link holds; head {found.head}")
     if not compared:
         session.out.say("a cut or rewritten history shows only against a head kept elsewhere: --head FILE")
+
+
+def recall(
+    session: Session,
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)],
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; everyone who meets the version reads it.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Take the recall back.")] = False,
+) -> None:
+    """Recall a version and all that is made of it.
+
+    Names every descendant and the stages that serve them now. None of them is promoted or merged
+    until the recall is taken back; what serves now goes on until you roll it back or demote it.
+
+    Example: adapterctl recall translate:v3 --reason 'trained on leaked data'
+    """
+    registry = session.registry()
+    impact = (registry.undo_recall if undo else registry.recall)(parse_ref(ref), reason=reason)
+    session.out.data(
+        impact,
+        text=lambda: views.recall_text(impact, session.out),
+        names=[impact.ref, *impact.descendants],
+    )
 
 
 def _show(session: Session, event: StageEventView) -> None:

@@ -10,6 +10,7 @@
     │   ├── IncompatibleParents preflight: these parents cannot be merged exactly
     │   ├── LossTooHigh         the merge would lose more than --max-loss
     │   ├── ReceiptFailed       what a merge wrote is not what it should have written
+    │   ├── Recalled            the version, or one that it is made of, was recalled
     │   ├── StageMoved          the stage is not where the caller (or the ledger) says
     │   └── HasDescendants      deletion of a version that others descend from
     ├── Conflict                another writer was first; try again
@@ -83,6 +84,16 @@ class LossTooHigh(Refused):
 
 class ReceiptFailed(Refused):
     code = "receipt_failed"
+
+
+class Recalled(Refused):
+    code = "recalled"
+
+    @classmethod
+    def of(cls, label: str, recalled: str, reason: str, what: str) -> Recalled:
+        """`label` was recalled, itself or by way of the version `recalled`; `what` is not done."""
+        through = f"{label} was recalled" if label == recalled else f"{label} is made of {recalled}, which was recalled"
+        return cls(f"{through}: {reason}", hint=f"{what}; or, once it is good: adapterctl recall --undo {recalled}")
 
 
 class StageMoved(Refused):

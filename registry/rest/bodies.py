@@ -93,6 +93,10 @@ class StageBody(Body):
     reason: Text = ""
 
 
+class ReasonBody(Body):
+    reason: Text
+
+
 class BaseBody(Body):
     """A base, pinned by a revision or by digests of its files."""
 

@@ -27,6 +27,7 @@ from ..api import (
     MethodView,
     NewToken,
     PlanView,
+    RecallImpact,
     Registered,
     RetentionView,
     StageEventView,
@@ -256,6 +257,13 @@ class RemoteRegistry:
 
     def lineage(self, ref: Ref, *, direction: Direction = "both", depth: int | None = None) -> LineageView:
         return self._get(f"{_path(ref)}/lineage", LineageView, {"direction": direction, "depth": depth})
+
+    def recall(self, ref: Ref, *, reason: str) -> RecallImpact:
+        return self._post(f"{_path(ref)}/recall", {"reason": reason}, RecallImpact)
+
+    def undo_recall(self, ref: Ref, *, reason: str) -> RecallImpact:
+        _, body = self._call("DELETE", f"{_path(ref)}/recall", query={"reason": reason})
+        return wire.from_json(body, RecallImpact)
 
     # jobs
 

@@ -29,6 +29,7 @@ STATUS: Mapping[type[AdapterctlError], int] = MappingProxyType(
         errors.IncompatibleParents: 422,
         errors.LossTooHigh: 422,
         errors.ReceiptFailed: 422,
+        errors.Recalled: 409,
         errors.StageMoved: 409,
         errors.HasDescendants: 409,
         errors.Conflict: 409,

@@ -32,6 +32,7 @@ from ..api import (
     MethodView,
     NewToken,
     PlanView,
+    RecallImpact,
     Registered,
     RetentionView,
     ServedRegistry,
@@ -264,6 +265,20 @@ def lineage(
 ) -> Response:
     """Ancestors and descendants, and the edges between them."""
     return _reply(call.registry.lineage(version_ref(name, version), direction=direction, depth=depth))
+
+
+@router.post("/adapters/{name}/versions/{version}/recall", response_model=RecallImpact)
+def recall(name: str, version: str, body: bodies.ReasonBody, call: Promote) -> Response:
+    """Say that a version, and all that is made of it, should be used no more; names whom that hits."""
+    call.caller.check_change(name)
+    return _reply(call.registry.recall(version_ref(name, version), reason=body.reason))
+
+
+@router.delete("/adapters/{name}/versions/{version}/recall", response_model=RecallImpact)
+def undo_recall(name: str, version: str, call: Admin, reason: Annotated[str, Query(max_length=5000)] = "") -> Response:
+    """Take a recall back; names whom that sets free."""
+    call.caller.check_change(name)
+    return _reply(call.registry.undo_recall(version_ref(name, version), reason=reason))
 
 
 @router.get("/adapters/{name}/versions/{version}/retention", response_model=RetentionView)

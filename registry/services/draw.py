@@ -351,11 +351,13 @@ def _node(version: VersionView, centre: _Point, root: bool, shades: Shades, heat
         *(stage for stage in stages[:1] if stage in _STAGES),
         "removed" if removed else "",
         f"heat{heat}" if heat is not None else "",
+        "recalled" if version.recall else "",
     )
     classes = ["node", *filter(None, marks)]
     x, y = centre[0] - NODE_WIDTH / 2, centre[1] - NODE_HEIGHT / 2
     badge = "removed" if removed else "".join(stages[:1]) + (f" +{len(stages) - 1}" if stages[1:] else "")
     newer = shades.behind.get(version.ref)
+    badge = "recalled" if version.recall and not removed else badge
     lines = [
         f'<g class="{" ".join(classes)}" transform="translate({_n(x)} {_n(y)})" tabindex="0" role="img"'
         f' data-ref="{_text(version.ref)}" aria-label="{_text(_spoken(version, newer))}">',
@@ -481,6 +483,7 @@ def _legend(graph: _Graph, shades: Shades) -> _Legend:
         (any("production" in version.stages for version in shown), box.format("production"), "production"),
         (any("staging" in version.stages for version in shown), box.format("staging"), "staging"),
         (any(version.state == "removed" for version in shown), box.format("gone"), "removed"),
+        (any(version.recall is not None for version in shown), box.format("recalled"), "recalled"),
         (
             any(version.ref in shades.behind for version in shown),
             '<circle class="behind" cx="6" cy="-4" r="4"/>',
@@ -579,7 +582,8 @@ def _origin(version: VersionView) -> str:
 
 def _spoken(version: VersionView, newer: str | None) -> str:
     """What a screen reader says and a tooltip shows."""
-    parts = [version.ref, *version.stages, "removed" if version.state == "removed" else "", _origin(version)]
+    recalled = f"recalled ({version.recall.ref}: {version.recall.reason})" if version.recall else ""
+    parts = [version.ref, recalled, *version.stages, "removed" if version.state == "removed" else "", _origin(version)]
     parts += [made(version), *(f"{key} {number(value)}" for key, value in headline(version).items())]
     parts += [f"made from {', '.join(parent.ref for parent in version.parents)}"] if version.parents else []
     parts += [f"{newer} is newer than its parent"] if newer else []
@@ -623,6 +627,7 @@ def _receipt(version: VersionView) -> str | None:
 def _facts(version: VersionView, newer: str | None) -> Iterable[tuple[str, object]]:
     yield "stage", ", ".join(version.stages)
     yield "state", "removed" if version.state == "removed" else ""
+    yield "recalled", f"{version.recall.ref}: {version.recall.reason}" if version.recall else ""
     yield "behind", f"{newer} is newer than its parent" if newer else ""
     yield "method", version.method or _origin(version)
     yield "loss", "" if version.loss is None else loss(version.loss)
@@ -638,6 +643,7 @@ def _facts(version: VersionView, newer: str | None) -> Iterable[tuple[str, objec
 def _searched(version: VersionView) -> Iterable[object]:
     yield version.ref
     yield from version.stages
+    yield "recalled" if version.recall else ""
     yield from (version.kind, version.state, version.method or "", version.dataset or "", version.created_by)
     for values in (version.params, version.tags):
         yield from (f"{key}={value}" for key, value in values.items())

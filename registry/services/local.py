@@ -26,6 +26,7 @@ from ..api import (
     MethodView,
     NewToken,
     PlanView,
+    RecallImpact,
     Registered,
     RetentionView,
     StageEventView,
@@ -38,13 +39,29 @@ from ..domain.access import EVERY_NAME, Scope, Token, check_token, new_secret
 from ..domain.errors import Conflict, NotFound
 from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece
+from ..domain.recall import RecallAction
 from ..domain.recipe import MergeRequest
 from ..domain.refs import Ref, check_name
 from ..domain.suite import Suite
 from ..domain.version import Base
 from ..ports import Access, Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
-from . import bases, browse, diff, doctor, evaluate, merge, pull, register, schedule, select, trace, verify, views
+from . import (
+    bases,
+    browse,
+    diff,
+    doctor,
+    evaluate,
+    merge,
+    pull,
+    recall,
+    register,
+    schedule,
+    select,
+    trace,
+    verify,
+    views,
+)
 from .locate_base import remember_base
 from .promote import Stages, check_stage
 from .promote import history as stage_history
@@ -267,6 +284,16 @@ class LocalRegistry:
         elsewhere = self.ledger.mlflow_uri.startswith(("http://", "https://"))
         mlflow = f"{self.ledger.mlflow_uri.rstrip('/')}/" if elsewhere else root
         return browse.page(self.ledger, ref, look, whole=whole, root=root, mlflow=mlflow)
+
+    def recall(self, ref: Ref, *, reason: str) -> RecallImpact:
+        return self._recall(ref, "recall", reason)
+
+    def undo_recall(self, ref: Ref, *, reason: str) -> RecallImpact:
+        return self._recall(ref, "undo", reason)
+
+    def _recall(self, ref: Ref, action: RecallAction, reason: str) -> RecallImpact:
+        version = resolve(self.ledger, ref)
+        return recall.recall(self.ledger, self.bell, version, action, actor=self.settings.actor, reason=reason)
 
     # jobs
 

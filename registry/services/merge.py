@@ -25,12 +25,13 @@ from ..domain.version import AdapterVersion, NewVersion
 from ..ports import Doorbell, Folders, Ledger, Parent, VersionStore
 from ..wire import from_builtins, to_builtins
 from . import schedule
+from .recall import check_not_recalled
 from .register import WEIGHTS_FILE, publish
 from .resolve import resolve
 from .schedule import Done, Task
 from .staging import stage_folder
 from .suites import find_suite
-from .views import version_view
+from .views import recall_views, version_view
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def preflight(ledger: Ledger, request: MergeRequest) -> Preflight:
     parents = tuple(resolve(ledger, parent.ref) for parent in request.parents)
     labels = [parent.label for parent in parents]
     facts = [ledger.detail(parent.id).facts for parent in parents]
-    problems = [*_check_bases(parents), *check_parents(facts, labels)]
+    problems = [*_check_recalls(ledger, parents), *_check_bases(parents), *check_parents(facts, labels)]
     raise_all(IncompatibleParents, "these adapters cannot be merged:", problems)
     recipe = resolve_recipe(request, facts, [parent.spec.content_digest for parent in parents])
     return Preflight(_target(request), parents, recipe, tuple(facts))
@@ -92,6 +93,7 @@ def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, acto
     digest = ready.recipe.digest
     existing = ledger.live_version(adapter_id, recipe=digest)
     if existing is not None:
+        check_not_recalled(ledger, existing, "merge with another recipe")
         _check_loss(ledger, existing, request.max_loss)
         if not suites:
             return _submitted(ready, version=existing, ledger=ledger)
@@ -260,11 +262,27 @@ class MergeHandler:
 
 
 def job_parents(ledger: Ledger, job: Job) -> list[AdapterVersion]:
-    """The pinned parents of a merge job. Raises `IncompatibleParents` when one was removed meanwhile."""
+    """The pinned parents of a merge job. Raises `IncompatibleParents` when one was removed or recalled meanwhile."""
     known = ledger.versions_by_id(job.spec["parents"])
-    gone = [Problem("removed", f"parent {i} was removed") for i in job.spec["parents"] if known[i].state == "removed"]
-    raise_all(IncompatibleParents, "the merge lost a parent:", gone, hint="submit the merge again")
-    return [known[version_id] for version_id in job.spec["parents"]]
+    parents = [known[version_id] for version_id in job.spec["parents"]]
+    gone = [Problem("removed", f"{each.label} was removed") for each in parents if each.state == "removed"]
+    problems = [*gone, *_check_recalls(ledger, parents)]
+    raise_all(IncompatibleParents, "the merge lost a parent:", problems, hint="submit the merge again")
+    return parents
+
+
+def _check_recalls(ledger: Ledger, parents: Sequence[AdapterVersion]) -> list[Problem]:
+    recalls = recall_views(ledger)
+    return [
+        Problem(
+            "recalled",
+            f"{parent.label} was recalled: {hit.reason}"
+            if hit.ref == parent.label
+            else f"{parent.label} is made of {hit.ref}, which was recalled: {hit.reason}",
+        )
+        for parent in parents
+        if (hit := recalls.get(parent.id)) is not None
+    ]
 
 
 def _check_bases(parents: Sequence[AdapterVersion]) -> list[Problem]:

@@ -29,6 +29,7 @@ from ..domain.verdict import record_digest
 from ..domain.version import AdapterVersion
 from ..ports import Folders, Ledger, VersionStore
 from .pull import check_intact
+from .recall import check_not_recalled
 from .resolve import known_adapter
 from .views import iso_time
 
@@ -58,6 +59,7 @@ class Stages:
         Promoting the holder again moves nothing in the ledger, adds no row, and sets MLflow right.
 
         Raises:
+            Recalled: the version, or one that it is made of, was recalled.
             StageMoved: another promotion came between, or the alias in MLflow differs.
             Corrupt: the stored bytes are not those that were registered.
         """
@@ -111,6 +113,7 @@ class Stages:
     def _verify(self, version: AdapterVersion) -> None:
         if version.state != "live":
             raise Refused(f"{version.label} was removed", hint="promote another version")
+        check_not_recalled(self.ledger, version, "promote another version")
         with self.folders(version) as folder:
             check_intact(version, folder)
 

@@ -30,6 +30,7 @@ from ..domain.refs import Source, check_name, parse_source
 from ..domain.version import AdapterVersion, Base, Edge, EdgeKind, NewVersion
 from ..ports import Ledger, Parent, VersionStore
 from . import bases
+from .recall import check_not_recalled, mark
 from .staging import stage_folder
 from .views import version_view
 
@@ -96,7 +97,9 @@ def register(
         measured = measure(staged / WEIGHTS_FILE, facts)
         base, known = bases.base_of(ledger, facts, registration.base)
         base = ledger.add_base(base, [base.name])
-        warnings = _warnings(registration, facts, base, known=known)
+        parent = registration.trained_from
+        recalled = parent is not None and parent.id in ledger.recalls()
+        warnings = _warnings(registration, facts, base, known=known, recalled=recalled)
         spec = NewVersion(
             adapter=registration.name,
             kind=registration.kind,
@@ -111,7 +114,6 @@ def register(
             params=dict(registration.params),
             tags=dict(registration.tags),
         )
-        parent = registration.trained_from
         version, created = _find_or_create(
             ledger,
             open_versions,
@@ -185,6 +187,7 @@ def _find_or_create(
         adapter_id = ledger.ensure_adapter(spec.adapter)
         existing = _live_version(ledger, adapter_id, spec)
         if existing is not None and job is None:
+            check_not_recalled(ledger, existing, "register other bytes")
             return existing, False
         if existing is not None:  # the write is idempotent by id: what is left of it is the end of the job
             placed = (existing.id, existing.placement)
@@ -214,6 +217,7 @@ def _find_or_create(
             job=job,
             then=then(version_id) if job else (),
         )
+        mark(ledger, open_versions, version)
         return version, existing is None
 
 
@@ -336,7 +340,7 @@ def _check_key(what: str, key: str) -> None:
         )
 
 
-def _warnings(registration: Registration, facts: AdapterFacts, base: Base, *, known: bool) -> list[str]:
+def _warnings(registration: Registration, facts: AdapterFacts, base: Base, *, known: bool, recalled: bool) -> list[str]:
     found: list[str] = []
     if not known:
         found.append(
@@ -344,6 +348,8 @@ def _warnings(registration: Registration, facts: AdapterFacts, base: Base, *, kn
             f"adapterctl base add {base.name!r} --folder FOLDER, or base alias if it has another name"
         )
     parent = registration.trained_from
+    if parent is not None and recalled:
+        found.append(f"{parent.label}, which it was trained from, is recalled, and so is this version from its start")
     if parent is not None and parent.spec.base.id != base.id:
         found.append(f"{parent.label}, which it was trained from, applies to another base: {parent.spec.base.name}")
     if registration.base and facts.base_name and registration.base != facts.base_name:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from ..api import AdapterView, ParentView, VersionView
+from ..api import AdapterView, ParentView, RecallView, VersionView
 from ..domain.version import AdapterVersion, Edge
 from ..ports import Ledger
 
@@ -25,8 +25,16 @@ def version_views(ledger: Ledger, versions: Sequence[AdapterVersion]) -> list[Ve
     known = {version.id: version for version in versions}
     others = {edge.parent_id for of_child in edges.values() for edge in of_child} - known.keys()
     parents = known | ledger.versions_by_id(sorted(others))
+    recalls = recall_views(ledger)
     return [
-        _view(version, stages.get(version.id, ()), metrics.get(version.id, {}), edges.get(version.id, ()), parents)
+        _view(
+            version,
+            stages.get(version.id, ()),
+            metrics.get(version.id, {}),
+            edges.get(version.id, ()),
+            parents,
+            recalls.get(version.id),
+        )
         for version in versions
     ]
 
@@ -65,6 +73,16 @@ def stages_by_version(ledger: Ledger) -> dict[str, tuple[str, ...]]:
     return {version_id: tuple(sorted(stages)) for version_id, stages in held.items()}
 
 
+def recall_views(ledger: Ledger) -> dict[str, RecallView]:
+    """The recall that hits a version, by the version's id."""
+    recalls = ledger.recalls()
+    recalled = ledger.versions_by_id(sorted({hit.version_id for hit in recalls.values()})) if recalls else {}
+    return {
+        version_id: RecallView(recalled[hit.version_id].label, hit.reason, hit.actor, iso_time(hit.at))
+        for version_id, hit in recalls.items()
+    }
+
+
 def parent_views(edges: Sequence[Edge], parents: Mapping[str, AdapterVersion]) -> tuple[ParentView, ...]:
     return tuple(ParentView(parents[edge.parent_id].label, edge.weight, edge.kind) for edge in edges)
 
@@ -75,6 +93,7 @@ def _view(
     metrics: Mapping[str, float],
     edges: Sequence[Edge],
     parents: Mapping[str, AdapterVersion],
+    recall: RecallView | None,
 ) -> VersionView:
     spec, summary, placement = version.spec, version.summary, version.placement
     return VersionView(
@@ -110,4 +129,5 @@ def _view(
         model_id=placement.model_id,
         location=placement.location,
         mlflow_path=f"/#/models/{version.name}/versions/{version.number}",
+        recall=recall,
     )

@@ -21,11 +21,14 @@ from ..ports import Parent
 #: The module that `mlflow.pyfunc.load_model` imports by this name: of it we know the name only, for it knows torch.
 LOADER = "adapterctl.mlflow_flavor"
 MAX_NEW_TOKENS = 64
-#: MLflow's limit is 5,000 characters on PostgreSQL; on SQLite it is not enforced.
+#: On PostgreSQL; on SQLite MLflow does not enforce it.
+MLFLOW_LIMIT = 5000
+#: Leaves room for the line of a recall.
 DESCRIPTION_LIMIT = 4800
 #: Numbers of a receipt that are shown beside the metrics of the caller.
 HEADLINE = ("loss", "predicted_loss")
 
+_RECALLED = "⛔ **Recalled.**"
 _NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9_\-. /]+")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
 _HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
@@ -53,6 +56,19 @@ def describe(spec: NewVersion, parents: Sequence[Parent]) -> str:
         *_section("Metrics", ("metric", "value"), ((escape(k), _number(v)) for k, v in figures(spec).items())),
     ]
     return cut_to(lines, DESCRIPTION_LIMIT)
+
+
+def with_recall(description: str, recalled: tuple[str, str] | None) -> str:
+    """The description with a first line that says what was recalled and why; without such a line for None."""
+    if description.startswith(_RECALLED):
+        description = description.partition("\n\n")[2]
+    if recalled is None:
+        return description
+    ref, reason = recalled
+    line = f"{_RECALLED} Do not use it. {escape(ref)}: {escape(reason)}"
+    room = MLFLOW_LIMIT - len(description) - 2
+    # what people wrote themselves may leave no room: then the tag alone says it
+    return f"{line[:room]}\n\n{description}" if room >= len(_RECALLED) else description
 
 
 def lineage_page(spec: NewVersion, parents: Sequence[Parent], *, experiment_id: str, model_id: str) -> str:

@@ -38,7 +38,7 @@ from .mlflow_access import (
     in_our_words,
     missing_is_fine,
 )
-from .mlflow_pages import describe, escape, figures, lineage_page, lineage_record, mlflow_key, mlmodel
+from .mlflow_pages import describe, escape, figures, lineage_page, lineage_record, mlflow_key, mlmodel, with_recall
 from .mlflow_reports import log_report
 
 # isort: split
@@ -48,6 +48,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 PARENT = "adapterctl.parent"
+RECALLED = "adapterctl.recalled"
 MERGE_WEIGHT = "merge_weight"
 TRAINED_FROM = "trained_from"
 MANIFEST = "manifest.json"
@@ -160,6 +161,21 @@ class MlflowVersions:
             self._client.delete_registered_model_alias(name, stage)  # fine where there is none
             return
         self._set_alias(name, stage, number)
+
+    @in_our_words
+    def mark_recall(self, version: AdapterVersion, recalled: tuple[str, str] | None) -> None:
+        with missing_is_fine():
+            found = self._client.get_model_version(version.name, str(version.number))
+            said = ": ".join(recalled)[:5000] if recalled else None
+            if found.tags.get(VERSION_ID) != version.id or found.tags.get(RECALLED) == said:
+                return
+            description = with_recall(found.description or "", recalled)
+            self._client.update_model_version(version.name, found.version, description=description)
+            # the tag comes last: where it is right, all is done
+            if said is not None:
+                self._client.set_model_version_tag(version.name, found.version, RECALLED, said)
+            else:
+                self._client.delete_model_version_tag(version.name, found.version, RECALLED)
 
     @in_our_words
     def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None:

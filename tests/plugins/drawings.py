@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from adapterctl.registry.api import LineageEdgeView, LineageView, VersionView
+from adapterctl.registry.api import LineageEdgeView, LineageView, RecallView, VersionView
 
 Views = Callable[[Sequence[str], Sequence[tuple[str, str]]], LineageView]
 
@@ -89,4 +89,5 @@ def _hostile(ref: str, payload: str) -> VersionView:
         rank=4, dtype=payload, modules=1, parameters=1, size_bytes=1, content_digest=payload, created_at=payload,
         created_by=payload, stages=(payload,), method=payload, loss=0.1, metrics={payload: 1.0},
         params={payload: payload}, tags={payload: payload}, license=payload, dataset=payload, source=payload,
+        recall=RecallView(payload, payload, payload, payload),
     )  # fmt: skip

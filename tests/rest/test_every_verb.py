@@ -22,6 +22,7 @@ from adapterctl.registry.domain.errors import (
     InvalidAdapter,
     InvalidInput,
     NotFound,
+    Recalled,
     Refused,
     StageMoved,
     WaitTimedOut,
@@ -266,6 +267,20 @@ def test_a_version_is_removed_unless_something_descends_from_it(registry: Regist
     assert [each.state for each in registry.versions(merged.name, removed=True)] == ["removed"]
     with pytest.raises(NotFound, match="was removed"):
         registry.pull(ref(merged), Path("nowhere"))
+
+
+def test_a_recall_hits_what_was_made_of_the_version_until_it_is_undone(registry: RegistryAPI, merged: VersionView):
+    parent = merged.parents[0]
+
+    impact = registry.recall(parse_ref(parent.ref), reason="leaked")
+
+    assert (impact.ref, impact.descendants, impact.stages) == (parent.ref, (merged.ref,), ())
+    assert registry.version(ref(merged)).recall.ref == parent.ref
+    with pytest.raises(Recalled, match="leaked"):
+        registry.promote(ref(merged), to="production")
+    freed = registry.undo_recall(parse_ref(parent.ref), reason="a mistake")
+    assert (freed.action, freed.descendants) == ("undo", (merged.ref,))
+    assert registry.version(ref(merged)).recall is None
 
 
 # jobs

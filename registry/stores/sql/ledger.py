@@ -11,18 +11,18 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
-from operator import attrgetter
 from typing import Any
 
 import uuid6
-from sqlalchemy import Column, Connection, Row, Select, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ... import wire
 from ...crashpoints import reached
 from ...domain.errors import Conflict, HasDescendants, InvalidInput, NotFound, Refused, StageMoved
 from ...domain.evals import EvalReport
-from ...domain.job import JobState, NewJob
+from ...domain.job import Job, JobState, NewJob
+from ...domain.recall import Recall, RecallAction, Recalls
 from ...domain.stage import GENESIS, ApprovalAction, MoveAction, StageAction, StageEvent
 from ...domain.verdict import record_digest
 from ...domain.version import (
@@ -38,6 +38,7 @@ from ...domain.version import (
 )
 from ...ports import GateFile
 from .engine import Database, Now, among, insert_once, these
+from .graph import add_recall, check_not_recalled, descend, edges_at, labels, lock_recalls, recalled, walk
 from .jobs import JobRows, end_job, held, queue_job
 from .tables import (
     adapter,
@@ -284,7 +285,7 @@ class SqlLedger(JobRows):
     def remove_version(self, version_id: str, *, actor: str, reason: str) -> None:
         removed = {"state": "removed", "removed_at": Now(), "removed_by": actor, "removed_reason": reason}
         with self._db.write() as connection:
-            label = _labels(connection, [version_id]).get(version_id)
+            label = labels(connection, [version_id]).get(version_id)
             if label is None:
                 raise NotFound(f"there is no version {version_id}", hint="adapterctl ls")
             # a child or a stage that is being added refers to this row, and waits for it, or is seen below
@@ -327,16 +328,32 @@ class SqlLedger(JobRows):
 
     def parent_edges(self, version_ids: Sequence[str]) -> dict[str, tuple[Edge, ...]]:
         with self._db.read() as connection:
-            edges = _edges_at(connection, edge.c.child_id, version_ids)
+            edges = edges_at(connection, edge.c.child_id, version_ids)
         return {child_id: tuple(group) for child_id, group in groupby(edges, key=lambda each: each.child_id)}
 
     def edges_up(self, version_id: str, depth: int | None = None) -> list[Edge]:
         with self._db.read() as connection:
-            return _walk(connection, version_id, depth, start=edge.c.child_id, end=edge.c.parent_id)
+            return walk(connection, version_id, depth, start=edge.c.child_id, end=edge.c.parent_id)
 
     def edges_down(self, version_id: str, depth: int | None = None) -> list[Edge]:
         with self._db.read() as connection:
-            return _walk(connection, version_id, depth, start=edge.c.parent_id, end=edge.c.child_id)
+            return walk(connection, version_id, depth, start=edge.c.parent_id, end=edge.c.child_id)
+
+    def recall(
+        self, version_id: str, action: RecallAction, *, actor: str, reason: str, then: Sequence[NewJob] = ()
+    ) -> tuple[Recall, tuple[Job, ...]]:
+        with self._db.write() as connection:
+            added = add_recall(connection, version_id, action, actor=actor, reason=reason)
+            queued = [queue_job(connection, each)[0] for each in then]
+            return added, tuple(each for each in queued if each is not None)
+
+    def recalls(self) -> Recalls:
+        with self._db.read() as connection:
+            return recalled(connection)
+
+    def descendants(self, version_ids: Sequence[str]) -> dict[str, str]:
+        with self._db.read() as connection:
+            return descend(connection, version_ids)
 
     # evaluations
 
@@ -436,7 +453,9 @@ class SqlLedger(JobRows):
             if holder != expected:
                 raise _stage_moved(connection, stage, holder, expected)
             if version_id is not None:
+                lock_recalls(connection, shared=True)
                 _check_may_hold(connection, adapter_id, version_id, stage)
+                check_not_recalled(connection, version_id, "promote another version")
             _hold(connection, adapter_id, stage, version_id)
             event = _append_event(
                 connection,
@@ -626,8 +645,8 @@ def _check_parents(connection: Connection, edges: Iterable[Edge]) -> None:
     query = select(version.c.id).where(among(version.c.id), version.c.state != "live").with_for_update()
     gone = connection.execute(query, these(each.parent_id for each in edges)).scalars().all()
     if gone:
-        labels = ", ".join(sorted(_labels(connection, gone).values()))
-        raise Refused(f"{labels} was removed meanwhile", hint="choose other parents, and ask again")
+        named = ", ".join(sorted(labels(connection, gone).values()))
+        raise Refused(f"{named} was removed meanwhile", hint="choose other parents, and ask again")
 
 
 def _insert_edges(connection: Connection, edges: Iterable[Edge]) -> None:
@@ -651,7 +670,7 @@ def _check_unneeded(connection: Connection, version_id: str, label: str) -> None
     # children are enough: by this very rule, a removed child has no live descendant either
     children = select(edge.c.child_id).join(version, version.c.id == edge.c.child_id)
     children = children.where(edge.c.parent_id == version_id, version.c.state == "live").distinct()
-    named = sorted(_labels(connection, connection.execute(children).scalars().all()).values())
+    named = sorted(labels(connection, connection.execute(children).scalars().all()).values())
     if named:
         more = f" and {len(named) - 5} more" if len(named) > 5 else ""
         raise HasDescendants(
@@ -663,48 +682,6 @@ def _check_unneeded(connection: Connection, version_id: str, label: str) -> None
         raise Refused(
             f"{label} holds {', '.join(sorted(held_stages))}", hint="promote another version or demote it first"
         )
-
-
-def _labels(connection: Connection, version_ids: Sequence[str]) -> dict[str, str]:
-    query = select(version.c.id, adapter.c.name, version.c.number).join(adapter, version.c.adapter_id == adapter.c.id)
-    rows = connection.execute(query.where(among(version.c.id)), these(version_ids))
-    return {version_id: f"{name}:v{number}" for version_id, name, number in rows}
-
-
-# lineage
-
-_EDGES_AT = {
-    column.name: select(*(edge.c[name] for name in Edge.__dataclass_fields__))
-    .where(among(column))
-    .order_by(edge.c.child_id, edge.c.position)
-    for column in (edge.c.child_id, edge.c.parent_id)
-}
-
-
-def _walk(
-    connection: Connection, version_id: str, depth: int | None, *, start: Column[str], end: Column[str]
-) -> list[Edge]:
-    """Edges from `start` to `end`, generation by generation; each node is visited once.
-
-    One query a generation. A recursive query that carries the depth visits a node once for every length of a path to
-    it; one that does not carry it has to be sorted into generations afterwards, and is no faster
-    (docs/decisions/0005-the-row-is-the-truth.md has the figures).
-    """
-    found: list[Edge] = []
-    seen, generation = {version_id}, [version_id]
-    toward = attrgetter(end.name)
-    while generation and (depth is None or depth > 0):
-        edges = _edges_at(connection, start, generation)
-        found += edges
-        generation = [node for node in dict.fromkeys(map(toward, edges)) if node not in seen]
-        seen.update(generation)
-        depth = None if depth is None else depth - 1
-    return found
-
-
-def _edges_at(connection: Connection, column: Column[str], nodes: Iterable[str]) -> list[Edge]:
-    # all at once: row by row takes twice as long
-    return [Edge(*row) for row in connection.execute(_EDGES_AT[column.name], these(nodes)).all()]
 
 
 # stages
@@ -783,8 +760,8 @@ def _check_may_hold(connection: Connection, adapter_id: str, version_id: str, st
 
 
 def _stage_moved(connection: Connection, stage_name: str, holder: str | None, expected: str | None) -> StageMoved:
-    labels = _labels(connection, [each for each in (holder, expected) if each])
-    held_by, hoped = (labels.get(each, each) if each else "nothing" for each in (holder, expected))
+    known = labels(connection, [each for each in (holder, expected) if each])
+    held_by, hoped = (known.get(each, each) if each else "nothing" for each in (holder, expected))
     return StageMoved(
         f"{stage_name} holds {held_by}, expected {hoped}", hint="see `adapterctl history`, then try again"
     )

@@ -1,8 +1,8 @@
 """Our tables. `migrations/` builds them; a test holds both against each other.
 
-Facts of record (`edge`, `base_assignment`, `stage_history`, `decision`, `gate_file`) are append-only by triggers. Rules
-that concurrent writers could break are unique indexes: one live job a key, one live version of the same content or
-recipe in an adapter.
+Facts of record (`edge`, `base_assignment`, `stage_history`, `recall`, `decision`, `gate_file`) are append-only by
+triggers. Rules that concurrent writers could break are unique indexes: one live job a key, one live version of the same
+content or recipe in an adapter.
 """
 
 from __future__ import annotations
@@ -250,6 +250,18 @@ stage_history = Table(
     Column("hash", Text, nullable=False),
     Column("evidence", Text),
     PrimaryKeyConstraint("adapter_id", "seq"),
+)
+
+# The newest row of a version says whether it is recalled; its descendants are found along the edges.
+recall = Table(
+    "recall",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version_id", Text, ForeignKey("version.id"), nullable=False, index=True),
+    Column("action", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("at", Float, nullable=False),
 )
 
 # What a move of a stage stood on: the canonical JSON that the history's `evidence` is the SHA-256 of.

@@ -1,0 +1,128 @@
+"""Recall: a version and all that is made of it should be used no more. Who is hit, and what serves them now.
+
+The ledger is right at once: every verb that asks it sees the recall. MLflow's pages follow by a job, for it takes them
+milliseconds a version; the job writes what the ledger says when it runs, so any number of them end in the same state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from uuid6 import uuid7
+
+from ..api import RecallImpact, StageHit
+from ..domain.errors import Recalled, Refused
+from ..domain.job import Job, NewJob
+from ..domain.recall import Recall, RecallAction, check_reason
+from ..domain.version import AdapterVersion
+from ..ports import Doorbell, Ledger, VersionStore
+from .schedule import Done, Task
+from .views import iso_time
+
+
+def recall(
+    ledger: Ledger, bell: Doorbell, version: AdapterVersion, action: RecallAction, *, actor: str, reason: str
+) -> RecallImpact:
+    """Record the recall of `version`, or that it is taken back; the answer names whom that hits, or sets free.
+
+    Saying again what stands already adds nothing, and sets MLflow's pages right. Raises `InvalidInput` without a
+    reason, `Refused` where there is no recall of this very version to take back.
+    """
+    check_reason(reason)
+    if action == "undo":
+        _check_undo(ledger, version)
+    said, jobs = ledger.recall(
+        version.id, action, actor=actor, reason=reason, then=[_marking(version, action, actor=actor)]
+    )
+    for job in jobs:
+        bell.ring(job.id)
+    return _impact(ledger, version, said)
+
+
+def check_not_recalled(ledger: Ledger, version: AdapterVersion, instead: str) -> None:
+    """Raise `Recalled` where a recall hits the version; `instead` is what to do."""
+    hit = ledger.recalls().get(version.id)
+    if hit is not None:
+        raise Recalled.of(
+            version.label, ledger.versions_by_id([hit.version_id])[hit.version_id].label, hit.reason, instead
+        )
+
+
+def mark(ledger: Ledger, open_versions: Callable[[], VersionStore], version: AdapterVersion) -> None:
+    """Let MLflow's page of a new version say that it is recalled, where it was born so."""
+    hit = ledger.recalls().get(version.id)
+    if hit is not None:
+        recalled = ledger.versions_by_id([hit.version_id])[hit.version_id].label
+        open_versions().mark_recall(version, (recalled, hit.reason))
+
+
+class RecallHandler:
+    """Lets MLflow's pages of a version and its descendants say what the ledger says. Needs no child."""
+
+    def __init__(self, ledger: Ledger, *, open_versions: Callable[[], VersionStore]) -> None:
+        self._ledger = ledger
+        self._open_versions = open_versions
+
+    @contextmanager
+    def begin(self, job: Job) -> Iterator[Task | Done]:
+        # one at a time, and each reads the ledger first: the last one writes the last word
+        with self._ledger.exclusive("recall-marks"):
+            recalls = self._ledger.recalls()
+            versions = self._ledger.versions_by_id(list(self._ledger.descendants([job.spec["version_id"]])))
+            recalled = self._ledger.versions_by_id(sorted({hit.version_id for hit in recalls.values()}))
+            live = [version for version in versions.values() if version.state == "live"]
+            for version in live:
+                hit = recalls.get(version.id)
+                said = (recalled[hit.version_id].label, hit.reason) if hit is not None else None
+                self._open_versions().mark_recall(version, said)
+        yield Done({"marked": len(live)})
+
+    def finish(self, job: Job, task: Task, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise AssertionError("a recall has no task")
+
+
+def _marking(version: AdapterVersion, action: RecallAction, *, actor: str) -> NewJob:
+    done = "recalled" if action == "recall" else "no longer recalled"
+    return NewJob(
+        kind="recall",
+        key=str(uuid7()),  # never joined: one that runs already may have read the ledger before this
+        title=f"mark {version.label} and its descendants as {done}",
+        spec={"version_id": version.id},
+        created_by=actor,
+    )
+
+
+def _check_undo(ledger: Ledger, version: AdapterVersion) -> None:
+    hit = ledger.recalls().get(version.id)
+    if hit is None:
+        raise Refused(f"{version.label} is not recalled", hint="there is nothing to take back")
+    if hit.version_id != version.id:
+        other = ledger.versions_by_id([hit.version_id])[hit.version_id].label
+        raise Refused(
+            f"{version.label} itself is not recalled, it is made of {other}", hint=f"adapterctl recall --undo {other}"
+        )
+
+
+def _impact(ledger: Ledger, version: AdapterVersion, said: Recall) -> RecallImpact:
+    hit = dict.fromkeys(ledger.descendants([version.id]))
+    if said.action == "undo":
+        still = ledger.recalls()  # by way of another version
+        hit = dict.fromkeys(each for each in hit if each not in still)
+    versions = {key: each for key, each in ledger.versions_by_id(list(hit)).items() if each.state == "live"}
+    held = (
+        (stage, versions[key])
+        for stages in ledger.stages().values()
+        for stage, key in stages.items()
+        if key in versions
+    )
+    return RecallImpact(
+        ref=version.label,
+        action=said.action,
+        reason=said.reason,
+        by=said.actor,
+        at=iso_time(said.at),
+        descendants=tuple(versions[key].label for key in hit if key in versions and key != version.id),
+        stages=tuple(StageHit(each.name, stage, each.label) for stage, each in held),
+    )

@@ -1,0 +1,106 @@
+"""Walks over the edges, and the recalls that reach a version along them. Functions of an open transaction.
+
+One query a generation. A recursive query that carries the depth visits a node once for every length of a path to
+it; one that does not carry it has to be sorted into generations afterwards, and is no faster
+(docs/decisions/0005-the-row-is-the-truth.md has the figures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+
+from sqlalchemy import Column, Connection, insert, select
+
+from ...domain.errors import Recalled
+from ...domain.recall import DESCENT, Recall, RecallAction, Recalls
+from ...domain.version import Edge
+from .engine import Now, among, these
+from .tables import adapter, edge, meta, recall, version
+
+_EDGES_AT = {
+    column.name: select(*(edge.c[name] for name in Edge.__dataclass_fields__))
+    .where(among(column))
+    .order_by(edge.c.child_id, edge.c.position)
+    for column in (edge.c.child_id, edge.c.parent_id)
+}
+_RECALL = select(*(recall.c[name] for name in Recall.__dataclass_fields__)).order_by(recall.c.id)
+
+
+def walk(
+    connection: Connection, version_id: str, depth: int | None, *, start: Column[str], end: Column[str]
+) -> list[Edge]:
+    """Edges from `start` to `end`, generation by generation; each node is visited once."""
+    found: list[Edge] = []
+    seen, generation = {version_id}, [version_id]
+    toward = attrgetter(end.name)
+    while generation and (depth is None or depth > 0):
+        edges = edges_at(connection, start, generation)
+        found += edges
+        generation = [node for node in dict.fromkeys(map(toward, edges)) if node not in seen]
+        seen.update(generation)
+        depth = None if depth is None else depth - 1
+    return found
+
+
+def edges_at(connection: Connection, column: Column[str], nodes: Iterable[str]) -> list[Edge]:
+    # all at once: row by row takes twice as long
+    return [Edge(*row) for row in connection.execute(_EDGES_AT[column.name], these(nodes)).all()]
+
+
+def add_recall(connection: Connection, version_id: str, action: RecallAction, *, actor: str, reason: str) -> Recall:
+    """Append a row, unless the version stands so already: then the row that says so is returned."""
+    lock_recalls(connection)
+    last = _newest(connection, version_id)
+    if last is not None and last.action == action:
+        return last
+    row = {"version_id": version_id, "action": action, "reason": reason, "actor": actor, "at": Now()}
+    connection.execute(insert(recall).values(row))
+    added = _newest(connection, version_id)
+    assert added is not None
+    return added
+
+
+def lock_recalls(connection: Connection, *, shared: bool = False) -> None:
+    """A recall and a move of a stage see each other: whichever comes second sees the whole of the first."""
+    connection.execute(select(meta.c.registry_id).with_for_update(read=shared))
+
+
+def recalled(connection: Connection) -> Recalls:
+    """Every version that a recall hits now, the recalled ones themselves first, then generation by generation."""
+    newest = {row.version_id: Recall(*row) for row in connection.execute(_RECALL)}
+    said = {version_id: each for version_id, each in newest.items() if each.action == "recall"}
+    return {version_id: said[root] for version_id, root in descend(connection, list(said)).items()}
+
+
+def descend(connection: Connection, roots: Sequence[str]) -> dict[str, str]:
+    """The roots and every version that is made of one, each with its nearest root."""
+    found = {root: root for root in roots}
+    generation = list(found)
+    while generation:
+        following: dict[str, None] = {}
+        for each in edges_at(connection, edge.c.parent_id, generation):
+            if each.kind in DESCENT and each.child_id not in found:
+                found[each.child_id] = found[each.parent_id]
+                following[each.child_id] = None
+        generation = list(following)
+    return found
+
+
+def check_not_recalled(connection: Connection, version_id: str, what: str) -> None:
+    """Raise `Recalled` where a recall hits the version; `what` is not done then."""
+    hit = recalled(connection).get(version_id)
+    if hit is not None:
+        names = labels(connection, [version_id, hit.version_id])
+        raise Recalled.of(names[version_id], names[hit.version_id], hit.reason, what)
+
+
+def labels(connection: Connection, version_ids: Iterable[str]) -> dict[str, str]:
+    query = select(version.c.id, adapter.c.name, version.c.number).join(adapter, version.c.adapter_id == adapter.c.id)
+    rows = connection.execute(query.where(among(version.c.id)), these(version_ids))
+    return {version_id: f"{name}:v{number}" for version_id, name, number in rows}
+
+
+def _newest(connection: Connection, version_id: str) -> Recall | None:
+    rows = connection.execute(_RECALL.where(recall.c.version_id == version_id)).all()
+    return Recall(*rows[-1]) if rows else None
