@@ -59,19 +59,14 @@ for _method, _limit in (("cat", 1.5), ("svd", 2.0)):
         )(partial(_against_copy, method=_method, dtype=_dtype))
 
 
-@bench(
-    "svd_vs_peft",
-    "`svd` of one 4096×4096 module, r=16, two parents, float32, in CPU-seconds against PEFT",
-    unit="×",
-    at_least=10_000,
-)
-def svd_vs_peft(room: Path) -> Figure:
+def _against_peft(room: Path, method: str, repeats: int, **options: float) -> Figure:
+    """One module of one layer, made by PEFT once between two runs of ours."""
     # deferred: only this needs torch and PEFT in this process
     import torch
     from peft import LoraConfig, get_peft_model
 
     folders = write_pair(room, layers=1, dtype="F32")
-    merge_plan = plan(folders, "svd", rank=RANK)
+    merge_plan = plan(folders, method, rank=RANK)
     model = get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH, bias=False)), LoraConfig(r=RANK, target_modules=["0"]), "p0"
     )
@@ -82,29 +77,38 @@ def svd_vs_peft(room: Path) -> Figure:
         layer.lora_A[f"p{parent}"].weight.data = torch.from_numpy(a)
         layer.lora_B[f"p{parent}"].weight.data = torch.from_numpy(b)
 
-    ours = [_one_module(merge_plan, folders, room)]
+    ours = [_one_module(merge_plan, folders, room, repeats)]
     wall, start = time.perf_counter(), time.process_time()
-    model.add_weighted_adapter(["p0", "p1"], [0.7, 0.3], "merged", combination_type="svd", svd_rank=RANK)
+    model.add_weighted_adapter(["p0", "p1"], [0.7, 0.3], "merged", combination_type=method, svd_rank=RANK, **options)
     theirs, wall = time.process_time() - start, time.perf_counter() - wall
-    ours.append(_one_module(merge_plan, folders, room))
+    ours.append(_one_module(merge_plan, folders, room, repeats))
 
     mine = statistics.median(ours)
     return Figure(
         theirs / mine,
-        f"CPU-seconds: PEFT {theirs:.1f} ({wall:.1f} s of wall time, once), ours {mine * 1e3:.2f} ms"
-        " (reading the parents' tensors, Grams, core, products, writing; median of 400)",
+        f"CPU-seconds: PEFT {theirs:.1f} ({wall:.1f} s of wall time, once), ours {mine * 1e3:.3g} ms, reading the"
+        f" parents' tensors to writing the child's, median of {2 * repeats * len(merge_plan.modules)}",
     )
 
 
-def _one_module(merge_plan: MergePlan, folders: list[Path], room: Path) -> float:
-    method = find_method("svd")
+for _method, _limit, _repeats, _options in (("svd", 10_000, 50, {}), ("ties_svd", 50, 2, {"density": 0.5})):
+    bench(
+        f"{_method}_vs_peft",
+        f"`{_method}` of one 4096×4096 module, r=16, two parents, float32, in CPU-seconds against PEFT",
+        unit="×",
+        at_least=_limit,
+    )(partial(_against_peft, method=_method, repeats=_repeats, **_options))
+
+
+def _one_module(merge_plan: MergePlan, folders: list[Path], room: Path, repeats: int) -> float:
+    method = find_method(merge_plan.recipe.method)
     readers = [TensorReader(folder / WEIGHTS_FILE) for folder in folders]
     seconds = []
     with (
         TensorWriter(room / "one.safetensors", engine.output_tensors(merge_plan), {}) as writer,
         threadpool_limits(limits=1, user_api="blas"),
     ):
-        for module in merge_plan.modules * 50:
+        for module in merge_plan.modules * repeats:
             start = time.thread_time()
             engine.merge_module(module, method, merge_plan, readers, writer)
             seconds.append(time.thread_time() - start)

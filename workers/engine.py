@@ -12,23 +12,23 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from ..registry.domain.digest import canonical_json
 from ..registry.domain.errors import JobCancelled, Refused
 from ..registry.domain.header import DTYPE_BYTES
 from ..registry.domain.plan import MergePlan, ModulePlan
-from ..registry.merging.elements import elements_of
-from ..registry.merging.grams import GRAM_FLOOR, Factors, Grams, Maps, error_squared, exact_norm, size_of_parts
+from ..registry.merging.grams import Factors
+from ..registry.merging.make import Outcome, arithmetic, make, promise
 from ..registry.merging.method import MethodSpec, find_method
-from ..registry.merging.stack import Stack, blocks_of, coefficients, load_stack
+from ..registry.merging.stack import blocks_of, coefficients, load_stack
 from ..registry.merging.tensors import STORED, TensorReader, TensorWriter, encode, sync_folder
 
 CONFIG_FILE = "adapter_config.json"
@@ -38,17 +38,6 @@ README_FILE = "README.md"
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 Stop = Callable[[], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the method promised for one module, before anything was rounded.
-
-    `error_squared` is ||made - exact sum||²; `arithmetic` bounds what the floating-point products may add to the error.
-    """
-
-    error_squared: float
-    arithmetic: float
 
 
 def never() -> bool:
@@ -104,12 +93,8 @@ def predict_loss(
         readers = [files.enter_context(TensorReader(path)) for path in parent_files]
 
         def work(module: ModulePlan) -> tuple[float, float]:
-            stack = load_stack(module.parts, readers, _arithmetic(plan.recipe.dtype))
-            grams = stack.grams()
-            if method.form == "elements":
-                a, b = _elements(method, module, stack, plan)
-                return _distance(stack, a, b).error_squared, exact_norm(grams) ** 2
-            return error_squared(grams, _maps(method, grams, plan)), exact_norm(grams) ** 2
+            stack = load_stack(module.parts, readers, arithmetic(method, plan.recipe.dtype))
+            return promise(module, method, stack, plan.recipe)
 
         pairs = for_each_module(plan, work, threads=threads, should_stop=should_stop).values()
     error, norm = (math.fsum(pair[side] for pair in pairs) for side in (0, 1))
@@ -135,15 +120,9 @@ def merge_module(
         writer.write(module.bias_key, encode(_bias(module, readers), plan.recipe.dtype))
     if method.form == "factors":
         return _write_factors(module, method.function(coefficients(module.parts)), plan, readers, writer)
-    stack = load_stack(module.parts, readers, _arithmetic(plan.recipe.dtype))
-    if method.form == "elements":
-        a, b = _elements(method, module, stack, plan)
-        _write_made(module, a, b, plan, writer)
-        return _distance(stack, a, b)
-    grams = stack.grams()
-    maps = _maps(method, grams, plan)
-    _write_made(module, maps.a.astype(stack.a.dtype) @ stack.a, stack.b @ maps.b.astype(stack.b.dtype), plan, writer)
-    return Outcome(error_squared(grams, maps), _product_error(grams, maps, float(np.finfo(stack.a.dtype).eps) / 2))
+    made = make(module, method, load_stack(module.parts, readers, arithmetic(method, plan.recipe.dtype)), plan.recipe)
+    _write_made(module, made.a, made.b, plan, writer)
+    return made.outcome
 
 
 def for_each_module(
@@ -157,14 +136,14 @@ def for_each_module(
     """Results by module name, in the plan's order, computed by `threads` threads that each use one BLAS thread."""
     _keep_freed_memory()
     results: dict[str, Result] = {}
-    with threadpool_limits(limits=1, user_api="blas"), _pool(threads) as pool:
-        names = {pool.submit(_quietly, work, module): module.name for module in plan.modules}
-        for done, future in enumerate(as_completed(names), start=1):
-            results[names[future]] = future.result()
-            on_progress(done, len(names))
-            if done < len(names) and should_stop():
+    with _libraries().limit(limits=1, user_api="blas"):
+        for done, (name, result) in enumerate(_as_they_come(plan.modules, work, threads), start=1):
+            results[name] = result
+            on_progress(done, len(plan.modules))
+            if done < len(plan.modules) and should_stop():
                 raise JobCancelled(
-                    f"stopped after {done} of {len(names)} modules", hint="`adapterctl jobs retry` runs it again"
+                    f"stopped after {done} of {len(plan.modules)} modules",
+                    hint="`adapterctl jobs retry` runs it again",
                 )
     return {module.name: results[module.name] for module in plan.modules}
 
@@ -221,35 +200,6 @@ The recipe stands in full in the metadata of `{WEIGHTS_FILE}` under `adapterctl.
 """
 
 
-def _maps(method: MethodSpec, grams: Grams, plan: MergePlan) -> Maps:
-    maps: Maps = method.function(grams, rank=min(plan.recipe.rank, grams.rank), **_keywords(method, plan))
-    return maps
-
-
-def _elements(
-    method: MethodSpec, module: ModulePlan, stack: Stack, plan: MergePlan
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    made: tuple[NDArray[np.float64], NDArray[np.float64]] = method.function(
-        elements_of(module.name, stack), **_keywords(method, plan)
-    )
-    return made
-
-
-def _keywords(method: MethodSpec, plan: MergePlan) -> dict[str, Any]:
-    keywords: dict[str, Any] = dict(plan.recipe.options)
-    if method.seeded:
-        keywords["seed"] = plan.recipe.seed
-    return keywords
-
-
-def _distance(stack: Stack, a: NDArray[np.float64], b: NDArray[np.float64]) -> Outcome:
-    """How far b @ a is from the exact sum, with both in one stack as in the receipt, before they are rounded."""
-    joined = Stack(
-        np.concatenate([stack.a, a]), np.concatenate([stack.b, b], axis=1), np.append(stack.c, -np.ones(len(a))), ()
-    ).grams()
-    return Outcome(exact_norm(joined) ** 2, GRAM_FLOOR * size_of_parts(joined))
-
-
 def _write_factors(
     module: ModulePlan, factors: Factors, plan: MergePlan, readers: Sequence[TensorReader], writer: TensorWriter
 ) -> Outcome:
@@ -294,25 +244,16 @@ def _bias(module: ModulePlan, readers: Sequence[TensorReader]) -> NDArray[np.flo
     return total
 
 
-def _product_error(grams: Grams, maps: Maps, unit: float) -> float:
-    """Bound of what rounding inside a @ A and B @ b adds to B b a A, and inside the Grams to the promised error.
-
-    Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.13: |fl(XY) - XY| <= n u |X||Y|.
-    """
-    norm_a, norm_b = np.sqrt(np.diag(grams.a)), np.sqrt(np.diag(grams.b))
-    made = float((np.abs(maps.a) @ norm_a) @ (norm_b @ np.abs(maps.b)))
-    return (grams.rank + 2) * unit * 2 * made + GRAM_FLOOR * (made + size_of_parts(grams))
-
-
 def _scaled(values: NDArray[np.floating], scale: NDArray[np.float64], dtype: str) -> NDArray[Any]:
-    """`values * scale` as stored in `dtype`."""
-    wide = _arithmetic(dtype)
+    """`values * scale` as stored in `dtype`, computed in a wider type."""
+    wide = np.float32 if dtype in {"BF16", "F16"} else np.float64
     return encode(values.astype(wide, copy=False) * scale.astype(wide), dtype)
 
 
-def _arithmetic(dtype: str) -> type[np.floating]:
-    """The type to compute in: always wider than the output, so that the output is rounded once."""
-    return np.float32 if dtype in {"BF16", "F16"} else np.float64
+@cache
+def _libraries() -> ThreadpoolController:
+    """The BLAS that numpy computes with; looking for it among all loaded libraries costs more than a small merge."""
+    return ThreadpoolController()
 
 
 def _quietly(work: Callable[[ModulePlan], Result], module: ModulePlan) -> Result:
@@ -330,12 +271,17 @@ def _keep_freed_memory() -> None:
     bytearray(4 << 20)
 
 
-@contextmanager
-def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that forgets what was not begun as soon as something goes wrong."""
-    pool = ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="merge")
+def _as_they_come(
+    modules: Sequence[ModulePlan], work: Callable[[ModulePlan], Result], threads: int
+) -> Iterator[tuple[str, Result]]:
+    """Name and result of each module; what was not begun is forgotten as soon as something goes wrong."""
+    if threads <= 1:
+        yield from ((module.name, _quietly(work, module)) for module in modules)
+        return
+    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="merge")
     try:
-        yield pool
+        names = {pool.submit(_quietly, work, module): module.name for module in modules}
+        yield from ((names[future], future.result()) for future in as_completed(names))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -34,11 +34,12 @@ from ..registry.merging.grams import (
     retained,
     size_of_parts,
 )
+from ..registry.merging.make import Outcome
 from ..registry.merging.method import find_method
 from ..registry.merging.pairs import Meeting, meet, pairs
 from ..registry.merging.stack import Stack, coefficients, load_stack
 from ..registry.merging.tensors import TensorReader
-from .engine import CONFIG_FILE, WEIGHTS_FILE, Outcome, Stop, for_each_module, header_metadata, never, output_tensors
+from .engine import CONFIG_FILE, WEIGHTS_FILE, Stop, for_each_module, header_metadata, never, output_tensors
 
 #: Relative and absolute rounding error of one stored value (unit roundoff, half of the smallest subnormal number).
 ROUNDING: Mapping[str, tuple[float, float]] = {
@@ -156,7 +157,7 @@ def _prove_module(
     module: ModulePlan, child: LoraModule, outcome: Outcome, plan: MergePlan, readers: Sequence[TensorReader]
 ) -> Proof | list[Problem]:
     """Everything that is wrong with the module, or what was measured. The last reader is the child's."""
-    own = Part(len(readers) - 1, child.rank, -1.0, child.a, child.b)
+    own = Part(len(readers) - 1, child.rank, -1.0, 1.0, child.a, child.b)
     stack = load_stack([*module.parts, own], readers)
     rank = len(stack.c) - child.rank
     problems = _value_problems(module, stack, rank, plan)
@@ -203,7 +204,9 @@ def _value_problems(module: ModulePlan, stack: Stack, rank: int, plan: MergePlan
         if not np.isfinite(values).all():
             hint = "its values are too large for the output type: use --dtype f32"
             return [Problem("not_finite", f"{key} holds values that are not finite", hint)]
-    if np.any(a[rank:]) or np.any(b[:, rank:]):
+    # what is made of the deltas' elements has directions that no parent has
+    of_parents = find_method(plan.recipe.method).form != "deltas"
+    if of_parents and (np.any(a[rank:]) or np.any(b[:, rank:])):
         return [Problem("padding_not_zero", f"{module.name} has values beyond the sum of its parents' ranks")]
     if _touched(module, stack, a, b, plan):
         return [Problem("copy_differs", f"{module.name}: factors that should be the parents' bytes are not")]

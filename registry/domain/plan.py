@@ -21,10 +21,15 @@ class Part:
 
     parent: int
     rank: int
-    coefficient: float
+    weight: float
+    scaling: float
     a: TensorEntry
     b: TensorEntry
     bias: TensorEntry | None = None
+
+    @property
+    def coefficient(self) -> float:
+        return self.weight * self.scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +178,7 @@ def _module_plan(name: str, shares: Sequence[tuple[int, LoraModule]], recipe: Re
         a_shape=(recipe.rank, *first.a.shape[1:]),
         b_shape=(first.d_out, recipe.rank, *first.b.shape[2:]),
         parts=tuple(
-            Part(parent, m.rank, recipe.parents[parent].weight * m.scaling, m.a, m.b, m.bias) for parent, m in shares
+            Part(parent, m.rank, recipe.parents[parent].weight, m.scaling, m.a, m.b, m.bias) for parent, m in shares
         ),
         # PEFT gives every module a bias or none
         bias_key=f"{stem}.lora_B.bias" if with_bias else None,

@@ -13,10 +13,11 @@ import numpy as np
 
 from ..domain.adapter import AdapterFacts
 from ..domain.errors import IncompatibleParents
-from ..domain.plan import Forecast, MergePlan, Pair, Part
+from ..domain.plan import Forecast, MergePlan, ModulePlan, Pair, Part
 from ..domain.recipe import OptionValue
 from .core import spectrum
-from .grams import Array, block_products, error_squared
+from .grams import Array, Grams, block_products, error_squared
+from .make import arithmetic, promise
 from .method import find_method, methods
 from .pairs import meet, pairs
 from .stack import load_stack
@@ -26,7 +27,7 @@ from .tensors import TensorReader
 USUAL_RANKS = (8, 16, 32, 64, 128, 256)
 #: A loss of which people say that nothing is lost: one percent.
 SMALL_LOSS = 0.01
-NOT_FORECAST = "loss is not forecast"
+NOT_FORECAST = "loss is forecast where this method is asked for"
 #: Said of the methods whose aim is another one: their distance from the sum is no measure of how good they are.
 NOT_THE_SUM = "aims at something else than the sum"
 
@@ -43,7 +44,9 @@ def forecast(
     full_rank = max(sum(part.rank for part in module.parts) for module in plan.modules)
     energy = np.zeros(full_rank)
     others = _other_methods(plan, full_rank)
-    errors = {name: 0.0 for name in others if find_method(name).form == "grams"}
+    # only Grams are cheap: the other forms work through every element
+    forms = {"grams": list(others), "elements": [plan.recipe.method], "deltas": [plan.recipe.method]}
+    errors = {name: 0.0 for name in others if name in forms.get(find_method(name).form, ())}
     meetings = []
     with ExitStack() as stack:
         readers = [stack.enter_context(TensorReader(path)) for path in files]
@@ -52,9 +55,7 @@ def forecast(
             energy[: grams.rank] += spectrum(grams) ** 2
             meetings.append(meet(grams))
             for name in errors:
-                rank, options = others[name]
-                maps = find_method(name).function(grams, rank=min(rank, grams.rank), **options)
-                errors[name] += error_squared(grams, maps)
+                errors[name] += _error_squared(name, *others[name], module, grams, plan, readers)
     weights = [parent.weight for parent in plan.recipe.parents]
     total = float(energy.sum())
     losses = {name: math.sqrt(error / total) if total > 0 else 0.0 for name, error in errors.items()}
@@ -84,12 +85,29 @@ def compare(first: AdapterFacts, first_file: Path, second: AdapterFacts, second_
     return cosine, (distance / sizes[0] if sizes[0] > 0 else distance)
 
 
+def _error_squared(
+    name: str,
+    rank: int,
+    options: Mapping[str, OptionValue],
+    module: ModulePlan,
+    grams: Grams,
+    plan: MergePlan,
+    readers: Sequence[TensorReader],
+) -> float:
+    method = find_method(name)
+    if method.form == "grams":
+        return error_squared(grams, method.function(grams, rank=min(rank, grams.rank), **options))
+    # the one that was asked for
+    stack = load_stack(module.parts, readers, arithmetic(method, plan.recipe.dtype))
+    return promise(module, method, stack, plan.recipe)[0]
+
+
 def _differences(first: AdapterFacts, second: AdapterFacts) -> Iterator[list[Part]]:
     """The parts of `first - second`, module by module."""
     modules: dict[str, list[Part]] = {}
     for place, (adapter, sign) in enumerate(((first, 1.0), (second, -1.0))):
         for m in adapter.modules:
-            modules.setdefault(m.name, []).append(Part(place, m.rank, sign * m.scaling, m.a, m.b))
+            modules.setdefault(m.name, []).append(Part(place, m.rank, sign, m.scaling, m.a, m.b))
     for name, parts in modules.items():
         if len({(part.a.shape[1:], part.b.shape[:1]) for part in parts}) > 1:
             raise IncompatibleParents(

@@ -3,11 +3,11 @@
     @merge_method("svd", form="grams", rev=1, exact=False, ...)
     def svd(grams: Grams, *, rank: int) -> Maps: ...
 
-Four forms. `factors` keeps the parents' factors and gives one scale a row; `grams` turns the small Gram matrices
-into two maps; `elements` makes both factors from those of parents of equal rank; `choice` picks another method and rank
-before the recipe is made, so that the recipe never names it. `rank` and `seed` are not options: they are fields of the
-recipe. Methods of others come in by the entry-point group `adapterctl.merge_methods`.
-The laws in tests/laws run over every method that is registered.
+Five forms. `factors` keeps the parents' factors and gives one scale a row; `grams` turns the small Gram matrices
+into two maps; `elements` makes both factors from those of parents of equal rank; `deltas` makes them from bands of the
+parents' deltas, or from their factors; `choice` picks another method and rank before the recipe is made, so that the
+recipe never names it. `rank` and `seed` are not options: they are fields of the recipe. Methods of others come in by
+the entry-point group `adapterctl.merge_methods`. The laws in tests/laws run over every method that is registered.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LAWS = (
     "full_rank",  # at the sum of the ranks nothing is lost
 )
 
-Form = Literal["factors", "grams", "elements", "choice"]
+Form = Literal["factors", "grams", "elements", "deltas", "choice"]
 #: An option from 0 to 1.
 Share = Annotated[float, (0.0, 1.0)]
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -143,6 +143,15 @@ def dense(case: Case) -> dict[str, np.ndarray]:
     return total
 
 
+def at_its_rank(case: Case) -> Case:
+    """The case with the sum of its ranks where it asks for none: more rows must not mean more rank."""
+    ranks: dict[str, int] = {}
+    for parent in case.parents:
+        for name, (a, _) in parent.items():
+            ranks[name] = ranks.get(name, 0) + len(a)
+    return replace(case, rank=case.rank or max(ranks.values()))
+
+
 def size(case: Case) -> float:
     """Sum of the norms of all rank-one parts: what rounding is relative to, also where parts cancel out."""
     return sum(
@@ -213,6 +222,7 @@ def absent(name: str, case: Case) -> None:
     assume_clear_cut(case)
     if find_method(name).max_parents == len(case.parents):
         case = replace(case, parents=case.parents[:-1], weights=case.weights[:-1])
+    case = at_its_rank(case)
     ghost = {module: (a + 1, b - 1) for module, (a, b) in case.parents[0].items()}
     with_ghost = replace(case, parents=(*case.parents, ghost), weights=(*case.weights, 0.0))
 
@@ -229,6 +239,7 @@ def cancellation(name: str, case: Case) -> None:
 
 def padding(name: str, case: Case) -> None:
     assume_clear_cut(case)
+    case = at_its_rank(case)
     padded = tuple(
         {m: (np.pad(a, ((0, 2), (0, 0))), np.pad(b, ((0, 0), (0, 2)))) for m, (a, b) in parent.items()}
         for parent in case.parents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny_merge import WEIGHTS, deltas, distance, facts_of, plan_of, run_merge, 
 
 from adapterctl.registry.domain.errors import IncompatibleParents
 from adapterctl.registry.merging.forecast import compare, forecast
+from adapterctl.registry.merging.method import methods
 
 
 def test_a_forecast_is_what_the_merge_then_loses(tmp_path: Path):
@@ -20,12 +22,8 @@ def test_a_forecast_is_what_the_merge_then_loses(tmp_path: Path):
     forecasts, _ = forecast(plan, [folder / WEIGHTS for folder in folders], ["a", "b"])
 
     assert {row.rank for row in forecasts if row.method == "svd"} >= {5, 8}, "the asked rank and the default"
-    assert {row.method for row in forecasts if row.loss is None} == {
-        "ties",
-        "magnitude_prune",
-        "dare_linear",
-        "dare_ties",
-    }
+    works_on_elements = {method.name for method in methods().values() if method.form in {"elements", "deltas"}}
+    assert {row.method for row in forecasts if row.loss is None} == works_on_elements
     for row in forecasts:
         merged = run_merge(
             folders, tmp_path / f"{row.method}{row.rank}", weights=(1.0, 0.4), method=row.method, rank=row.rank
@@ -44,15 +42,24 @@ def test_only_methods_that_can_take_the_parents_are_forecast(tmp_path: Path):
     assert not {"slerp", "ties", "peft_linear"} & named, "slerp takes two parents, the others equal ranks"
 
 
-def test_the_forecast_of_the_method_that_was_asked_for_has_its_options(tmp_path: Path):
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"method": "slerp", "options": {"t": 0.1}, "rank": 3},
+        {"method": "ties", "options": {"density": 0.8}},
+        {"method": "ties_svd", "options": {"density": 0.8}, "rank": 3},
+    ],
+    ids=["grams", "elements", "deltas"],
+)
+def test_the_forecast_of_the_method_that_was_asked_for_has_its_options(tmp_path: Path, asked: dict[str, Any]):
     folders = [write_tiny_adapter(tmp_path / f"p{i}", seed=i) for i in range(2)]
-    asked = {"method": "slerp", "options": {"t": 0.1}, "rank": 3}
 
     forecasts, _ = forecast(plan_of(folders, **asked), [folder / WEIGHTS for folder in folders], ["a", "b"])
 
-    (row,) = (row for row in forecasts if row.method == "slerp")
-    assert row.loss == pytest.approx(run_merge(folders, tmp_path / "out", **asked).receipt["loss"], abs=2e-6)
-    assert row.rank == 3
+    (row,) = (row for row in forecasts if row.method == asked["method"])
+    merged = run_merge(folders, tmp_path / "out", **asked)
+    assert row.loss == pytest.approx(merged.receipt["loss"], abs=2e-6)
+    assert row.rank == merged.plan.recipe.rank
 
 
 def test_the_smallest_rank_with_a_small_loss_is_named(tmp_path: Path):

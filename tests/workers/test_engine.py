@@ -96,7 +96,7 @@ def test_modules_of_one_parent_alone_are_kept(tmp_path: Path):
     assert distance(deltas(merged.folder), exact_sum(parents, (1.0, 0.5))) == 0
 
 
-@pytest.mark.parametrize("method", ["tsv", "ties", "peft_linear", "dare_linear"])
+@pytest.mark.parametrize("method", ["tsv", "ties", "peft_linear", "dare_linear", "ties_svd"])
 def test_the_loss_is_known_before_anything_is_written(tmp_path: Path, method: str):
     parents = [write_tiny_adapter(tmp_path / f"p{i}", seed=i) for i in range(2)]
 

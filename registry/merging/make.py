@@ -1,0 +1,121 @@
+"""What a method makes of one module in memory: the child's factors, and how far they are from the exact weighted sum.
+
+The one place that knows how a method of each form is called. Reads and writes no file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..domain.plan import ModulePlan
+from ..domain.recipe import Recipe
+from .deltas import Deltas
+from .elements import elements_of
+from .grams import GRAM_FLOOR, Grams, Maps, error_squared, exact_norm, size_of_parts
+from .method import MethodSpec
+from .stack import Stack
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the method promised for one module, before anything was rounded.
+
+    `error_squared` is ||made - exact sum||²; `arithmetic` bounds what the floating-point products may add to the error.
+    """
+
+    error_squared: float
+    arithmetic: float
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A' (r, d_in) and B' (d_out, r) of the child, not yet rounded to its type."""
+
+    a: NDArray[np.floating]
+    b: NDArray[np.floating]
+    outcome: Outcome
+
+
+def make(module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe) -> Made:
+    """Apply a method of any form but `factors` and `choice`, which leave the parents' factors as they are."""
+    if method.form == "grams":
+        grams = stack.grams()
+        maps = _maps(method, grams, recipe)
+        outcome = Outcome(
+            error_squared(grams, maps), _product_error(grams, maps, float(np.finfo(stack.a.dtype).eps) / 2)
+        )
+        return Made(maps.a.astype(stack.a.dtype) @ stack.a, stack.b @ maps.b.astype(stack.b.dtype), outcome)
+    a, b = _large(module, method, stack, recipe)
+    return Made(a, b, _distance(stack, a, b))
+
+
+def promise(module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe) -> tuple[float, float]:
+    """(||made - exact sum||², ||exact sum||²) before rounding; of a method on Grams without making anything."""
+    grams = stack.grams()
+    if method.form == "grams":
+        return error_squared(grams, _maps(method, grams, recipe)), exact_norm(grams) ** 2
+    return _distance(stack, *_large(module, method, stack, recipe)).error_squared, exact_norm(grams) ** 2
+
+
+def arithmetic(method: MethodSpec, dtype: str) -> type[np.floating]:
+    """The type to compute in: wider than the output, so that the output is rounded once.
+
+    Deltas are as large as the base, and their rules compare, drop and average elements: float32 does for float32 too.
+    """
+    narrow = {"BF16", "F16", "F32"} if method.form == "deltas" else {"BF16", "F16"}
+    return np.float32 if dtype in narrow else np.float64
+
+
+def _maps(method: MethodSpec, grams: Grams, recipe: Recipe) -> Maps:
+    maps: Maps = method.function(grams, rank=min(recipe.rank, grams.rank), **_keywords(method, recipe))
+    return maps
+
+
+def _large(
+    module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The factors that a method of form `elements` or `deltas` makes."""
+    made: tuple[NDArray[np.float64], NDArray[np.float64]]
+    if method.form == "elements":
+        made = method.function(elements_of(module.name, stack), **_keywords(method, recipe))
+        return made
+    made = method.function(_deltas(module, stack), rank=recipe.rank, **_keywords(method, recipe))
+    return made
+
+
+def _deltas(module: ModulePlan, stack: Stack) -> Deltas:
+    return Deltas(
+        stack=stack,
+        scaling=np.array([part.scaling for part in module.parts]),
+        weights=np.array([part.weight for part in module.parts]),
+        names=tuple(f"{part.parent}/{module.name}" for part in module.parts),
+    )
+
+
+def _keywords(method: MethodSpec, recipe: Recipe) -> dict[str, Any]:
+    keywords: dict[str, Any] = dict(recipe.options)
+    if method.seeded:
+        keywords["seed"] = recipe.seed
+    return keywords
+
+
+def _distance(stack: Stack, a: NDArray[np.float64], b: NDArray[np.float64]) -> Outcome:
+    """How far b @ a is from the exact sum, with both in one stack as in the receipt, before they are rounded."""
+    joined = Stack(
+        np.concatenate([stack.a, a]), np.concatenate([stack.b, b], axis=1), np.append(stack.c, -np.ones(len(a))), ()
+    ).grams()
+    return Outcome(exact_norm(joined) ** 2, GRAM_FLOOR * size_of_parts(joined))
+
+
+def _product_error(grams: Grams, maps: Maps, unit: float) -> float:
+    """Bound of what rounding inside a @ A and B @ b adds to B b a A, and inside the Grams to the promised error.
+
+    Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.13: |fl(XY) - XY| <= n u |X||Y|.
+    """
+    norm_a, norm_b = np.sqrt(np.diag(grams.a)), np.sqrt(np.diag(grams.b))
+    made = float((np.abs(maps.a) @ norm_a) @ (norm_b @ np.abs(maps.b)))
+    return (grams.rank + 2) * unit * 2 * made + GRAM_FLOOR * (made + size_of_parts(grams))
