@@ -150,7 +150,7 @@ def revoke(
 
 
 def _settle() -> None:
-    """What was loaded to start stays: the collector need not look through MLflow again and again while requests wait."""
+    """What was loaded to start stays: the collector need not look through all of MLflow while requests wait."""
     gc.collect()
     gc.freeze()
     # A thread that comes back from the disk still holds the ledger's write lock: it must not wait 5 ms for the others.
