@@ -33,10 +33,14 @@ def own_folder(version: AdapterVersion) -> Path | None:
     """The folder of this machine that holds a version's files; None where they lie elsewhere. Raises `Corrupt`."""
     folder = local_folder(version.placement.location)
     if folder is not None and not folder.is_dir():
-        raise Corrupt(
-            f"the files of {version.label} are gone: {folder}", hint="restore that folder, or merge or register it anew"
-        )
+        raise files_are_gone(version, str(folder))
     return folder
+
+
+def files_are_gone(version: AdapterVersion, place: str) -> Corrupt:
+    """Nothing is left where they lay."""
+    hint = "restore them from a backup, or merge or register it anew"
+    return Corrupt(f"the files of {version.label} are gone: {place}", hint=hint)
 
 
 def list_files(folder: Path) -> tuple[FileRecord, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ for _name, _value in ENVIRONMENT.items():  # read by MLflow while it is imported
 import mlflow  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Run  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
 
 EXPERIMENT = "adapters"
 REGISTRY_ID = "adapterctl.registry_id"
@@ -48,7 +50,7 @@ _global_uri = Lock()
 
 
 def in_our_words(method: Callable[P, T]) -> Callable[P, T]:
-    """Let MLflow's and the disk's errors leave as `Unavailable`."""
+    """Let the errors of MLflow, of the disk and of S3 leave as `Unavailable`."""
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -59,8 +61,24 @@ def in_our_words(method: Callable[P, T]) -> Callable[P, T]:
             raise Unavailable(f"MLflow refused: {reason}", hint="run `adapterctl doctor`") from error
         except OSError as error:
             raise Unavailable(f"files of a version: {error}", hint="check the disk and its rights") from error
+        except ModuleNotFoundError as error:
+            hint = "pip install 'adapterctl[service]'"
+            raise Unavailable(
+                f"the store of the files needs {error.name}, which is not installed", hint=hint
+            ) from error
+        except _s3_errors() as error:
+            hint = "check the bucket, MLFLOW_S3_ENDPOINT_URL and AWS_*"
+            raise Unavailable(f"S3 refused: {error}", hint=hint) from error
 
     return call
+
+
+def _s3_errors() -> tuple[type[Exception], ...]:
+    """What S3's client raises, which MLflow passes on as it is; nothing where that client was never loaded."""
+    botocore, boto3 = sys.modules.get("botocore.exceptions"), sys.modules.get("boto3.exceptions")
+    if botocore is None or boto3 is None:
+        return ()
+    return (botocore.BotoCoreError, botocore.ClientError, boto3.Boto3Error)
 
 
 @contextmanager
@@ -197,6 +215,15 @@ class Mlflow:
     @in_our_words
     def _download_to(self, uri: str, folder: str) -> Path:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=self.uri))
+
+    @in_our_words
+    def has_files(self, uri: str) -> bool:
+        return bool(get_artifact_repository(uri, tracking_uri=self.uri).list_artifacts())
+
+    @in_our_words
+    def delete_files(self, uri: str) -> None:
+        """Delete what lies at an artifact location; fine where nothing does."""
+        get_artifact_repository(uri, tracking_uri=self.uri).delete_artifacts()
 
     def artifact_uri(self, kind: Literal["run", "model"], location: str) -> str:
         """The artifact location behind `runs:/` or `models:/`. Raises `NotFound`."""

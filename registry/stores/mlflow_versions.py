@@ -24,7 +24,7 @@ from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion, Base, FileRecord, NewVersion, Placement
 from ..ports import Parent
 from ..wire import from_json, to_builtins, to_json
-from .artifacts import list_files, local_folder, move_into_place, own_folder
+from .artifacts import files_are_gone, list_files, local_folder, move_into_place, own_folder
 from .mlflow_access import (
     ADAPTER_ID,
     EXISTS,
@@ -136,7 +136,10 @@ class MlflowVersions:
         if own is not None:
             yield own
             return
-        with self._mlflow.download(version.placement.location) as folder:
+        location = version.placement.location
+        if not self._mlflow.has_files(location):
+            raise files_are_gone(version, location)
+        with self._mlflow.download(location) as folder:
             yield folder
 
     @contextmanager
@@ -194,12 +197,18 @@ class MlflowVersions:
             self._client.delete_model_version(version.name, str(placement.number))
         with missing_is_fine():
             self._client.delete_logged_model(placement.model_id)
-        if (local := local_folder(placement.location)) is not None and local.parent.name == placement.model_id:
-            shutil.rmtree(local.parent, ignore_errors=not local.parent.exists())
+        self._delete_files(placement)
         for run in self._mlflow.runs(f"tags.`{PARENT_RUN}` = '{placement.run_id}'"):
             self._client.delete_run(run.info.run_id)
         with missing_is_fine():
             self._client.delete_run(placement.run_id)
+
+    def _delete_files(self, placement: Placement) -> None:
+        local = local_folder(placement.location)
+        if local is None:
+            self._mlflow.delete_files(placement.location)
+        elif local.parent.name == placement.model_id:
+            shutil.rmtree(local.parent, ignore_errors=not local.parent.exists())
 
     def _create_adapter(self, name: str, adapter_id: str, base: Base) -> Any:
         try:

@@ -118,6 +118,18 @@ def postgres_schema(postgres: PostgresServer) -> str:
 
 
 @pytest.fixture(scope="session")
+def postgres_mlflow_schema(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of an empty database of MLflow's, to be copied: its tables take seconds to make."""
+    from adapterctl.registry.stores.mlflow_versions import MlflowVersions  # deferred: MLflow takes 2 s
+
+    postgres.run("CREATE DATABASE mlflow_schema")
+    MlflowVersions(postgres.url("mlflow_schema"), tmp_path_factory.mktemp("mlflow"), "nobody").check_identity()
+    # MLflow never lets go of a connection, and a database in use cannot be copied
+    postgres.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'mlflow_schema'")
+    return "mlflow_schema"
+
+
+@pytest.fixture(scope="session")
 def new_database(postgres: PostgresServer) -> Callable[[str], str]:
     """Make a database like the named one, and give its address. It ends with the server."""
     names = (f"test_{number}" for number in count(1))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from postgres import PASSWORD, PostgresServer
+from postgres import PASSWORD
 from sqlalchemy import text
 from tiny import write_tiny_adapter
 
@@ -21,18 +21,18 @@ from adapterctl.registry.settings import Settings
 from adapterctl.registry.stores.sql.engine import Database
 
 
-@pytest.fixture(scope="module")
-def mlflow_database(postgres: PostgresServer, new_database: Callable[[str], str]) -> str:
-    """The address of an empty database for MLflow."""
-    return new_database("template0")
-
-
 @pytest.fixture
-def shared(home: Path, postgres_url: str, mlflow_database: str, tmp_path: Path) -> Settings:
+def shared(
+    home: Path, postgres_url: str, new_database: Callable[[str], str], postgres_mlflow_schema: str, tmp_path: Path
+) -> Settings:
     return Settings(
-        home=home, database_url=postgres_url, mlflow_uri=mlflow_database, artifacts=(tmp_path / "artifacts").as_uri(),
-        idle_s=0.2, actor="ada",
-    )  # fmt: skip
+        home=home,
+        database_url=postgres_url,
+        mlflow_uri=new_database(postgres_mlflow_schema),
+        artifacts=(tmp_path / "artifacts").as_uri(),
+        idle_s=0.2,
+        actor="ada",
+    )
 
 
 @pytest.fixture
