@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from ..registry.api import LineageEdgeView, LineageView, VersionView
-from ..registry.services.words import edge_label, headline, made
+from ..registry.api import LineageEdgeView, LineageView, MetricPoint, VersionView
+from ..registry.services.words import edge_label, headline, made, number
 from .output import Output, printable
 from .views import metrics
 
@@ -31,6 +32,30 @@ def tree(view: LineageView, out: Output) -> str:
     if view.direction == "down" or len(above) == 1:
         return "\n".join(below)
     return "\n".join([out.paint("made from", "dim"), *above, "", out.paint("went into", "dim"), *below])
+
+
+def between(view: LineageView, title: str, out: Output) -> str:
+    """What was found between two versions, then the way there as a tree."""
+    if not view.found:
+        return f"{title}: nothing"
+    drawn = replace(view, root=view.found[-1], direction="down")
+    if view.root == view.found[-1]:
+        drawn = replace(view, direction="down")
+    named = out.paint(printable(", ".join(view.found)), "bold")
+    return f"{title}: {named}\n\n{tree(drawn, out)}"
+
+
+def metric_table(points: Sequence[MetricPoint], out: Output) -> str:
+    """A version a line, and what each of its parents has of the metric."""
+    rows = [
+        [
+            point.ref,
+            "-" if point.value is None else number(point.value),
+            ", ".join(f"{ref} {number(value)}" for ref, value in point.parents.items()) or "-",
+        ]
+        for point in points
+    ]
+    return out.table(["VERSION", points[0].metric.upper(), "PARENTS"], rows, right={1})
 
 
 def mermaid(view: LineageView) -> str:

@@ -145,12 +145,27 @@ class LineageEdgeView:
 
 @dataclass(frozen=True, slots=True)
 class LineageView:
-    """The graph around `root`: every version reached, and the edges between them."""
+    """The graph around `root`: every version reached, and the edges between them.
+
+    `found` answers a question about two versions: their common ancestors, the nearest first, or a shortest path from
+    `root` to the other.
+    """
 
     root: str
     direction: Direction
     versions: tuple[VersionView, ...]
     edges: tuple[LineageEdgeView, ...]
+    found: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MetricPoint:
+    """A metric of one version in a lineage, beside the values of its parents."""
+
+    ref: str
+    metric: str
+    value: float | None
+    parents: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,8 +357,14 @@ class RegistryAPI(Protocol):
         stage: str | None = None,
         metric: Sequence[str] = (),
         removed: bool = False,
+        dataset: str | None = None,
+        trained_on: str | None = None,
+        descends_from: Ref | None = None,
     ) -> list[VersionView]:
-        """`metric` holds conditions such as `bleu>0.3` (operators < <= > >= =)."""
+        """`metric` holds conditions such as `bleu>0.3` (operators < <= > >= =).
+
+        `dataset` is what a version itself was trained on; `trained_on` what it or any of its ancestors was trained on.
+        """
         ...
 
     def version(self, ref: Ref) -> VersionView: ...
@@ -363,6 +384,13 @@ class RegistryAPI(Protocol):
 
     # lineage
     def lineage(self, ref: Ref, *, direction: Direction = "both", depth: int | None = None) -> LineageView: ...
+    def common_ancestors(self, first: Ref, second: Ref) -> LineageView:
+        """What two versions are both made of, and the ways there from each of them."""
+        ...
+
+    def path(self, first: Ref, second: Ref) -> LineageView:
+        """Every way from one version to the other, whichever of them is the ancestor."""
+        ...
 
     def recall(self, ref: Ref, *, reason: str) -> RecallImpact:
         """Say that a version, and with it all that is made of it, should be used no more."""

@@ -157,6 +157,10 @@ class Ledger(Protocol):
         """Every version that a recall hits now, whether its own or an ancestor's."""
         ...
 
+    def trained_on(self, dataset: str) -> list[str]:
+        """The ids of the versions, removed ones too, that were trained on this dataset themselves."""
+        ...
+
     def descendants(self, version_ids: Sequence[str]) -> dict[str, str]:
         """These versions and all that is made of them, nearest first, each with the nearest of these versions."""
         ...

@@ -115,21 +115,37 @@ def ls(
     metric: Annotated[
         list[str] | None, typer.Option(metavar="'K>N'", help="Versions that meet this condition only.")
     ] = None,
+    descends_from: Annotated[
+        str | None,
+        typer.Option(metavar="REF", help="Versions that are made of this one only.", autocompletion=complete_refs),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(metavar="TEXT", help="Versions trained on it themselves only.")] = None,
+    trained_on: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Versions trained on it, or made of one that was.")
+    ] = None,
     removed: Annotated[bool, typer.Option("--removed", help="Removed versions too.")] = False,
 ) -> None:
     """List adapters, or the versions of one.
 
-    Example: adapterctl ls --metric 'bleu>0.3'
+    Example: adapterctl ls --trained-on wmt14 --stage production
     """
     registry = session.registry(readonly=True)
-    if name is None and not (base or tag or stage or metric or removed):
+    if name is None and not (base or tag or stage or metric or removed or descends_from or dataset or trained_on):
         adapters = registry.adapters()
         session.out.data(
             adapters, text=lambda: views.adapters_table(adapters, session.out), names=[a.name for a in adapters]
         )
         return
     found = registry.versions(
-        name, base=base, tag=parse.pairs(tag or (), option="--tag"), stage=stage, metric=metric or (), removed=removed
+        name,
+        base=base,
+        tag=parse.pairs(tag or (), option="--tag"),
+        stage=stage,
+        metric=metric or (),
+        removed=removed,
+        dataset=dataset,
+        trained_on=trained_on,
+        descends_from=parse_ref(descends_from) if descends_from else None,
     )
     session.out.data(found, text=lambda: views.versions_table(found, session.out), names=[v.ref for v in found])
 

@@ -191,6 +191,9 @@ class RemoteRegistry:
         stage: str | None = None,
         metric: Sequence[str] = (),
         removed: bool = False,
+        dataset: str | None = None,
+        trained_on: str | None = None,
+        descends_from: Ref | None = None,
     ) -> list[VersionView]:
         query = {
             "name": name,
@@ -199,6 +202,9 @@ class RemoteRegistry:
             "stage": stage,
             "metric": list(metric),
             "removed": "true" if removed else None,
+            "dataset": dataset,
+            "trained_on": trained_on,
+            "descends_from": str(descends_from) if descends_from else None,
         }
         return self._pages("/v1/versions", query, "versions", VersionView)
 
@@ -257,6 +263,12 @@ class RemoteRegistry:
 
     def lineage(self, ref: Ref, *, direction: Direction = "both", depth: int | None = None) -> LineageView:
         return self._get(f"{_path(ref)}/lineage", LineageView, {"direction": direction, "depth": depth})
+
+    def common_ancestors(self, first: Ref, second: Ref) -> LineageView:
+        return self._get(f"{_path(first)}/common-ancestors", LineageView, {"other": str(second)})
+
+    def path(self, first: Ref, second: Ref) -> LineageView:
+        return self._get(f"{_path(first)}/path", LineageView, {"other": str(second)})
 
     def recall(self, ref: Ref, *, reason: str) -> RecallImpact:
         return self._post(f"{_path(ref)}/recall", {"reason": reason}, RecallImpact)

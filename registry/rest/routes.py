@@ -88,6 +88,8 @@ Admin = Annotated[Call, needs(Scope.ADMIN)]
 MaxResults = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 PageToken = Annotated[str | None, Query(max_length=500)]
 Text = Annotated[str | None, Query(max_length=512)]
+Dataset = Annotated[str | None, Query(max_length=5000)]
+Other = Annotated[str, Query(max_length=300, description="NAME:vN")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +145,26 @@ def versions(
     stage: Text = None,
     metric: Annotated[list[str] | None, Query(max_length=32, description="for example bleu>0.3")] = None,
     removed: bool = False,
+    dataset: Dataset = None,
+    trained_on: Dataset = None,
+    descends_from: Annotated[str | None, Query(max_length=300, description="NAME:vN")] = None,
     max_results: MaxResults = 100,
     page_token: PageToken = None,
 ) -> Response:
-    """List versions, by name and number."""
+    """List versions, by name and number.
+
+    `dataset` is what a version itself was trained on, `trained_on` what it or any of its ancestors was trained on.
+    """
     found = call.registry.versions(
-        name, base=base, tag=_pairs(tag or ()), stage=stage, metric=metric or (), removed=removed
+        name,
+        base=base,
+        tag=_pairs(tag or ()),
+        stage=stage,
+        metric=metric or (),
+        removed=removed,
+        dataset=dataset,
+        trained_on=trained_on,
+        descends_from=parse_ref(descends_from) if descends_from else None,
     )
     page, following = _page(found, lambda each: [each.name, each.number], max_results, page_token)
     return _reply(VersionPage(tuple(page), following))
@@ -265,6 +281,18 @@ def lineage(
 ) -> Response:
     """Ancestors and descendants, and the edges between them."""
     return _reply(call.registry.lineage(version_ref(name, version), direction=direction, depth=depth))
+
+
+@router.get("/adapters/{name}/versions/{version}/common-ancestors", response_model=LineageView)
+def common_ancestors(name: str, version: str, call: Read, other: Other) -> Response:
+    """What two versions are both made of, and the ways there."""
+    return _reply(call.registry.common_ancestors(version_ref(name, version), parse_ref(other)))
+
+
+@router.get("/adapters/{name}/versions/{version}/path", response_model=LineageView)
+def path(name: str, version: str, call: Read, other: Other) -> Response:
+    """Every way from a version to another, up or down."""
+    return _reply(call.registry.path(version_ref(name, version), parse_ref(other)))
 
 
 @router.post("/adapters/{name}/versions/{version}/recall", response_model=RecallImpact)

@@ -167,11 +167,15 @@ class LocalRegistry:
         stage: str | None = None,
         metric: Sequence[str] = (),
         removed: bool = False,
+        dataset: str | None = None,
+        trained_on: str | None = None,
+        descends_from: Ref | None = None,
     ) -> list[VersionView]:
-        if name is not None:
-            known_adapter(self.ledger, check_name(name))
-        found = views.version_views(self.ledger, self.ledger.versions(name, include_removed=removed))
-        return select.select(found, base=base, tag=tag, stage=stage, metric=metric)
+        found = select.candidates(
+            self.ledger, name, removed=removed, stage=stage, trained_on=trained_on, descends_from=descends_from
+        )
+        shown = views.version_views(self.ledger, found)
+        return select.select(shown, base=base, tag=tag, stage=stage, metric=metric, dataset=dataset)
 
     def version(self, ref: Ref) -> VersionView:
         return views.version_view(self.ledger, resolve(self.ledger, ref, removed=True))
@@ -275,6 +279,12 @@ class LocalRegistry:
 
     def lineage(self, ref: Ref, *, direction: Direction = "both", depth: int | None = None) -> LineageView:
         return trace.lineage(self.ledger, ref, direction=direction, depth=depth)
+
+    def common_ancestors(self, first: Ref, second: Ref) -> LineageView:
+        return trace.common_ancestors(self.ledger, first, second)
+
+    def path(self, first: Ref, second: Ref) -> LineageView:
+        return trace.path(self.ledger, first, second)
 
     def picture(self, ref: Ref, look: Look, *, whole: bool = False) -> Drawing:
         return browse.picture(self.ledger, ref, look, whole=whole)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
-from ..api import Direction, LineageEdgeView, LineageView
-from ..domain.errors import InvalidInput
+from ..api import Direction, LineageEdgeView, LineageView, MetricPoint
+from ..domain.errors import InvalidInput, NotFound
+from ..domain.recall import DESCENT
 from ..domain.refs import Ref
 from ..domain.version import Edge
 from ..ports import Ledger
@@ -29,6 +31,98 @@ def lineage(ledger: Ledger, ref: Ref, *, direction: Direction = "both", depth: i
     return _view(ledger, root.label, direction, [root.id], edges)
 
 
+def common_ancestors(ledger: Ledger, first: Ref, second: Ref) -> LineageView:
+    """The versions that both are made of, the nearest to `first` first, and all ways there from either.
+
+    Where one is an ancestor of the other, it is one of them.
+    """
+    one, two = (resolve(ledger, ref, removed=True) for ref in (first, second))
+    up = [_made_of(ledger.edges_up(version.id)) for version in (one, two)]
+    above = [
+        dict.fromkeys([version.id, *(edge.parent_id for edge in edges)])
+        for version, edges in zip((one, two), up, strict=True)
+    ]
+    common = [version_id for version_id in above[0] if version_id in above[1]]
+    edges = list(dict.fromkeys([*up[0], *up[1]]))
+    # every common one lies above the nearest of them, which are what the ways lead to
+    toward = _closure(edges, common, lambda edge: (edge.parent_id, edge.child_id))
+    kept = [edge for edge in edges if edge.parent_id in toward]
+    return _view(ledger, one.label, "up", [one.id, two.id], kept, found=common)
+
+
+def path(ledger: Ledger, first: Ref, second: Ref) -> LineageView:
+    """All ways between two versions, whichever is the ancestor; `found` is a shortest one, or empty."""
+    one, two = (resolve(ledger, ref, removed=True) for ref in (first, second))
+    for below, above, direction in ((one, two, "up"), (two, one, "down")):
+        edges = _made_of(ledger.edges_up(below.id))
+        beneath = _closure(edges, [above.id], lambda edge: (edge.parent_id, edge.child_id))
+        if below.id in beneath:
+            kept = [edge for edge in edges if edge.parent_id in beneath]
+            way = _shortest(kept, below.id, above.id)
+            return _view(
+                ledger,
+                one.label,
+                "up" if direction == "up" else "down",
+                [one.id, two.id],
+                kept,
+                found=way if direction == "up" else way[::-1],
+            )
+    return _view(ledger, one.label, "both", [one.id, two.id], [])
+
+
+def along(view: LineageView, metric: str) -> tuple[MetricPoint, ...]:
+    """The values of a metric in the order of the view, each beside those of the version's parents.
+
+    Raises `NotFound` where no version of the view has it, with the names that there are.
+    """
+    values = {version.ref: version.metrics[metric] for version in view.versions if metric in version.metrics}
+    if not values:
+        known = sorted({key for version in view.versions for key in version.metrics})
+        raise NotFound(f"no version here has the metric {metric!r}", hint=", ".join(known[:8]) or "none has any")
+    points = []
+    for version in view.versions:
+        parents = {parent.ref: values[parent.ref] for parent in version.parents if parent.ref in values}
+        points.append(MetricPoint(version.ref, metric, values.get(version.ref), parents))
+    return tuple(points)
+
+
+def _made_of(edges: Sequence[Edge]) -> list[Edge]:
+    return [edge for edge in edges if edge.kind in DESCENT]
+
+
+def _closure(edges: Sequence[Edge], start: Sequence[str], step: Callable[[Edge], tuple[str, str]]) -> set[str]:
+    """All that is reached from `start` along (from, to) of each edge."""
+    following: dict[str, list[str]] = {}
+    for edge in edges:
+        source, target = step(edge)
+        following.setdefault(source, []).append(target)
+    reached, waiting = set(start), list(start)
+    while waiting:
+        for target in following.get(waiting.pop(), ()):
+            if target not in reached:
+                reached.add(target)
+                waiting.append(target)
+    return reached
+
+
+def _shortest(edges: Sequence[Edge], below: str, above: str) -> list[str]:
+    """One of the shortest ways up; among equal ones that of the first parents."""
+    parents: dict[str, list[str]] = {}
+    for edge in edges:
+        parents.setdefault(edge.child_id, []).append(edge.parent_id)
+    came_from, waiting = {below: ""}, deque([below])
+    while above not in came_from:
+        node = waiting.popleft()
+        for parent in parents.get(node, ()):
+            if parent not in came_from:
+                came_from[parent] = node
+                waiting.append(parent)
+    way = [above]
+    while way[-1] != below:
+        way.append(came_from[way[-1]])
+    return way[::-1]
+
+
 def family(ledger: Ledger, name: str, *, most: int) -> LineageView:
     """The newest versions of an adapter, what each was made of and what was made of it; `root` is the adapter's name.
 
@@ -41,9 +135,17 @@ def family(ledger: Ledger, name: str, *, most: int) -> LineageView:
     return _view(ledger, name, "both", ids, [*up, *down])
 
 
-def _view(ledger: Ledger, root: str, direction: Direction, first: Sequence[str], edges: Sequence[Edge]) -> LineageView:
+def _view(
+    ledger: Ledger,
+    root: str,
+    direction: Direction,
+    first: Sequence[str],
+    edges: Sequence[Edge],
+    *,
+    found: Sequence[str] = (),
+) -> LineageView:
     """The versions `first` and all at the ends of the edges, each once."""
-    ids = dict.fromkeys([*first, *(i for edge in edges for i in (edge.parent_id, edge.child_id))])
+    ids = dict.fromkeys([*first, *found, *(i for edge in edges for i in (edge.parent_id, edge.child_id))])
     versions = ledger.versions_by_id(list(ids))
     views = version_views(ledger, [versions[version_id] for version_id in ids])
     return LineageView(
@@ -60,4 +162,5 @@ def _view(ledger: Ledger, root: str, direction: Direction, first: Sequence[str],
             )
             for edge in dict.fromkeys(edges)
         ),
+        found=tuple(versions[version_id].label for version_id in found),
     )

@@ -269,6 +269,30 @@ def test_a_version_is_removed_unless_something_descends_from_it(registry: Regist
         registry.pull(ref(merged), Path("nowhere"))
 
 
+def test_questions_about_descent_are_answered(registry: RegistryAPI, add: Add):
+    corpus = next(_names)
+    root = add(dataset=corpus)
+    other, third = add(), add()
+    left, right = merge(registry, root, other), merge(registry, root, third)
+    top = merge(registry, left, right)
+    registry.promote(ref(top), to="production")
+
+    assert {each.ref for each in registry.versions(trained_on=corpus)} == {root.ref, left.ref, right.ref, top.ref}
+    assert [each.ref for each in registry.versions(trained_on=corpus, stage="production")] == [top.ref]
+    assert [each.ref for each in registry.versions(dataset=corpus)] == [root.ref]
+    assert {each.ref for each in registry.versions(descends_from=ref(left))} == {top.ref}
+    assert registry.versions(left.name, descends_from=ref(left)) == []
+    common = registry.common_ancestors(ref(left), ref(right))
+    assert (common.root, common.found) == (left.ref, (root.ref,))
+    assert {(edge.child, edge.parent) for edge in common.edges} == {(left.ref, root.ref), (right.ref, root.ref)}
+    assert registry.common_ancestors(ref(left), ref(top)).found == (left.ref, root.ref, other.ref)
+    up, down = registry.path(ref(top), ref(root)), registry.path(ref(root), ref(top))
+    assert up.found == (top.ref, left.ref, root.ref)
+    assert down.found == up.found[::-1]
+    assert {version.ref for version in up.versions} == {top.ref, left.ref, right.ref, root.ref}
+    assert registry.path(ref(other), ref(third)).found == registry.path(ref(left), ref(right)).found == ()
+
+
 def test_a_recall_hits_what_was_made_of_the_version_until_it_is_undone(registry: RegistryAPI, merged: VersionView):
     parent = merged.parents[0]
 

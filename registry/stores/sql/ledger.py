@@ -351,6 +351,11 @@ class SqlLedger(JobRows):
         with self._db.read() as connection:
             return recalled(connection)
 
+    def trained_on(self, dataset: str) -> list[str]:
+        query = select(version.c.id).where(version.c.dataset == dataset).order_by(version.c.id)
+        with self._db.read() as connection:
+            return list(connection.execute(query).scalars())
+
     def descendants(self, version_ids: Sequence[str]) -> dict[str, str]:
         with self._db.read() as connection:
             return descend(connection, version_ids)

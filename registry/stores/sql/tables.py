@@ -85,7 +85,7 @@ version = Table(
     Column("created_by", Text, nullable=False),
     Column("license", Text),
     Column("source", Text),
-    Column("dataset", Text),
+    Column("dataset", Text, index=True),
     Column("params", Text, nullable=False),
     Column("tags", Text, nullable=False),
     Column("summary", Text, nullable=False),
