@@ -20,6 +20,8 @@ from .grams import ENERGY_FLOOR, Array, Block, Grams, Maps
 MIN_PIVOT = 1e-5
 #: A singular direction weaker than this share of the strongest is taken for rounding where a rule would strengthen it.
 WEAKEST = 1e-6
+#: Directions of several parents closer than this (squared sine) are one; the map that would part them divides by it.
+SAME_DIRECTION = 1e-10
 
 
 def truncate(grams: Grams, rank: int, middle: Array | None = None) -> Maps:

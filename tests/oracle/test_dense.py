@@ -12,8 +12,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from adapterctl.registry.merging.deltas import Deltas
 from adapterctl.registry.merging.grams import Block, Grams
 from adapterctl.registry.merging.method import find_method
+from adapterctl.registry.merging.stack import Stack
 
 Delta = np.ndarray
 TOLERANCE = 1e-6
@@ -68,8 +70,47 @@ def wudi_ridge(deltas: Sequence[Delta], rank: int) -> Delta:
     return best(wanted @ np.linalg.inv(system + ridge), rank)
 
 
+def ties(values: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """The `count` largest elements of each, of these the ones of the elected sign, their mean: element by element."""
+    merged = np.zeros(values[0].size)
+    trimmed = [trim(one, count) for one in values]
+    for place in range(merged.size):
+        column = [one[place] for one in trimmed]
+        sign = 1 if sum(column) >= 0 else -1
+        agreeing = [value for value in column if value * sign > 0]
+        merged[place] = sum(agreeing) / len(agreeing) if agreeing else 0
+    return merged.reshape(values[0].shape)
+
+
+def trim(values: np.ndarray, count: int) -> np.ndarray:
+    """The `count` largest of all elements, flat."""
+    flat = values.ravel().copy()
+    flat[np.argsort(np.abs(flat))[: flat.size - count]] = 0
+    return flat
+
+
+def core_ties(deltas: Sequence[Delta], rank: int) -> Delta:
+    parts = [np.linalg.svd(delta, full_matrices=False) for delta in deltas]
+    u, _, _ = thin(np.concatenate([u * np.sqrt(sigma) for u, sigma, _ in parts], axis=1))
+    _, _, vt = thin(np.concatenate([np.sqrt(sigma)[:, None] * vt for _, sigma, vt in parts]))
+    cores = [u.T @ delta @ vt.T for delta in deltas]
+    return best(u @ ties(cores, math.ceil(cores[0].size / 2)) @ vt, rank)
+
+
+def knots_ties(deltas: Sequence[Delta], rank: int) -> Delta:
+    u, sigma, vt = thin(np.concatenate(deltas, axis=1))
+    parts = np.split(vt, len(deltas), axis=1)
+    return best((u * sigma) @ ties(parts, parts[0].size // 2), rank)
+
+
+def thin(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    u, sigma, vt = np.linalg.svd(matrix, full_matrices=False)
+    kept = sigma > 1e-5 * sigma[0]
+    return u[:, kept], sigma[kept], vt[kept]
+
+
 REFERENCES: dict[str, Callable[[Sequence[Delta], int], Delta]] = {
-    reference.__name__: reference for reference in (slerp, model_stock, iso_c, tsv, wudi_ridge)
+    reference.__name__: reference for reference in (slerp, model_stock, iso_c, tsv, wudi_ridge, core_ties, knots_ties)
 }
 
 
@@ -89,9 +130,38 @@ def test_the_small_matrices_give_what_the_dense_formula_gives(name: str):
         deltas = [(b * c)[:, x.start : x.stop] @ a[x.start : x.stop] for x in blocks]
         rank = int(random.integers(1, sum(ranks) + 1))
 
-        maps = method.function(Grams(a @ a.T, b.T @ b, c, blocks), rank=rank)
+        if method.form == "grams":
+            maps = method.function(Grams(a @ a.T, b.T @ b, c, blocks), rank=rank)
+            made_a, made_b = maps.a @ a, b @ maps.b
+        else:
+            names = tuple(map(str, range(parents)))
+            made_a, made_b = method.function(
+                Deltas(Stack(a, b, c, blocks), np.ones(parents), weights, names), rank=rank
+            )
 
-        made = (b @ maps.b) @ (maps.a @ a)
+        made = made_b @ made_a
         expected = REFERENCES[name](deltas, rank)
         size = max(float(np.linalg.norm(expected)), 1e-3 * sum(float(np.linalg.norm(delta)) for delta in deltas))
         assert np.linalg.norm(made - expected) <= TOLERANCE * size, f"case {case}"
+
+
+def test_ties_of_mergekit_is_its_formula_element_by_element():
+    random = np.random.default_rng(1)
+    for case in range(30):
+        a, b = random.normal(size=(6, 11)), random.normal(size=(9, 6))
+        blocks, weights = tuple(Block(i, 2 * i, 2 * i + 2) for i in range(3)), random.choice((0.3, 1.0, -0.5), size=3)
+        deltas = [b[:, x.start : x.stop] @ a[x.start : x.stop] for x in blocks]
+        trimmed = np.array([trim(delta, delta.size // 2) for delta in deltas])
+        expected = np.zeros(trimmed.shape[1])
+        for place, column in enumerate((trimmed * weights[:, None]).T):
+            sign = 1 if sum(column) >= 0 else -1
+            agreeing = [i for i in range(3) if column[i] * sign > 0]
+            total = sum(weights[i] for i in agreeing)
+            expected[place] = sum(column[i] for i in agreeing) / (total if abs(total) >= 1e-8 else 1)
+
+        stack = Stack(a, b, np.repeat(weights, 2), blocks)
+        made_a, made_b = find_method("ties_mergekit").function(
+            Deltas(stack, np.ones(3), weights, ("0", "1", "2")), rank=9
+        )
+
+        assert made_b @ made_a == pytest.approx(expected.reshape(9, 11), abs=1e-9), f"case {case}"

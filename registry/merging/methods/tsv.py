@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core import canonical
+from ..core import SAME_DIRECTION, canonical
 from ..grams import Array, Grams, Maps
 from ..method import merge_method
-
-#: Directions closer than this (squared sine) are one direction; the map that would part them divides by it.
-SAME_DIRECTION = 1e-10
 
 
 @merge_method(
