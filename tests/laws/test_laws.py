@@ -144,12 +144,13 @@ def dense(case: Case) -> dict[str, np.ndarray]:
 
 
 def at_its_rank(case: Case) -> Case:
-    """The case with the sum of its ranks where it asks for none: more rows must not mean more rank."""
+    """The case at the rank that it gets, the sum of its ranks at most: more rows must not mean more rank."""
     ranks: dict[str, int] = {}
     for parent in case.parents:
         for name, (a, _) in parent.items():
             ranks[name] = ranks.get(name, 0) + len(a)
-    return replace(case, rank=case.rank or max(ranks.values()))
+    full = max(ranks.values())
+    return replace(case, rank=min(case.rank or full, full))
 
 
 def size(case: Case) -> float:
