@@ -191,6 +191,10 @@ def _establish(ledger: SqlLedger, settings: Settings) -> None:
 
 def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
     """What the supervisor can do, by kind of job."""
+    # Here, before there are threads. MLflow imports it while it opens its store, and a statement that the thread of a
+    # lease builds in that moment meets a module that is half there: the thread died, and the job with it.
+    import sqlalchemy.orm  # noqa: F401
+
     from .registry.services.evaluate import EvalHandler, evaluation_of_merge
     from .registry.services.merge import MergeHandler
     from .registry.services.recall import RecallHandler

@@ -16,7 +16,7 @@ from model import Model, make_model, make_parents, share_out
 from scene import Scene, open_scene
 from verdict import LOST, Verdict, judge, read_accepted
 
-from adapterctl.registry.domain.errors import AdapterctlError
+from adapterctl.registry.domain.errors import AdapterctlError, Conflict
 from adapterctl.registry.domain.job import ENDED, LIVE, JobState
 from adapterctl.registry.ports import Ledger
 
@@ -66,30 +66,35 @@ def _run(piece: Piece, scene: Scene) -> Result:
     scene.start_clients(model, share_out(model, piece.clients, piece.seed), served=piece.served)
     scene.tend()
     injector = Injector(scene, piece.seed, piece.kinds)
-    disturb(piece, scene, injector, deadline=begun + piece.limit_s)
+    used_up = disturb(piece, scene, injector, deadline=begun + piece.limit_s)
     injector.take_back(all_of_them=True)
-    used_up = come_to_rest(scene, deadline=begun + piece.limit_s)
+    used_up += come_to_rest(scene, deadline=begun + piece.limit_s)
     scene.end()
     return Result(injector.done, died_at_points(scene.room), used_up, time.monotonic() - begun, pronounce(scene, model))
 
 
-def disturb(piece: Piece, scene: Scene, injector: Injector, *, deadline: float) -> None:
-    """Inject faults, evenly over the jobs as they end, until all were injected and every merge was accepted."""
+def disturb(piece: Piece, scene: Scene, injector: Injector, *, deadline: float) -> int:
+    """Inject faults, evenly over the jobs as they end, until all were injected and every merge was accepted.
+
+    Returns how many jobs had to be told to try again.
+    """
     last = looked = time.monotonic()
-    ended = 0
+    ended = told = 0
     while time.monotonic() < deadline:
         scene.tend()
         injector.take_back()
         now = time.monotonic()
         if now - looked >= LOOK_EVERY_S:
             looked, ended = now, _count(scene.registry.ledger, ended)
+            told += _retry_failed(scene)
         done = injector.done.total()
         if done >= piece.faults:
             if all(client.finished for client in scene.clients):
-                return
+                break
         elif now - last >= (PATIENCE_S if ended * piece.faults < done * piece.jobs else 0.3) and injector.inject():
             last = time.monotonic() + injector.dice.uniform(0.0, 0.5)
         time.sleep(TICK_S)
+    return told
 
 
 def come_to_rest(scene: Scene, *, deadline: float) -> int:
@@ -97,8 +102,8 @@ def come_to_rest(scene: Scene, *, deadline: float) -> int:
     told = 0
     while time.monotonic() < deadline:
         scene.tend()
+        told += _retry_failed(scene)
         with suppress(AdapterctlError):
-            told += _retry_failed(scene)
             if not scene.registry.ledger.jobs(states=sorted(LIVE), limit=1) and all(c.finished for c in scene.clients):
                 return told
         time.sleep(LOOK_EVERY_S)
@@ -117,11 +122,12 @@ def pronounce(scene: Scene, model: Model) -> Verdict:
 def _retry_failed(scene: Scene) -> int:
     """What people do who find a failed job whose error has passed: `adapterctl jobs retry`."""
     ledger, told = scene.registry.ledger, 0
-    for job in ledger.jobs(states=[JobState.FAILED], limit=1000):
-        if (job.error or {}).get("code") in PASSING:
-            with suppress(AdapterctlError):  # the same merge was asked for again meanwhile
-                ledger.retry(job.id)
-                told += 1
+    with suppress(AdapterctlError):  # the ledger does not answer now
+        for job in ledger.jobs(states=[JobState.FAILED], limit=1000):
+            if (job.error or {}).get("code") in PASSING:
+                with suppress(Conflict):  # the same merge was asked for again meanwhile
+                    ledger.retry(job.id)
+                    told += 1
     return told
 
 

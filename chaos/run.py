@@ -11,14 +11,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import contests
 import records
+from contests import Outcome
 from piece import Piece, Result, run_piece
+from scene import Scene, open_scene
+from teeth import show_teeth
 from verdict import KINDS
 
 DATABASES = ("sqlite", "postgres")
+#: The contests by name, as they are recorded; each takes its size from the command line.
+CONTESTS: Mapping[str, Callable[[Scene, argparse.Namespace], Outcome]] = {
+    "promote": lambda scene, asked: contests.promote(scene, promoters=asked.promoters, rounds=asked.rounds),
+    "race": lambda scene, asked: contests.race(scene, races=asked.races),
+    "drain": lambda scene, asked: contests.drain(scene, rows=asked.rows, real=asked.real),
+    "teeth": lambda scene, asked: bite(scene),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,10 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="run what was recorded already")
     parser.add_argument("--no-record", action="store_true", help="write nothing down")
     parser.add_argument("--room", type=Path, default=None, help="where scratch files go")
+    parser.add_argument("--only", choices=CONTESTS, default=None, help="one of the contests, instead of seeds")
+    parser.add_argument("--promoters", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=100, help="of the promoters")
+    parser.add_argument("--races", type=int, default=500, help="of two executors on one recipe")
+    parser.add_argument("--rows", type=int, default=10_000, help="of the queue that is drained")
+    parser.add_argument("--real", type=int, default=200, help="jobs of it that are really done")
     asked = parser.parse_args(arguments)
+    databases = DATABASES if asked.database == "both" else (asked.database,)
+    if asked.only is not None:
+        return max(_contest(asked, database) for database in databases)
+    return _pieces(asked, databases)
+
+
+def _pieces(asked: argparse.Namespace, databases: Sequence[str]) -> int:
     failed = False
     for seed in _numbers(asked.seeds):
-        for database in DATABASES if asked.database == "both" else (asked.database,):
+        for database in databases:
             piece = Piece(
                 seed,
                 database,
@@ -55,6 +80,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not asked.no_record:
                 records.append(piece, result)
     return 1 if failed else 0
+
+
+def _contest(asked: argparse.Namespace, database: str) -> int:
+    folder = tempfile.TemporaryDirectory(prefix="chaos-", dir=asked.room)
+    with folder as name, open_scene(database, Path(name)) as scene:
+        outcome = CONTESTS[asked.only](scene, asked)
+    print(f"{asked.only} on {database}: {', '.join(f'{key} {value}' for key, value in outcome.figures.items())}")
+    for kind, messages in outcome.findings.items():
+        for message in messages[:10]:
+            print(f"    {kind}: {message}")
+    if not asked.no_record:
+        line = {"what": asked.only, "database": database, "figures": outcome.figures, "findings": outcome.findings}
+        records.add_line(line)
+    return 1 if outcome.findings else 0
+
+
+def bite(scene: Scene) -> Outcome:
+    """A safety that is switched off must be missed; one that works must not."""
+    outcome = Outcome()
+    for safety, found in show_teeth(scene).items():
+        kinds = {kind: len(messages) for kind, messages in found["without"].items()}
+        harm = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        outcome.figures[f"without {safety}:"] = harm or "nothing"
+        if not kinds:
+            outcome.add(safety, f"without {safety}, the judge finds nothing")
+        for kind, messages in found["with"].items():
+            outcome.add(safety, f"with {safety}, {kind}: {messages}")
+    return outcome
 
 
 def tell(piece: Piece, result: Result) -> None:

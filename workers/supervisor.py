@@ -37,6 +37,8 @@ from ..registry.stores.spawn_bell import only_one
 POLL_S = 0.1
 BEAT_S = 1.0
 GRACE_S = 5.0
+#: After an attempt that met an obstacle; doubled while the obstacle stays.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 15.0
 TAIL_LINES = 20
 #: What one attempt may leave in the ledger; the file has all of it.
 SHIPPED_BYTES = 1 << 20
@@ -79,6 +81,7 @@ class Supervisor:
         self._settings = settings
         self._prepare = prepare
         self.stopped = False
+        self._pause_s = 0.0
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
 
     def stop(self) -> None:
@@ -94,6 +97,7 @@ class Supervisor:
         while not self.stopped:
             self._ledger.reap()
             if self.run_next():
+                self._rest()
                 quiet_since = time.monotonic()
                 continue
             if self._ledger.jobs(states=[JobState.RUNNING], limit=1):
@@ -123,7 +127,15 @@ class Supervisor:
             outcome = self._attempt(job, lease, log)
             log.write(f"attempt {job.attempt} {outcome.kind} {outcome.error.get('message', '')}")
             self._settle(job, outcome, log)
+        hindered = outcome.kind == "crashed" and outcome.error["code"] in PASSING
+        self._pause_s = min(max(2 * self._pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S) if hindered else 0.0
         return True
+
+    def _rest(self) -> None:
+        """Give an obstacle time to pass, or every job that is queued would use up its attempts on it within seconds."""
+        until = time.monotonic() + self._pause_s
+        while not self.stopped and time.monotonic() < until:
+            time.sleep(POLL_S)
 
     def _attempt(self, job: Job, lease: Lease, log: JobLog) -> Outcome:
         handler = self._handlers[job.kind]
@@ -139,6 +151,9 @@ class Supervisor:
                 return Outcome("succeeded", result=handler.finish(job, task, outcome.result))
         except AdapterctlError as error:
             return _told({"code": error.code, "message": error.message, "hint": error.hint})
+        except OSError as error:
+            message = f"files of the home cannot be written or read: {error}"
+            return Outcome("crashed", error={"code": Unavailable.code, "message": message, "hint": "check its disk"})
         except Exception as error:  # noqa: BLE001  a bug must end as a failed job, not as a dead supervisor
             log.write(traceback.format_exc())
             return Outcome("crashed", error={"code": "failure", "message": f"{type(error).__name__}: {error}"})

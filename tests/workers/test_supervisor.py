@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sqlite3
@@ -140,6 +141,36 @@ def test_a_bug_in_our_own_part_ends_the_job_and_not_the_supervisor(
     assert "Traceback" in (home / "jobs" / f"{job.id}.log").read_text()
 
 
+def test_an_obstacle_that_passes_does_not_use_up_the_attempts_of_the_queue(
+    registry: LocalRegistry, submit: Submit, new_supervisor: NewSupervisor, monkeypatch: pytest.MonkeyPatch
+):
+    full = iter([True] * 3)
+
+    def stumble(job: Job) -> None:
+        if next(full, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    pauses: list[float] = []
+    real_rest = Supervisor._rest
+
+    def rest(self: Supervisor) -> None:
+        pauses.append(self._pause_s)
+        real_rest(self)
+
+    monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr(Supervisor, "_rest", rest)
+    jobs = [submit(weight) for weight in (1.0, 0.5)]
+
+    new_supervisor(merge=Between(registry, stumble)).drain()
+
+    assert pauses == [0.1, 0.2, 0.4, 0.0]
+    assert [(registry.job(job.id).state, registry.job(job.id).attempt) for job in jobs] == [
+        (JobState.FAILED, 3),
+        (JobState.SUCCEEDED, 1),
+    ]
+    assert "No space left on device" in registry.job(jobs[0].id).error["message"]
+
+
 def test_cancel_stops_the_child(registry: LocalRegistry, submit: Submit, new_supervisor: NewSupervisor, home: Path):
     def cancel_and_wait_until_heard(job: Job) -> None:
         registry.cancel(job.id)
@@ -250,6 +281,17 @@ def test_the_supervisor_loads_no_tensors():
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
 
     assert done.stdout.strip() == ""
+
+
+def test_what_a_background_import_would_tear_is_loaded_before_there_are_threads(home: Path):
+    code = (
+        "import sys; from adapterctl.bootstrap import connect, job_handlers; job_handlers(connect()); "
+        "print(*{'sqlalchemy.orm', 'mlflow'} & set(sys.modules))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+    assert done.stdout.strip() == "sqlalchemy.orm"
 
 
 # processes
