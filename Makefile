@@ -6,11 +6,12 @@ TORCH_ARGS ?=
 # More options of pytest or of the benchmark, e.g. `make test ARGS='-k refs'`, `make bench ONLY=cat_vs_copy`.
 ARGS ?=
 ONLY ?=
-# Of chaos: which seeds, on which database, how many merges under how many faults.
+# Of chaos and soak: which seeds, on which database, how many merges under how many faults; for how long.
 SEEDS ?= 1
 DATABASE ?= both
 JOBS ?= 60
 FAULTS ?= 30
+HOURS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
@@ -18,11 +19,11 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 RUN_LOCKS := requirements.lock requirements-eval.lock requirements-service.lock
 LIBS := .venv/stamps/libs-$(shell cat $(RUN_LOCKS) | cksum | cut -d' ' -f1)
 RUN := .venv/stamps/package-$(shell cat $(RUN_LOCKS) pyproject.toml | cksum | cut -d' ' -f1)
-CHAOS := OMP_NUM_THREADS=1 PYTHONPATH=tests/plugins $(BIN)/python chaos/run.py
+CHAOS := OMP_NUM_THREADS=1 PYTHONPATH=tests/plugins $(BIN)/python chaos
 DEV := .venv/stamps/dev-$(shell cat $(RUN_LOCKS) pyproject.toml requirements-dev.lock | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test golden check format bench chaos dev clean
+.PHONY: help demo up test golden check format bench chaos soak dev clean
 
 help: ## list the tasks
 	@sed -n 's/^\([a-z]*\):.*## /  make \1#/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s%s\n", $$1, $$2}'
@@ -53,7 +54,11 @@ bench: $(RUN) ## measure; ONLY=key,key runs some
 	$(BIN)/python bench/run.py $(if $(ONLY),--only $(ONLY))
 
 chaos: $(DEV) ## kill processes while merges run, and count what is lost or doubled; SEEDS=1-4 DATABASE=postgres
-	$(CHAOS) --seeds $(SEEDS) --database $(DATABASE) --jobs $(JOBS) --faults $(FAULTS) $(ARGS)
+	$(CHAOS)/run.py --seeds $(SEEDS) --database $(DATABASE) --jobs $(JOBS) --faults $(FAULTS) \
+		$(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+soak: $(DEV) ## hours of mixed load with a kill every minute; HOURS=0.5, ARGS='--database postgres'
+	$(CHAOS)/soak.py --hours $(HOURS) $(ARGS)
 
 dev: $(DEV) .dev/adapterctl ## make the environment, for editors and for work by hand
 	@echo 'ready: . .venv/bin/activate'

@@ -9,7 +9,7 @@ import multiprocessing
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.synchronize import Barrier
@@ -184,7 +184,7 @@ def _race(settings: Settings, gate: Barrier, model: Any, *, first: bool) -> dict
             job = _take_over(registry.ledger, submitted.job.id)
         assert job is not None
         with handler.begin(job) as task:
-            result = run(task.body, Conversation())  # type: ignore[union-attr]
+            result = run(task.body, Quiet())  # type: ignore[union-attr]
             gate.wait(120)
             time.sleep(dice.choice((0.0, 0.0, 0.01, 0.03)))
             try:
@@ -194,6 +194,13 @@ def _race(settings: Settings, gate: Barrier, model: Any, *, first: bool) -> dict
                 pass  # it has lost, and knows
         gate.wait(120)
     return {"accepted": accepted, "won": won}
+
+
+class Quiet(Conversation):
+    """A child that is no child: nobody listens to its progress."""
+
+    def say(self, line: Mapping[str, Any]) -> None:
+        return
 
 
 def _take_over(ledger: Any, job_id: str) -> Job | None:

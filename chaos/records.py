@@ -103,10 +103,11 @@ def _pieces(pieces: Sequence[Mapping[str, Any]]) -> list[str]:
         total.update(figures)
         shown = {**figures, "seed": line["seed"], "database": line["database"]}
         rows.append(f"| {' | '.join(str(shown[column]) for column in columns)} | {line['date']} |")
+    notes = {line["note"]: None for line in pieces if "note" in line}
     if pieces:
         whole = {**total, "minutes": round(total["minutes"]), "seed": "**all**", "database": f"{len(pieces)} pieces"}
         rows.append(f"| {' | '.join(str(whole[column]) for column in columns)} | |")
-    return rows
+    return [*rows, *(f"\n{note}" for note in notes)]
 
 
 def _faults(pieces: Sequence[Mapping[str, Any]]) -> list[str]:

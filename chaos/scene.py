@@ -8,33 +8,42 @@ managers do then: start it again, and ring.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from mmap import mmap
 from pathlib import Path
 
+from forks import in_child
 from model import Model
 from postgres import PostgresServer, postgres_server
 
 from adapterctl.bootstrap import connect
+from adapterctl.migrations import migrate
 from adapterctl.registry.domain.errors import AdapterctlError
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.settings import Settings
+from adapterctl.registry.stores.mlflow_versions import MlflowVersions
 from adapterctl.registry.stores.spawn_bell import SpawnBell
+from adapterctl.registry.stores.sql.engine import sqlite_url
 
 HERE = Path(__file__).resolve().parent
 LEASE_S = 3.0
 RING_EVERY_S = 1.0
+#: Of a client, between two questions.
+PAUSE_S = 0.3
 #: The filesystem of the homes, where one of its own can be made: small enough to be filled.
 DISK_MB = 192
 SUPERVISOR, CHILD = "adapterctl.workers.supervisor", "adapterctl.workers.runner"
@@ -79,6 +88,7 @@ class Client:
     orders: Path
     accepted: Path
     environment: Mapping[str, str]
+    pause_s: float
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -118,7 +128,14 @@ class Scene:
 
     # processes
 
-    def start_clients(self, model: Model, lists: Sequence[Sequence[int]], *, served: bool) -> None:
+    @property
+    def address(self) -> str:
+        """Of the server."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def start_clients(
+        self, model: Model, lists: Sequence[Sequence[int]], *, served: bool, pause_s: float = PAUSE_S
+    ) -> None:
         """A client for each list; with `served`, the last one goes through the server."""
         for number, numbers in enumerate(lists):
             orders = []
@@ -131,14 +148,14 @@ class Scene:
             environment = self._environment(machine)
             if served and number == len(lists) - 1:
                 self._serves = True
-                environment["ADAPTERCTL_SERVER"] = f"http://127.0.0.1:{self._port}"
-            self.clients.append(Client(path, self.room / f"accepted-{number}.jsonl", environment))
+                environment["ADAPTERCTL_SERVER"] = self.address
+            self.clients.append(Client(path, self.room / f"accepted-{number}.jsonl", environment, pause_s))
 
     def tend(self) -> None:
         """Start again what was killed, and ring where nobody may be at work. Called all the time."""
         for client in self.clients:
             if not client.finished and (client.process is None or client.process.poll() is not None):
-                program = [str(HERE / "client.py"), str(client.orders), str(client.accepted)]
+                program = [str(HERE / "client.py"), str(client.orders), str(client.accepted), str(client.pause_s)]
                 client.process = self._start("client", program, client.environment)
         if self._serves and (self.server is None or self.server.poll() is not None):
             command = ["-P", "-m", "adapterctl", "serve", "--port", str(self._port)]
@@ -236,6 +253,9 @@ def open_scene(database: str, room: Path) -> Iterator[Scene]:
             postgres = stack.enter_context(postgres_server(clocks["database"].environment if library else None))
             for name in ("ledger", "mlflow"):
                 postgres.run(f"CREATE DATABASE {name}")
+                # the server of the tests answers before its log is written, and an immediate restart would then take
+                # back what was committed
+                postgres.run(f"ALTER DATABASE {name} SET synchronous_commit = on")
             shared = replace(
                 common,
                 database_url=postgres.url("ledger"),
@@ -245,9 +265,26 @@ def open_scene(database: str, room: Path) -> Iterator[Scene]:
             machines = [shared, replace(shared, home=root / "two")]
         for machine in machines:
             machine.home.mkdir()
+        if database == "sqlite":
+            for name in ("registry.db", "mlflow.db"):
+                shutil.copy(_schemas() / name, common.home)
         scene = Scene(room, machines, postgres=postgres, disk=disk, clocks=clocks)
         stack.callback(scene.kill_all)
         yield scene
+
+
+@cache
+def _schemas() -> Path:
+    """Empty databases to copy, for making their tables takes seconds; made once a process, and gone with it."""
+    folder = Path(tempfile.mkdtemp(prefix="chaos-schemas-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    in_child(lambda: _make_schemas(folder))
+    return folder
+
+
+def _make_schemas(folder: Path) -> None:
+    migrate(sqlite_url(folder))
+    MlflowVersions(None, folder, "nobody").check_identity()
 
 
 @contextmanager

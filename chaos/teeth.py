@@ -131,7 +131,7 @@ def without_lock(settings: Settings, room: Path, works: bool) -> None:
             _wait_for(done, WAIT_S if works else PATIENCE_S)  # the lock holds the second one back
             return create(self, *args)
 
-        MlflowVersions._create_run = create_late  # type: ignore[method-assign]
+        MlflowVersions._create_run = create_late  # type: ignore[assignment, method-assign]
         _supervisor(open_quietly(settings)).run_next()
 
     def second() -> None:

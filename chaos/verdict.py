@@ -242,13 +242,7 @@ def _judge_rest(registry: LocalRegistry, machines: Sequence[Settings], verdict: 
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     verdict.add(LEFT, f"{path} is still held")
-    roots = {version.placement.location.rpartition("/models/")[0] for version in registry.ledger.versions()}
-    for root in roots:
-        folder = local_folder(root)
-        assert folder is not None
-        stored = len(list(folder.rglob("adapter_model.safetensors")))
-        if stored != len(registry.ledger.versions()):
-            verdict.add(LEFT, f"{stored} weights files for {len(registry.ledger.versions())} versions in {folder}")
+    _judge_folders([version.placement.location for version in registry.ledger.versions()], verdict)
     if registry.settings.database_url:
         database = Database(registry.settings.database_url)
         with database.read() as connection:
@@ -256,6 +250,15 @@ def _judge_rest(registry: LocalRegistry, machines: Sequence[Settings], verdict: 
         database.close()
         if held:
             verdict.add(LEFT, f"{held} advisory locks are still held")
+
+
+def _judge_folders(locations: Sequence[str], verdict: Verdict) -> None:
+    """In the folder that holds the files of every version there is nothing else."""
+    known = {local_folder(location) for location in locations}
+    for root in {folder.parents[1] for folder in known if folder is not None}:
+        for path in sorted(root.rglob("adapter_model.safetensors")):
+            if path.parent not in known:
+                verdict.add(LEFT, f"{path} belongs to no version")
 
 
 def _pages(ask: Any) -> Iterator[Any]:
