@@ -19,7 +19,7 @@ import contests
 import records
 from contests import Outcome
 from piece import Piece, Result, run_piece
-from scene import Scene, open_scene
+from scene import Scene, end_properly, open_scene
 from teeth import show_teeth
 from verdict import KINDS
 
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--races", type=int, default=500, help="of two executors on one recipe")
     parser.add_argument("--rows", type=int, default=10_000, help="of the queue that is drained")
     parser.add_argument("--real", type=int, default=200, help="jobs of it that are really done")
+    end_properly()
     asked = parser.parse_args(arguments)
     databases = DATABASES if asked.database == "both" else (asked.database,)
     if names := [name for name in asked.only.split(",") if name]:

@@ -233,6 +233,12 @@ class Scene:
         return False
 
 
+def end_properly() -> None:
+    """Let SIGTERM and Ctrl-C end this program with everything that it started, and not leave it lying about."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit("stopped"))
+
+
 @contextmanager
 def open_scene(database: str, room: Path) -> Iterator[Scene]:
     """A new registry of the given kind, gone at the end with every process that it started."""

@@ -26,7 +26,7 @@ from faults import Injector
 from model import make_model, make_parents, share_out
 from piece import come_to_rest, pronounce
 from run import DATABASES
-from scene import SUPERVISOR, Scene, open_scene
+from scene import SUPERVISOR, Scene, end_properly, open_scene
 
 from adapterctl.bootstrap import remote
 from adapterctl.registry.api import RegistryAPI
@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("--database", choices=DATABASES, default="sqlite")
     parser.add_argument("--no-record", action="store_true")
     parser.add_argument("--room", type=Path, default=None)
+    end_properly()
     asked = parser.parse_args()
     folder = tempfile.TemporaryDirectory(prefix="soak-", dir=asked.room)
     with folder as name, open_scene(asked.database, Path(name)) as scene:
