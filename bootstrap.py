@@ -198,6 +198,7 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
     from .registry.services.evaluate import EvalHandler, evaluation_of_merge
     from .registry.services.merge import MergeHandler
     from .registry.services.recall import RecallHandler
+    from .registry.services.tune import TuneHandler
     from .registry.services.verify import VerifyHandler
 
     settings, ledger, folders = registry.settings, registry.ledger, registry.folders
@@ -220,6 +221,13 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
             made_on_demand=registry.made_on_demand,
         ),
         "recall": RecallHandler(ledger, open_versions=lambda: registry.version_store),
+        "tune": TuneHandler(
+            ledger,
+            settings,
+            open_versions=lambda: registry.version_store,
+            folders=folders,
+            made_on_demand=registry.made_on_demand,
+        ),
         "verify": VerifyHandler(ledger, folders=folders, home=settings.home, threads=settings.threads),
     }
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         RetentionView,
         StageEventView,
         Submitted,
+        TuneView,
         Verification,
         VersionView,
     )
@@ -205,6 +206,41 @@ def retention_text(view: RetentionView, out: Output) -> str:
     lines += [printable(f"  not evaluated: {name}") for name in view.missing]
     if not view.rows and not view.missing:
         lines.append("  not evaluated yet")
+    return "\n".join(lines)
+
+
+def tune_text(view: TuneView, out: Output, *, explain: bool) -> str:
+    """The winner with what it keeps held out, beside the plain sum; and the trials that saw every sample."""
+    winner = view.trials[view.winner]
+    weights = " ".join(f"{parent.ref}={parent.weight:g}" for parent in winner.weights)
+    lines = [out.paint(printable(f"trial {winner.number}: {winner.method} r{winner.rank}, {weights}"), "bold")]
+    plain = {row.task: row for row in view.heldout if row.trial == view.plain}
+    rows = [
+        [
+            row.task, row.metric, owner, number(row.base), number(row.parent), number(row.child),
+            _interval(row.retention), _interval(row.gain_kept), _interval(plain[row.task].retention),
+        ]
+        for row, owner in zip([row for row in view.heldout if row.trial == view.winner], view.owners, strict=True)
+    ]  # fmt: skip
+    header = ["TASK", "METRIC", "PARENT", "BASE", "ITS", "THIS", "RETENTION", "GAIN KEPT", "PLAIN SUM"]
+    lines.append(out.table(header, rows, right={3, 4, 5}))
+    samples = f"{view.heldout_samples} held-out samples; {view.tuning_samples} others decided"
+    lines.append(out.paint(f"  on {samples}; {view.used:.1f} of {view.budget:g} full evaluations used", "dim"))
+    best = sorted((trial for trial in view.trials if trial.complete), key=lambda trial: -trial.worst)[:10]
+    cells = [
+        [
+            str(t.number), f"{t.method} r{t.rank}", *(f"{p.weight:g}" for p in t.weights),
+            *(f"{t.kept[task]:.1%}" for task in view.tasks), f"{t.worst:.1%}", "*" if t.number in view.front else "",
+        ]
+        for t in best
+    ]  # fmt: skip
+    columns = ["TRIAL", "METHOD", *view.parents, *(f"KEPT {task}" for task in view.tasks), "LEAST", "FRONT"]
+    lines += ["", out.table(columns, cells, right={0, *range(2, len(columns) - 1)})]
+    if explain:
+        lines += ["", *(printable(f"* {line}") for line in view.explanation)]
+    if not view.jobs:
+        command = f"adapterctl merge {weights} --method {winner.method} --rank {winner.rank}"
+        lines += ["", out.paint(printable(f"make it: {command} --into {view.into}"), "cyan")]
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from .domain.recall import RecallAction
 from .domain.recipe import MergeRequest
 from .domain.refs import Ref
 from .domain.suite import Suite
+from .domain.tuning import TuneRequest
 from .domain.version import Base, FileRecord
 
 Direction = Literal["up", "down", "both"]
@@ -240,6 +241,64 @@ class RetentionView:
 
 
 @dataclass(frozen=True, slots=True)
+class TrialView:
+    """One candidate of a search. `kept` is its retention by task on the `samples` tuning samples that it was shown;
+    it was shown all of them where it is `complete`.
+    """
+
+    number: int
+    method: str
+    rank: int
+    weights: tuple[ParentView, ...]
+    samples: int
+    complete: bool
+    kept: Mapping[str, float]
+    worst: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutView:
+    """What a finalist of a search kept of one task, on samples that decided nothing."""
+
+    trial: int
+    task: str
+    metric: str
+    base: float
+    parent: float
+    child: float
+    retention: Interval | None
+    gain_kept: Interval | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TuneView:
+    """What a search for weights found. `owners` are the parents that the tasks are measured against, in their order.
+
+    `budget` and `used` count full evaluations. `heldout` has the winner first, then the other finalists and the plain
+    candidate. `jobs` are the merges that register the finalists, where that was asked for.
+    """
+
+    job: str
+    into: str
+    parents: tuple[str, ...]
+    tasks: tuple[str, ...]
+    owners: tuple[str, ...]
+    budget: float
+    used: float
+    seed: int
+    tuning_samples: int
+    heldout_samples: int
+    winner: int
+    plain: int
+    front: tuple[int, ...]
+    trials: tuple[TrialView, ...]
+    heldout: tuple[HeldOutView, ...]
+    explanation: tuple[str, ...]
+    jobs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StageEventView:
     """`evidence` is the digest of the decision that a move stood on; `warnings` are for the one who moved it."""
 
@@ -411,6 +470,14 @@ class RegistryAPI(Protocol):
 
     # evaluation
     def evaluate(self, refs: Sequence[Ref], *, suites: Sequence[str], limit: int | None = None) -> Job: ...
+    def tune(self, request: TuneRequest) -> Job:
+        """Queue a search for the weights of a merge."""
+        ...
+
+    def tuned(self, job_id: str) -> TuneView:
+        """What an ended search found. Raises `Conflict` while it runs."""
+        ...
+
     def set_suite(self, name: str, suite: str) -> None: ...
     def retention(self, ref: Ref) -> RetentionView: ...
     def import_reports(self, folder: Path) -> int:

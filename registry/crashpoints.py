@@ -31,6 +31,7 @@ CRASH_POINTS = (
     "register.version",  # MLflow has the version, the ledger does not
     "ledger.writing",  # inside the transaction that ends the job, before its commit
     "ledger.committed",  # all is recorded, the supervisor was not told
+    "tune.trial",  # in the child, a trial of a search is in its journal
     "stage.writing",  # inside the transaction that moves a stage, before its commit
     "stage.recorded",  # a stage moved in the ledger, its alias has not
 )

@@ -349,6 +349,19 @@ class VersionStore(Protocol):
         ...
 
     def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None: ...
+    def log_search(
+        self,
+        key: str,
+        name: str,
+        parents: Sequence[AdapterVersion],
+        *,
+        params: Mapping[str, str],
+        series: Mapping[str, Sequence[tuple[int, float]]],
+        files: Mapping[str, str | bytes],
+    ) -> None:
+        """One run for a search, found again by `key`; each of `series` is a metric with its value at each step."""
+        ...
+
     def remove(self, version: AdapterVersion) -> None:
         """Delete the model version and its files; what is gone already is fine."""
         ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from datasets import Dataset
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -31,6 +31,8 @@ from ..registry.domain.suite import Row, SuiteTask
 
 #: Called with the number of samples that a batch has finished; may raise to stop the evaluation.
 Tick = Callable[[int], None]
+#: The name of the one adapter that has no file.
+CANDIDATE = "candidate"
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 transformers_logging.set_verbosity_error()
@@ -65,6 +67,7 @@ class Engine:
         self._lm = _RecordingLM(self._model, tokenizer, batch_size, tick)
         self._peft: PeftModel | None = None
         self._loaded: dict[Path, str] = {}
+        self._candidate: dict[str, torch.nn.Parameter] = {}
         self._untouched = self._probe()
 
     @contextmanager
@@ -76,6 +79,25 @@ class Engine:
             return
         peft = self._load(folder)
         peft.set_adapter(self._loaded[folder])
+        yield
+
+    @contextmanager
+    def candidate(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Within the block an adapter is active that has no file: its `tensors` by the key they would have in one.
+
+        One slot in the model is filled anew each time, so all candidates of an engine have the same modules and at most
+        the rank of the first `config`; rows and columns beyond a candidate's own rank are zeros, which is exact.
+        """
+        if not self._candidate:
+            self._candidate = self._open_slot(config)
+        with torch.no_grad():
+            for key, parameter in self._candidate.items():
+                parameter.zero_()
+                tensor = tensors[key]
+                room = parameter[tuple(slice(0, n) for n in tensor.shape)]
+                room.copy_(tensor.reshape(room.shape))
+        assert self._peft is not None
+        self._peft.set_adapter(CANDIDATE)
         yield
 
     def answer(self, task: SuiteTask, rows: Sequence[Row]) -> Answers:
@@ -107,9 +129,8 @@ class Engine:
             return self._peft
         name = f"subject{len(self._loaded)}"
         if self._peft is None:
-            config = PeftConfig.from_pretrained(str(folder))
-            config.inference_mode = True
-            self._peft = PeftModel(self._model, config, adapter_name=name)
+            self._add(PeftConfig.from_pretrained(str(folder)), name)
+        assert self._peft is not None
         # not `from_pretrained`, which only warns when weights and modules do not meet
         outcome = self._peft.load_adapter(str(folder), adapter_name=name, torch_device=self._device)
         if outcome.missing_keys or outcome.unexpected_keys:
@@ -118,6 +139,25 @@ class Engine:
         self._peft.eval()
         self._loaded[folder] = name
         return self._peft
+
+    def _open_slot(self, config: Mapping[str, Any]) -> dict[str, torch.nn.Parameter]:
+        """Make the candidates' adapter; its parameters by the key that each has in a file."""
+        # scaling is alpha / r = 1: weights and scaling of the parents are in the factors
+        self._add(LoraConfig(**{key: value for key, value in config.items() if key != "peft_type"}), CANDIDATE)
+        assert self._peft is not None
+        self._peft.eval()
+        return {
+            name.replace(f".{CANDIDATE}", ""): parameter
+            for name, parameter in self._peft.named_parameters()
+            if CANDIDATE in name.split(".")
+        }
+
+    def _add(self, config: PeftConfig, name: str) -> None:
+        config.inference_mode = True
+        if self._peft is None:
+            self._peft = PeftModel(self._model, config, adapter_name=name)
+        else:
+            self._peft.add_adapter(name, config)
 
     def _probe(self) -> torch.Tensor:
         ids = torch.arange(16, device=self._device).remainder(self._model.config.vocab_size).unsqueeze(0)

@@ -50,10 +50,10 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
     plan, out = from_builtins(task["plan"], EvalPlan), Path(task["out"])
     progress = _Progress(plan.samples, emit, should_stop)
     engine = Engine(
-        _base(Path(plan.base_folder)),
+        base_of(Path(plan.base_folder)),
         device=plan.engine["device"],
         batch_size=int(plan.engine["batch_size"]),
-        threads=task.get("threads") or _threads(),
+        threads=task.get("threads") or threads_of(),
         tick=progress.tick,
     )
     folders = {subject.digest: Path(subject.folder) if subject.folder else None for subject in plan.subjects}
@@ -68,13 +68,13 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
     return {"reports": files}
 
 
-def _threads() -> int:
+def threads_of() -> int:
     """Half of our processors: with one thread on each, whatever else runs makes every step of all of them wait."""
     ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, ours // 2)
 
 
-def _base(folder: Path) -> Path:
+def base_of(folder: Path) -> Path:
     """The base model; the one of the examples is made where it is not there yet."""
     return build_base(folder) if folder.name == BASE_NAME else folder
 

@@ -104,7 +104,13 @@ def run(task: Mapping[str, Any], conversation: Conversation) -> Mapping[str, Any
         conversation.stage = "evaluate"
         result: Mapping[str, Any] = eval_job.run(task, conversation.say, conversation.should_stop)
         return result
-    raise InvalidInput(f"task kind {kind!r} is unknown", hint="this child runs merge and eval")
+    if kind == "tune":
+        # deferred: numpy, and with it all that an evaluation takes
+        from . import tune_job
+
+        conversation.stage = "tune"
+        return tune_job.run(task, conversation.say, conversation.should_stop)
+    raise InvalidInput(f"task kind {kind!r} is unknown", hint="this child runs merge, eval and tune")
 
 
 def run_merge(task: Mapping[str, Any], conversation: Conversation) -> dict[str, Any]:

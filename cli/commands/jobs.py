@@ -38,7 +38,7 @@ def ls(
     state: Annotated[
         str | None, typer.Option(metavar="STATE", help="queued, running, succeeded, failed, cancelled, live or ended.")
     ] = None,
-    kind: Annotated[str | None, typer.Option(metavar="KIND", help="merge, eval or verify.")] = None,
+    kind: Annotated[str | None, typer.Option(metavar="KIND", help="merge, eval, tune or verify.")] = None,
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="Jobs at most, the newest first.")] = 100,
 ) -> None:
     """List jobs.

@@ -5,7 +5,7 @@ The one place that knows how a method of each form is called. Reads and writes n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,15 @@ class Made:
     outcome: Outcome
 
 
-def make(module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe) -> Made:
-    """Apply a method of any form but `factors` and `choice`, which leave the parents' factors as they are."""
+def make(
+    module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe, *, grams: Grams | None = None
+) -> Made:
+    """Apply a method of any form but `factors` and `choice`, which leave the parents' factors as they are.
+
+    `grams` are those of the stack with any coefficients, where the caller has them from other weights.
+    """
     if method.form == "grams":
-        grams = stack.grams()
+        grams = stack.grams() if grams is None else replace(grams, c=stack.c)
         maps = _maps(method, grams, recipe)
         outcome = Outcome(
             error_squared(grams, maps), _product_error(grams, maps, float(np.finfo(stack.a.dtype).eps) / 2)
@@ -51,6 +56,17 @@ def make(module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe) -
         return Made(maps.a.astype(stack.a.dtype) @ stack.a, stack.b @ maps.b.astype(stack.b.dtype), outcome)
     a, b = _large(module, method, stack, recipe)
     return Made(a, b, _distance(stack, a, b))
+
+
+def factors_of(
+    module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe, *, grams: Grams | None = None
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """The factors (a, b) that a merge would write, before they are rounded: for candidates that get no file."""
+    if method.form != "factors":
+        made = make(module, method, stack, recipe, grams=grams)
+        return made.a, made.b
+    wide, factors = stack.a.dtype.type, method.function(stack.c)
+    return stack.a * factors.a[:, None].astype(wide), stack.b * factors.b.astype(wide)
 
 
 def promise(module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe) -> tuple[float, float]:

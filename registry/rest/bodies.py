@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..domain.access import EVERY_NAME, Scope
 from ..domain.recipe import MergeRequest
-from ..domain.refs import check_name, parse_parent
+from ..domain.refs import check_name, parse_parent, parse_ref
+from ..domain.tuning import DEFAULT_BUDGET, TuneRequest
 
 Text = Annotated[str, Field(max_length=5000)]
 Short = Annotated[str, Field(max_length=512)]
@@ -76,6 +77,34 @@ class EvaluateBody(Body):
     refs: Annotated[list[Ref], Field(min_length=1, max_length=64)]
     suites: Annotated[list[SuiteDigest], Field(max_length=32)] = []
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
+class TuneBody(Body):
+    """A search for the weights of a merge."""
+
+    parents: Annotated[list[Ref], Field(min_length=2, max_length=16)]
+    into: Short | None = None
+    suites: Annotated[list[SuiteDigest], Field(max_length=32)] = []
+    methods: Annotated[list[Short], Field(min_length=1, max_length=16)] = ["cat", "svd"]
+    ranks: Annotated[list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(max_length=16)] = []
+    budget: Annotated[int, Field(ge=1, le=1000)] = DEFAULT_BUDGET
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    register: Annotated[int, Field(ge=0, le=16, description="How many of the best to make versions of.")] = 0
+
+    def request(self) -> TuneRequest:
+        """Raises `InvalidInput` for a reference that cannot be read."""
+        return TuneRequest(
+            parents=tuple(parse_ref(parent) for parent in self.parents),
+            into=check_name(self.into) if self.into is not None else None,
+            suites=tuple(self.suites),
+            methods=tuple(self.methods),
+            ranks=tuple(self.ranks),
+            budget=self.budget,
+            seed=self.seed,
+            limit=self.limit,
+            register=self.register,
+        )
 
 
 class SuiteChoice(Body):

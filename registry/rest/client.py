@@ -33,6 +33,7 @@ from ..api import (
     StageEventView,
     Submitted,
     SuiteView,
+    TuneView,
     Verification,
     VersionView,
 )
@@ -43,6 +44,7 @@ from ..domain.job import Job, JobEvent, LogPiece
 from ..domain.recipe import MergeRequest
 from ..domain.refs import Ref, parse_source
 from ..domain.suite import Suite
+from ..domain.tuning import TuneRequest
 from ..domain.version import Base, FileRecord
 from .problems import from_problem
 
@@ -329,6 +331,23 @@ class RemoteRegistry:
         return self._post(
             "/v1/evaluations", {"refs": [str(ref) for ref in refs], "suites": digests, "limit": limit}, Job
         )
+
+    def tune(self, request: TuneRequest) -> Job:
+        body = {
+            "parents": [str(ref) for ref in request.parents],
+            "into": request.into,
+            "suites": [self._keep_suite(suite) for suite in request.suites],
+            "methods": request.methods,
+            "ranks": request.ranks,
+            "budget": request.budget,
+            "seed": request.seed,
+            "limit": request.limit,
+            "register": request.register,
+        }
+        return self._post("/v1/tunes", body, Job)
+
+    def tuned(self, job_id: str) -> TuneView:
+        return self._get(f"/v1/tunes/{_quoted(job_id)}", TuneView)
 
     def set_suite(self, name: str, suite: str) -> None:
         digest = self._keep_suite(suite)

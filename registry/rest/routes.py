@@ -39,6 +39,7 @@ from ..api import (
     StageEventView,
     Submitted,
     SuiteView,
+    TuneView,
     Verification,
     VersionView,
 )
@@ -487,6 +488,21 @@ def evaluate(body: bodies.EvaluateBody, call: Merge) -> Response:
     call.caller.check_change(*(ref.name for ref in refs))
     queued = call.registry.evaluate(refs, suites=body.suites, limit=body.limit)
     return _accepted(queued, queued)
+
+
+@router.post("/tunes", status_code=202, response_model=Job)
+def tune(body: bodies.TuneBody, call: Merge) -> Response:
+    """Queue a search for the weights of a merge."""
+    request = body.request()
+    call.caller.check_change(request.into or "-".join(dict.fromkeys(ref.name for ref in request.parents)))
+    queued = call.registry.tune(request)
+    return _accepted(queued, queued)
+
+
+@router.get("/tunes/{job_id}", response_model=TuneView)
+def tuned(job_id: str, call: Read) -> Response:
+    """What an ended search found; 409 while it runs."""
+    return _reply(call.registry.tuned(job_id))
 
 
 @router.get("/suites", response_model=list[SuiteView])

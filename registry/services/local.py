@@ -32,6 +32,7 @@ from ..api import (
     StageEventView,
     Submitted,
     SuiteView,
+    TuneView,
     Verification,
     VersionView,
 )
@@ -43,6 +44,7 @@ from ..domain.recall import RecallAction
 from ..domain.recipe import MergeRequest
 from ..domain.refs import Ref, check_name
 from ..domain.suite import Suite
+from ..domain.tuning import TuneRequest
 from ..domain.version import Base
 from ..ports import Access, Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
@@ -59,6 +61,7 @@ from . import (
     schedule,
     select,
     trace,
+    tune,
     verify,
     views,
 )
@@ -345,6 +348,15 @@ class LocalRegistry:
             settings=self.settings,
             made_on_demand=self.made_on_demand,
         )
+
+    def tune(self, request: TuneRequest) -> Job:
+        self._check_stage(*request.parents)
+        return tune.request_tune(
+            self.ledger, self.bell, request, settings=self.settings, made_on_demand=self.made_on_demand
+        )
+
+    def tuned(self, job_id: str) -> TuneView:
+        return tune.tune_view(self.ledger, self.job(job_id))
 
     def set_suite(self, name: str, suite: str) -> None:
         add_suite(self.ledger, known_adapter(self.ledger, check_name(name)), find_suite(self.ledger, suite))

@@ -97,25 +97,36 @@ def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, acto
         _check_loss(ledger, existing, request.max_loss)
         if not suites:
             return _submitted(ready, version=existing, ledger=ledger)
-    job, created = schedule.submit(
-        ledger,
-        bell,
-        NewJob(
-            kind="merge",
-            key=":".join([adapter_id, digest, *_terms(request.max_loss, suites)]),
-            title=f"merge {' '.join(view.ref for view in ready.parent_views)} into {ready.into}",
-            spec={
-                "into": ready.into,
-                "adapter_id": adapter_id,
-                "recipe": ready.recipe.to_json(),
-                "parents": [parent.id for parent in ready.parents],
-                "suites": [to_builtins(suite) for suite in suites],
-                "max_loss": request.max_loss,
-            },
-            created_by=actor,
-        ),
-    )
+    new = new_merge(ready, adapter_id, suites, max_loss=request.max_loss, actor=actor)
+    job, created = schedule.submit(ledger, bell, new)
     return _submitted(ready, job=job, deduplicated=not created)
+
+
+def new_merge(
+    ready: Preflight,
+    adapter_id: str,
+    suites: Sequence[Suite],
+    *,
+    max_loss: float | None = None,
+    tags: Mapping[str, str] | None = None,
+    actor: str,
+) -> NewJob:
+    """The job that makes what was planned; `tags` go to the version, and say for instance which search proposed it."""
+    return NewJob(
+        kind="merge",
+        key=":".join([adapter_id, ready.recipe.digest, *_terms(max_loss, suites)]),
+        title=f"merge {' '.join(view.ref for view in ready.parent_views)} into {ready.into}",
+        spec={
+            "into": ready.into,
+            "adapter_id": adapter_id,
+            "recipe": ready.recipe.to_json(),
+            "parents": [parent.id for parent in ready.parents],
+            "suites": [to_builtins(suite) for suite in suites],
+            "max_loss": max_loss,
+            "tags": dict(tags or {}),
+        },
+        created_by=actor,
+    )
 
 
 def plan_merge(ledger: Ledger, folders: Folders, request: MergeRequest) -> PlanView:
@@ -249,6 +260,7 @@ class MergeHandler:
                 recipe_digest=recipe.digest,
                 recipe=recipe.to_json(),
                 receipt=result["receipt"],
+                tags=job.spec.get("tags", {}),
             ),
             task.out,
             parents=[Parent(v, p.weight) for v, p in zip(parents, recipe.parents, strict=True)],

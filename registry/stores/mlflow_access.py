@@ -193,13 +193,13 @@ class Mlflow:
 
     # files
 
-    def write_files(self, run_id: str, texts: Mapping[str, str]) -> None:
-        """Store texts as artifacts of a run, by path; a file that is there is replaced."""
+    def write_files(self, run_id: str, files: Mapping[str, str | bytes]) -> None:
+        """Store texts and pictures as artifacts of a run, by path; a file that is there is replaced."""
         with TemporaryDirectory(prefix="adapterctl-") as folder:
-            for name, text in texts.items():
+            for name, content in files.items():
                 path = Path(folder, name)
                 path.parent.mkdir(exist_ok=True)
-                path.write_text(text, encoding="utf-8")
+                path.write_bytes(content if isinstance(content, bytes) else content.encode())
             self.client.log_artifacts(run_id, folder)
 
     def read_file(self, run_id: str, name: str) -> bytes:

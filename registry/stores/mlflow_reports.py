@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 
 from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion
@@ -15,6 +16,9 @@ from .mlflow_pages import mlflow_key, outputs_page
 from mlflow.entities import Metric, Param, Run
 
 REPORT = "adapterctl.report"
+SEARCH = "adapterctl.tune"
+#: MLflow takes no more metrics at once.
+MAX_BATCH = 1000
 
 
 def log_report(mlflow: Mlflow, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None:
@@ -33,6 +37,34 @@ def log_report(mlflow: Mlflow, version: AdapterVersion, report: EvalReport, *, d
     mlflow.write_files(run_id, _files(version, report))
     mlflow.client.log_batch(run_id, metrics=[Metric(k, v, at, 0, model_id, name, digest) for k, v in figures.items()])
     mlflow.client.log_batch(version.placement.run_id, metrics=[Metric(k, v, at, 0) for k, v in figures.items()])
+    mlflow.finish_run(run)
+
+
+def log_search(
+    mlflow: Mlflow,
+    key: str,
+    name: str,
+    parents: Sequence[AdapterVersion],
+    *,
+    params: Mapping[str, str],
+    series: Mapping[str, Sequence[tuple[int, float]]],
+    files: Mapping[str, str | bytes],
+) -> None:
+    """Log a search once, its trials as steps of the run's metrics; a second call completes what a killed one left out.
+
+    One run a search and not one a trial: forty rows of candidates that were never made would bury the versions.
+    """
+    run = mlflow.find_run(f"tags.`{SEARCH}` = '{key}'")
+    if run is None:
+        run = mlflow.client.create_run(mlflow.experiment_id, tags={KIND: "tune", SEARCH: key}, run_name=name)
+    run_id, at = run.info.run_id, run.info.start_time
+    # the same value at the same time and step is stored once
+    values = [Metric(mlflow_key(k), value, at, step) for k, points in series.items() for step, value in points]
+    mlflow.client.log_batch(run_id, params=[Param(mlflow_key(k), v[:5000]) for k, v in params.items()])
+    for start in range(0, len(values), MAX_BATCH):
+        mlflow.client.log_batch(run_id, metrics=values[start : start + MAX_BATCH])
+    mlflow.link_inputs(run, [parent.placement.model_id for parent in parents])
+    mlflow.write_files(run_id, files)
     mlflow.finish_run(run)
 
 

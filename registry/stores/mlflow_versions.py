@@ -39,7 +39,7 @@ from .mlflow_access import (
     missing_is_fine,
 )
 from .mlflow_pages import describe, escape, figures, lineage_page, lineage_record, mlflow_key, mlmodel, with_recall
-from .mlflow_reports import log_report
+from .mlflow_reports import log_report, log_search
 
 # isort: split
 # after mlflow_access, which sets what MLflow reads while it is imported
@@ -183,6 +183,19 @@ class MlflowVersions:
     @in_our_words
     def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None:
         log_report(self._mlflow, version, report, dataset_digest=dataset_digest)
+
+    @in_our_words
+    def log_search(
+        self,
+        key: str,
+        name: str,
+        parents: Sequence[AdapterVersion],
+        *,
+        params: Mapping[str, str],
+        series: Mapping[str, Sequence[tuple[int, float]]],
+        files: Mapping[str, str | bytes],
+    ) -> None:
+        log_search(self._mlflow, key, name, parents, params=params, series=series, files=files)
 
     @in_our_words
     def remove(self, version: AdapterVersion) -> None:

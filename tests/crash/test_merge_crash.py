@@ -23,7 +23,7 @@ from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.services.staging import sweep
 from adapterctl.registry.stores.spawn_bell import only_one
 
-OF_A_MERGE = [point for point in CRASH_POINTS if not point.startswith("stage.")]
+OF_A_MERGE = [point for point in CRASH_POINTS if not point.startswith(("stage.", "tune."))]
 IN_THE_CHILD = ("child.started", "child.module", "child.written")  # these leave the supervisor alive
 PATIENCE_S = 120.0
 SUBMIT = """

@@ -31,7 +31,7 @@ BREACHES = {
 TOOLS = {
     "registry/domain": {"re2", "rfc8785", "uuid6"},
     "registry/merging": {"numpy"},
-    "registry/services": {"fast_sugiyama", "uuid6", "yaml"},
+    "registry/services": {"fast_sugiyama", "matplotlib", "uuid6", "yaml"},
 }
 
 

@@ -25,11 +25,13 @@ from adapterctl.registry.domain.errors import (
     Recalled,
     Refused,
     StageMoved,
+    Unavailable,
     WaitTimedOut,
 )
 from adapterctl.registry.domain.job import JobState
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
+from adapterctl.registry.domain.tuning import TuneRequest
 from adapterctl.registry.services.pull import damage
 
 _seeds = itertools.count(1)
@@ -159,6 +161,8 @@ def test_what_is_not_there_is_not_found_with_what_there_is(registry: RegistryAPI
         lambda: registry.cancel("nobody"),
         lambda: next(iter(registry.follow("nobody"))),
         lambda: registry.revoke_token("nobody"),
+        lambda: registry.tuned("nobody"),
+        lambda: registry.tune(TuneRequest((parse_ref("nobody"), parse_ref("nobody:v2")))),
     ):
         with pytest.raises(NotFound, match="nobody"):
             ask()
@@ -399,6 +403,22 @@ def test_an_evaluation_without_its_base_is_refused(registry: RegistryAPI, add: A
         registry.evaluate([ref(version)], suites=[str(path)], limit=1)
     with pytest.raises(InvalidInput, match="no evaluation suite"):
         registry.evaluate([ref(version)], suites=[])
+
+
+def test_a_search_without_its_base_is_refused_and_a_merge_is_no_search(
+    registry: RegistryAPI, merged: VersionView, tmp_path: Path
+):
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "p{i}", "target": " t"}}\n' for i in range(8)))
+    (tmp_path / "mine.yaml").write_text(SUITE.format(name="mine"))
+    parents = tuple(parse_ref(parent.ref) for parent in merged.parents)
+    (job,) = registry.jobs(kind="merge", limit=1)
+
+    with pytest.raises(Unavailable, match="tiny/base"):
+        registry.tune(TuneRequest(parents, suites=(str(tmp_path / "mine.yaml"),)))
+    with pytest.raises(InvalidInput, match="no evaluation suite"):
+        registry.tune(TuneRequest(parents))
+    with pytest.raises(NotFound, match="is no search"):
+        registry.tuned(job.id)
 
 
 def test_reports_of_bases_that_are_unknown_are_not_taken(registry: RegistryAPI):

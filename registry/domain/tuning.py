@@ -1,0 +1,305 @@
+"""A search for the weights of a merge, as facts and rules: what is tried, what it gave, who goes on, who won and why.
+
+Every sample of a suite is either a tuning sample or a held-out one. Candidates are compared on the former; the figure
+that is reported comes from the latter, which decided nothing. Pure: the model is elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .digest import json_digest
+from .errors import InvalidInput
+from .eval_plan import Subject
+from .evals import MEASURES, Interval, Kept, Metric, kept
+from .plan import MergePlan
+from .refs import Ref
+from .suite import Row, SuiteTask
+
+DEFAULT_BUDGET = 24
+#: A task with fewer samples has halves that say nothing.
+MIN_SAMPLES = 8
+#: What share of the tuning samples a candidate has seen when it is compared with those before it.
+RUNGS = (0.25, 0.5, 1.0)
+#: The weights that are searched, and how fine: finer steps are below what any suite can tell apart.
+LOWEST, HIGHEST, STEP = 0.05, 1.5, 0.01
+#: The candidate that the others have to beat: every parent at weight 1, by the first of the methods.
+PLAIN = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TuneRequest:
+    """A search as the caller asks for it. `ranks` are for methods that have a choice; `register` is how many to keep.
+
+    `budget` is counted in full evaluations: looks at as many samples as the tuning half has.
+    """
+
+    parents: tuple[Ref, ...]
+    into: str | None = None
+    suites: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("cat", "svd")
+    ranks: tuple[int, ...] = ()
+    budget: int = DEFAULT_BUDGET
+    seed: int = 0
+    limit: int | None = None
+    register: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TuneTask:
+    """One task of one suite, cut in two. `owners` are the parents that it belongs to: the best of them is the measure.
+
+    `task` asks for the primary metric alone, so that nothing is generated where likelihood decides.
+    """
+
+    suite: str
+    task: SuiteTask
+    owners: tuple[int, ...]
+    tuning: tuple[Row, ...]
+    heldout: tuple[Row, ...]
+
+    @property
+    def metric(self) -> Metric:
+        return MEASURES[self.task.primary]
+
+    def seen(self, rung: int) -> int:
+        """How many tuning samples a candidate has seen at the end of this rung."""
+        return math.ceil(len(self.tuning) * RUNGS[rung])
+
+
+@dataclass(frozen=True, slots=True)
+class TunePlan:
+    """All that the child is told. `kinds` are the ways to merge, each a plan with every weight 1."""
+
+    base_folder: str
+    parents: tuple[Subject, ...]
+    kinds: tuple[MergePlan, ...]
+    tasks: tuple[TuneTask, ...]
+    budget: int
+    seed: int
+    finalists: int
+    engine: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """What makes two searches the same one; where files lie is no part of it."""
+        return json_digest(
+            {
+                "parents": [parent.digest for parent in self.parents],
+                "kinds": [kind.recipe.to_json() for kind in self.kinds],
+                "rows": [[row.id, row.prompt, row.target] for t in self.tasks for row in (*t.tuning, *t.heldout)],
+                "tasks": [[t.suite, t.task.name, t.task.primary, len(t.tuning), list(t.owners)] for t in self.tasks],
+                "search": [self.budget, self.seed, self.finalists, *RUNGS, LOWEST, HIGHEST, STEP],
+                "engine": dict(self.engine),
+            }
+        )
+
+    @property
+    def tuning_samples(self) -> int:
+        """Samples of a full evaluation: the unit of the budget."""
+        return sum(len(task.tuning) for task in self.tasks)
+
+    @property
+    def heldout_samples(self) -> int:
+        return sum(len(task.heldout) for task in self.tasks)
+
+    @property
+    def reserved(self) -> int:
+        """Samples kept back for the end: the finalists and the plain candidate on the held-out half."""
+        return (self.finalists + 1) * self.heldout_samples
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One candidate. `shares` is what it kept of each task (retention) after the last rung that it reached.
+
+    `rungs` is the smallest share at the end of each rung; it was looked at in full where it has all of them.
+    """
+
+    number: int
+    kind: int
+    weights: tuple[float, ...]
+    samples: int
+    shares: tuple[float, ...]
+    rungs: tuple[float, ...]
+
+    @property
+    def worst(self) -> float:
+        return self.rungs[-1]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.rungs) == len(RUNGS)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a finalist kept of one task on the samples that decided nothing."""
+
+    trial: int
+    task: int
+    metric: str
+    base: float
+    parent: float
+    child: float
+    retention: Interval | None
+    gain_kept: Interval | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a search found. `finalists` begin with the winner; `used` is of the budget, in full evaluations.
+
+    `against_plain` compares the winner with the plain candidate on each task, held out: 1 is as good.
+    """
+
+    trials: tuple[Trial, ...]
+    front: tuple[int, ...]
+    finalists: tuple[int, ...]
+    owners: tuple[int, ...]
+    heldout: tuple[HeldOut, ...]
+    against_plain: tuple[Interval | None, ...]
+    used: float
+
+    @property
+    def winner(self) -> Trial:
+        return self.trials[self.finalists[0]]
+
+    def worst_heldout(self, trial: int) -> HeldOut:
+        """The task of which this finalist kept least, held out."""
+        rows = [row for row in self.heldout if row.trial == trial]
+        return min(rows, key=lambda row: row.retention.value if row.retention else math.inf)
+
+
+def split(task: SuiteTask, limit: int | None) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Tuning and held-out samples of a task, half each.
+
+    By a digest of each row, never by the seed of a search: ten searches with ten seeds would otherwise have tuned to
+    every sample that any of them holds out. Raises `InvalidInput` where there are too few to halve.
+    """
+    rows = sorted(task.samples(limit), key=lambda row: hashlib.sha256(f"{row.id}\0{row.prompt}".encode()).digest())
+    if len(rows) < MIN_SAMPLES:
+        raise InvalidInput(
+            f"task {task.name} has {len(rows)} samples, a search needs {MIN_SAMPLES} or more to halve them",
+            hint="raise --limit, or add rows to the suite",
+        )
+    middle = (len(rows) + 1) // 2
+    return tuple(rows[:middle]), tuple(rows[middle:])
+
+
+def share(metric: Metric, parent: Sequence[Mapping[str, float]], child: Sequence[Mapping[str, float]]) -> float:
+    """Retention on these samples as a plain number; 0 where there is nothing to divide by."""
+    over, under = metric.score(child), metric.score(parent)
+    if metric.direction == "lower":
+        over, under = under, over
+    return over / under if under else 0.0
+
+
+def goes_on(worst: float, others: Sequence[float]) -> bool:
+    """Whether a candidate belongs to the better half of all that reached this rung so far (successive halving, done
+    one by one: Li et al. 2020, https://arxiv.org/abs/1810.05934).
+    """
+    return 2 * sum(other > worst for other in others) < len(others) + 1
+
+
+def front(trials: Sequence[Trial]) -> list[int]:
+    """Numbers of the complete trials that no other complete one beats on every task at once."""
+    complete = [trial for trial in trials if trial.complete]
+    return [t.number for t in complete if not any(_beats(other.shares, t.shares) for other in complete)]
+
+
+def ranking(trials: Sequence[Trial], ranks: Sequence[int]) -> list[Trial]:
+    """Complete trials, the largest smallest share first; `ranks` of the kinds: of equals the smaller adapter."""
+    complete = [trial for trial in trials if trial.complete]
+    return sorted(complete, key=lambda t: (-t.worst, ranks[t.kind], t.number))
+
+
+def choose_finalists(trials: Sequence[Trial], ranks: Sequence[int], count: int) -> list[int]:
+    """The winner, then the others of the front and after them the rest, best first: at most `count`."""
+    order = ranking(trials, ranks)
+    on_front = set(front(trials))
+    rest = sorted(order[1:], key=lambda t: t.number not in on_front)
+    return [trial.number for trial in [*order[:1], *rest][:count]]
+
+
+def held_out(
+    trial: int,
+    task: int,
+    metric: Metric,
+    base: Sequence[Mapping[str, float]],
+    parent: Sequence[Mapping[str, float]],
+    child: Sequence[Mapping[str, float]],
+) -> HeldOut:
+    result: Kept = kept(metric, base, parent, child)
+    return HeldOut(
+        trial,
+        task,
+        metric.name,
+        metric.score(base),
+        metric.score(parent),
+        metric.score(child),
+        result.retention,
+        result.gain_kept,
+        result.note,
+    )
+
+
+def explain(finding: Finding, labels: Sequence[str], kinds: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """Why the winner won, in sentences. `labels` of the parents, `kinds` of the ways to merge, `tasks` by name."""
+    winner, plain = finding.winner, finding.trials[PLAIN]
+    complete = [trial for trial in finding.trials if trial.complete]
+    binding = tasks[winner.shares.index(min(winner.shares))]
+    lines = [
+        f"{len(finding.trials)} candidates were tried for {finding.used:.1f} full evaluations; "
+        f"{len(finding.trials) - len(complete)} were dropped early, {len(complete)} saw every tuning sample",
+        f"trial {winner.number} ({describe(winner, labels, kinds)}) keeps at least {winner.worst:.1%} of every task, "
+        f"the most of all; it is {binding} that holds it there",
+    ]
+    others = [trial for trial in complete if trial.number not in (winner.number, PLAIN)]
+    if others:
+        best = max(others, key=lambda trial: (trial.worst, -trial.number))
+        lines.append(f"the next is trial {best.number} ({describe(best, labels, kinds)}) with {best.worst:.1%}")
+    if winner.number == PLAIN:
+        lines.append("no candidate beats the plain sum on the tuning samples: leave the weights at 1")
+    else:
+        lines.append(f"the plain sum ({describe(plain, labels, kinds)}) keeps {plain.worst:.1%}")
+    told = dict.fromkeys([winner.number, PLAIN])
+    lines += [f"held out, {_held_out_words(finding, number, tasks)}" for number in told]
+    if winner.number != PLAIN:
+        lines.append(_verdict(finding, tasks))
+    return lines
+
+
+def describe(trial: Trial, labels: Sequence[str], kinds: Sequence[str]) -> str:
+    weights = " ".join(f"{label}={weight:g}" for label, weight in zip(labels, trial.weights, strict=True))
+    return f"{kinds[trial.kind]}, {weights}"
+
+
+def _held_out_words(finding: Finding, number: int, tasks: Sequence[str]) -> str:
+    row = finding.worst_heldout(number)
+    name = "the plain sum" if number == PLAIN else f"trial {number}"
+    if row.retention is None:
+        return f"{name} has no retention on {tasks[row.task]}: its parent scores 0"
+    interval = row.retention
+    return (
+        f"{name} keeps {interval.value:.1%} [{interval.low:.1%}, {interval.high:.1%}] of {tasks[row.task]}, its least"
+    )
+
+
+def _verdict(finding: Finding, tasks: Sequence[str]) -> str:
+    """Whether the winner and the plain candidate can be told apart, task by task, on the held-out samples."""
+    words = []
+    for task, ratio in zip(tasks, finding.against_plain, strict=True):
+        if ratio is None:
+            continue
+        verdict = "better" if ratio.low > 1 else "worse" if ratio.high < 1 else "not told apart"
+        words.append(f"{task} {verdict} ({ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}])")
+    return "winner against the plain sum, held out: " + ", ".join(words)
+
+
+def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
+    return all(a >= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)

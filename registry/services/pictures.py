@@ -1,0 +1,210 @@
+"""Pictures of figures: what a merge kept, and what a search tried. PNG, drawn with matplotlib without its global state.
+
+Colour says good or bad in the same way everywhere: green keeps what its parent could, red does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from ..api import RetentionRow, RetentionView, TrialView, TuneView
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 110
+#: Shares below this are as red as it gets.
+FLOOR = 0.5
+COLOURS = "RdYlGn"
+#: The same for lines, whose middle must be seen on white.
+LINES = "coolwarm_r"
+INK, FAINT, STRONG = "#24292f", "#8c959f", "#0b57d0"
+_WIDE = 60
+
+
+def retention_picture(view: RetentionView) -> bytes:
+    """Every task by base, parents and child: each figure, coloured by its share of the owning parent's."""
+    parents = list(dict.fromkeys(ref for row in view.rows for ref in row.parents))
+    columns = ["base", *parents, view.ref]
+    names = [f"{row.task}\n{row.metric} {'↑' if row.direction == 'higher' else '↓'}" for row in view.rows]
+    figure = _figure(2.2 + 1.5 * len(columns), 1.7 + 0.62 * len(names))
+    axes = figure.subplots()
+    shares = [[_share(row, value) for value in _values(row, parents)] for row in view.rows]
+    image = axes.imshow(shares, cmap=COLOURS, vmin=FLOOR, vmax=1.0, aspect="auto")
+    for y, row in enumerate(view.rows):
+        for x, value in enumerate(_values(row, parents)):
+            mark = " *" if columns[x] == row.owner else ""
+            axes.text(x, y, f"{shares[y][x]:.0%}\n{value:.3g}{mark}", ha="center", va="center", fontsize=9, color=INK)
+    axes.set_xticks(range(len(columns)), [_short(text) for text in columns], fontsize=9)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_title("Share of the owning parent's figure (*)", fontsize=10, loc="left")
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(_percent())
+    return _png(figure)
+
+
+def pareto_picture(view: TuneView) -> bytes:
+    """What each candidate kept of two tasks: the front, the winner, the plain sum; and the same held out."""
+    x, y = _two_tasks(view)
+    figure = _figure(6.4, 5.2)
+    axes = figure.subplots()
+    complete = [trial for trial in view.trials if trial.complete]
+    dropped = [trial for trial in view.trials if not trial.complete]
+    for trials, style in (
+        (dropped, {"s": 14, "color": FAINT, "alpha": 0.5, "label": "dropped early"}),
+        (complete, {"s": 30, "color": STRONG, "alpha": 0.7, "label": "seen in full"}),
+    ):
+        axes.scatter([t.kept[x] for t in trials], [t.kept[y] for t in trials], **style)
+    front = sorted((t.kept[x], t.kept[y]) for t in complete if t.number in view.front)
+    axes.plot([a for a, _ in front], [b for _, b in front], color=STRONG, linewidth=1, label="front")
+    for number, marker, name in ((view.plain, "s", "plain sum"), (view.winner, "*", "winner")):
+        kept = view.trials[number].kept
+        axes.scatter([kept[x]], [kept[y]], marker=marker, s=170, color="none", edgecolor=INK, linewidth=1.4, label=name)
+        held = {row.task: row.retention.value for row in view.heldout if row.trial == number and row.retention}
+        if x in held and y in held:
+            axes.plot([kept[x], held[x]], [kept[y], held[y]], color=FAINT, linewidth=0.8, linestyle=":")
+            axes.scatter([held[x]], [held[y]], marker=marker, s=70, color=FAINT, label=f"{name}, held out")
+    # those dropped early lie anywhere; the picture is about the others
+    axes.set_xlim(min([t.kept[x] for t in complete] + [0.9]) - 0.03, None)
+    axes.set_ylim(min([t.kept[y] for t in complete] + [0.9]) - 0.03, None)
+    for axis, task in ((axes.xaxis, x), (axes.yaxis, y)):
+        axis.set_major_formatter(_percent())
+        axis.set_label_text(f"kept of {task}")
+    axes.legend(fontsize=8, loc="best", frameon=False)
+    axes.set_title(_title(view), fontsize=10, loc="left")
+    return _png(figure)
+
+
+def weights_picture(view: TuneView) -> bytes:
+    """The smallest share over the weight of each parent, one panel a parent."""
+    figure = _figure(1.2 + 3.4 * len(view.parents), 3.6)
+    panels: Any = figure.subplots(1, len(view.parents), sharey=True, squeeze=False)[0]
+    complete = [trial for trial in view.trials if trial.complete]
+    dropped = [trial for trial in view.trials if not trial.complete]
+    for place, (axes, parent) in enumerate(zip(panels, view.parents, strict=True)):
+        axes.scatter(
+            [t.weights[place].weight for t in dropped], [t.worst for t in dropped], s=14, color=FAINT, alpha=0.5,
+            label="dropped early",
+        )  # fmt: skip
+        for kind, colour in zip(_kinds(complete), (STRONG, "#d9730d", "#1a7f37", "#8250df"), strict=False):
+            these = [trial for trial in complete if _kind(trial) == kind]
+            axes.scatter(
+                [t.weights[place].weight for t in these], [t.worst for t in these], s=26, color=colour, label=kind
+            )
+        winner = view.trials[view.winner]
+        axes.scatter(
+            [winner.weights[place].weight],
+            [winner.worst],
+            marker="*",
+            s=180,
+            color="none",
+            edgecolor=INK,
+            linewidth=1.4,
+        )
+        axes.set_xlabel(f"weight of {_short(parent)}", fontsize=9)
+        axes.yaxis.set_major_formatter(_percent())
+    panels[0].set_ylabel("smallest share kept", fontsize=9)
+    panels[0].legend(fontsize=8, frameon=False)
+    panels[0].set_title(_title(view), fontsize=10, loc="left")
+    return _png(figure)
+
+
+def trials_picture(view: TuneView) -> bytes:
+    """Parallel coordinates: one line a candidate, over its weights, what it kept, and its smallest share."""
+    names = [
+        *(f"weight\n{_short(p, 18)}" for p in view.parents),
+        *(f"kept\n{t}" for t in view.tasks),
+        "smallest\nshare",
+    ]
+    rows = {t.number: [*(p.weight or 0.0 for p in t.weights), *t.kept.values(), t.worst] for t in view.trials}
+    spans = [(min(column), max(column)) for column in zip(*rows.values(), strict=True)]
+    figure = _figure(1.5 + 1.5 * len(names), 4.2)
+    axes = figure.subplots()
+    colours = _colours()
+    low, high = spans[-1]
+    for trial in sorted(view.trials, key=lambda trial: trial.worst):
+        heights = [(v - a) / (b - a) if b > a else 0.5 for v, (a, b) in zip(rows[trial.number], spans, strict=True)]
+        won = trial.number == view.winner
+        axes.plot(
+            range(len(names)),
+            heights,
+            color=INK if won else colours((trial.worst - low) / (high - low) if high > low else 1.0),
+            linewidth=2.2 if won else 1.0,
+            alpha=1.0 if trial.complete else 0.45,
+        )
+    for place, (a, b) in enumerate(spans):
+        axes.axvline(place, color=FAINT, linewidth=0.6)
+        unit = "{:.2f}" if place < len(view.parents) else "{:.1%}"
+        axes.text(place, -0.03, unit.format(a), ha="center", va="top", fontsize=8, color=FAINT)
+        axes.text(place, 1.03, unit.format(b), ha="center", va="bottom", fontsize=8, color=FAINT)
+    axes.set_xticks(range(len(names)), names, fontsize=9)
+    axes.tick_params(axis="x", pad=16, length=0)
+    axes.set_yticks([])
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_title(_title(view) + "; the winner in black", fontsize=10, loc="left", pad=18)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # deferred: half a second, and only pictures need it
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _colours() -> Any:
+    from matplotlib import colormaps  # deferred: see _figure
+
+    return colormaps[LINES]
+
+
+def _percent() -> Any:
+    from matplotlib.ticker import PercentFormatter  # deferred: see _figure
+
+    return PercentFormatter(1.0, decimals=0)
+
+
+def _values(row: RetentionRow, parents: Sequence[str]) -> list[float]:
+    return [row.base, *(row.parents[parent] for parent in parents), row.child]
+
+
+def _share(row: RetentionRow, value: float) -> float:
+    over, under = value, row.parents[row.owner]
+    if row.direction == "lower":
+        over, under = under, over
+    return over / under if under else 0.0
+
+
+def _two_tasks(view: TuneView) -> tuple[str, str]:
+    """The two tasks that the winner keeps least of; a single task stands on both axes."""
+    kept = view.trials[view.winner].kept
+    tasks = sorted(view.tasks, key=lambda task: kept[task])[:2]
+    first, last = sorted((tasks[0], tasks[-1]), key=view.tasks.index)
+    return first, last
+
+
+def _kind(trial: TrialView) -> str:
+    return f"{trial.method} r{trial.rank}"
+
+
+def _kinds(trials: Sequence[TrialView]) -> list[str]:
+    return list(dict.fromkeys(map(_kind, trials)))
+
+
+def _title(view: TuneView) -> str:
+    return f"{len(view.trials)} candidates for {view.used:.0f} full evaluations"
+
+
+def _short(text: str, limit: int = _WIDE) -> str:
+    # a dollar would begin a formula
+    text = text.replace("$", r"\$")
+    return text if len(text) <= limit else text[: limit - 1] + "…"

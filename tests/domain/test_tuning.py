@@ -1,0 +1,108 @@
+"""The rules of a search: how samples are halved, who goes on, who is on the front, and what is said of the winner."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from adapterctl.registry.domain.errors import InvalidInput
+from adapterctl.registry.domain.evals import MEASURES, Interval
+from adapterctl.registry.domain.suite import Row, SuiteTask
+from adapterctl.registry.domain.tuning import (
+    Finding,
+    HeldOut,
+    Trial,
+    choose_finalists,
+    explain,
+    front,
+    goes_on,
+    share,
+    split,
+)
+
+
+def _task(count: int, *, seed: int = 0) -> SuiteTask:
+    rows = tuple(Row(f"r{i}", f"prompt {i}", " target") for i in range(count))
+    return SuiteTask(
+        "t", "rows.jsonl", "0" * 64, "{{ prompt }}", "{{ target }}", ("nll",), "nll", 8, (), count, seed, rows
+    )
+
+
+def _trial(number: int, *shares: float, complete: bool = True, kind: int = 0) -> Trial:
+    rungs = (min(shares),) * (3 if complete else 1)
+    return Trial(number, kind, (1.0, 1.0 + number / 100), 10, shares, rungs)
+
+
+def test_every_sample_is_a_tuning_sample_or_a_held_out_one():
+    tuning, heldout = split(_task(21), None)
+
+    assert (len(tuning), len(heldout)) == (11, 10)
+    assert {row.id for row in (*tuning, *heldout)} == {f"r{i}" for i in range(21)}
+
+
+def test_the_halves_do_not_follow_the_order_of_the_file():
+    tuning, _ = split(_task(40), None)
+
+    assert {row.id for row in tuning} != {f"r{i}" for i in range(20)}
+
+
+def test_too_few_samples_are_not_halved():
+    with pytest.raises(InvalidInput, match="has 7 samples"):
+        split(_task(20), 7)
+
+
+def test_a_share_reads_the_same_where_lower_and_where_higher_is_better():
+    worse_nll = share(MEASURES["nll"], [{"nll": 1.0, "tokens": 1.0}], [{"nll": 2.0, "tokens": 1.0}])
+    fewer_hits = share(MEASURES["exact_match"], [{"exact": 1.0}, {"exact": 1.0}], [{"exact": 1.0}, {"exact": 0.0}])
+
+    assert worse_nll == fewer_hits == 0.5
+    assert share(MEASURES["exact_match"], [{"exact": 0.0}], [{"exact": 1.0}]) == 0.0
+
+
+def test_about_half_of_the_candidates_go_on_and_the_best_one_always_does():
+    rng = random.Random(3)
+    seen: list[float] = []
+    went_on = 0
+    for _ in range(400):
+        value = rng.random()
+        best = not seen or value > max(seen)
+        on = goes_on(value, seen)
+        assert on or not best
+        went_on += on
+        seen.append(value)
+
+    assert 160 <= went_on <= 240
+
+
+def test_the_front_is_what_nothing_beats_on_every_task_at_once():
+    trials = [_trial(0, 0.9, 0.9), _trial(1, 0.95, 0.8), _trial(2, 0.89, 0.9), _trial(3, 0.99, 0.99, complete=False)]
+
+    assert front(trials) == [0, 1]
+    assert choose_finalists(trials, [8], 2) == [0, 1]
+    assert choose_finalists(trials, [8], 9) == [0, 1, 2]
+
+
+def test_of_equal_candidates_the_smaller_adapter_wins():
+    assert choose_finalists([_trial(0, 0.9, 0.9, kind=0), _trial(1, 0.9, 0.9, kind=1)], [8, 4], 1) == [1]
+
+
+def test_the_explanation_names_winner_runner_up_plain_sum_and_the_held_out_verdict():
+    trials = (_trial(0, 0.8, 0.9), _trial(1, 0.92, 0.91), _trial(2, 0.85, 0.99), _trial(3, 0.5, 0.5, complete=False))
+    rows = tuple(
+        HeldOut(trial, task, "nll", 6.0, 2.0, 2.2, Interval(value, value - 0.02, value + 0.02), None)
+        for trial, values in ((1, (0.9, 0.88)), (0, (0.81, 0.9)))
+        for task, value in enumerate(values)
+    )
+    against = (Interval(1.1, 1.05, 1.15), Interval(0.99, 0.97, 1.01))
+    finding = Finding(trials, (1, 2), (1,), (0, 1), rows, against, 7.25)
+
+    text = "\n".join(explain(finding, ["a:v1", "b:v1"], ["cat r8"], ["one", "two"]))
+
+    assert "4 candidates were tried for 7.2 full evaluations; 1 were dropped early" in text
+    assert "trial 1 (cat r8, a:v1=1 b:v1=1.01) keeps at least 91.0% of every task" in text
+    assert "it is two that holds it there" in text
+    assert "the next is trial 2" in text
+    assert "the plain sum (cat r8, a:v1=1 b:v1=1) keeps 80.0%" in text
+    assert "trial 1 keeps 88.0% [86.0%, 90.0%] of two, its least" in text
+    assert "one better (1.100 [1.050, 1.150]), two not told apart" in text
