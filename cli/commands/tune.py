@@ -71,7 +71,7 @@ def tune(
         budget=budget,
         seed=seed,
         limit=limit,
-        register=register,
+        keep=register,
     )
     registry = session.registry()
     job = registry.tune(request)

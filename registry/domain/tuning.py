@@ -16,7 +16,8 @@ from .errors import InvalidInput
 from .eval_plan import Subject
 from .evals import MEASURES, Interval, Kept, Metric, kept
 from .plan import MergePlan
-from .refs import Ref
+from .recipe import MergeRequest
+from .refs import ParentRef, Ref
 from .suite import Row, SuiteTask
 
 DEFAULT_BUDGET = 24
@@ -32,7 +33,8 @@ PLAIN = 0
 
 @dataclass(frozen=True, slots=True)
 class TuneRequest:
-    """A search as the caller asks for it. `ranks` are for methods that have a choice; `register` is how many to keep.
+    """A search as the caller asks for it. `ranks` are for methods that have a choice; `keep` is how many become
+    versions.
 
     `budget` is counted in full evaluations: looks at as many samples as the tuning half has.
     """
@@ -45,7 +47,12 @@ class TuneRequest:
     budget: int = DEFAULT_BUDGET
     seed: int = 0
     limit: int | None = None
-    register: int = 0
+    keep: int = 0
+
+    @property
+    def target(self) -> str:
+        """The adapter that the merges become versions of."""
+        return MergeRequest(tuple(map(ParentRef, self.parents)), self.into).target
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ class TuneBody(Body):
     budget: Annotated[int, Field(ge=1, le=1000)] = DEFAULT_BUDGET
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    register: Annotated[int, Field(ge=0, le=16, description="How many of the best to make versions of.")] = 0
+    keep: Annotated[int, Field(ge=0, le=16, description="How many of the best to make versions of.")] = 0
 
     def request(self) -> TuneRequest:
         """Raises `InvalidInput` for a reference that cannot be read."""
@@ -103,7 +103,7 @@ class TuneBody(Body):
             budget=self.budget,
             seed=self.seed,
             limit=self.limit,
-            register=self.register,
+            keep=self.keep,
         )
 
 

@@ -342,7 +342,7 @@ class RemoteRegistry:
             "budget": request.budget,
             "seed": request.seed,
             "limit": request.limit,
-            "register": request.register,
+            "keep": request.keep,
         }
         return self._post("/v1/tunes", body, Job)
 

@@ -494,7 +494,7 @@ def evaluate(body: bodies.EvaluateBody, call: Merge) -> Response:
 def tune(body: bodies.TuneBody, call: Merge) -> Response:
     """Queue a search for the weights of a merge."""
     request = body.request()
-    call.caller.check_change(request.into or "-".join(dict.fromkeys(ref.name for ref in request.parents)))
+    call.caller.check_change(request.target)
     queued = call.registry.tune(request)
     return _accepted(queued, queued)
 

@@ -60,11 +60,11 @@ def request_tune(
     for suite in suites:
         for task in suite.tasks:
             split(task, request.limit)
-    finalists = max(1, request.register)
+    finalists = max(1, request.keep)
     smallest = finalists + 3  # they and the plain one are held out, and two candidates are looked at
-    if not smallest <= request.budget <= MAX_BUDGET or request.register > MAX_REGISTERED:
+    if not smallest <= request.budget <= MAX_BUDGET or request.keep > MAX_REGISTERED:
         raise InvalidInput(
-            f"--budget {request.budget} with --register {request.register} is no search",
+            f"--budget {request.budget} with --register {request.keep} is no search",
             hint=f"give a budget of {smallest} to {MAX_BUDGET}, and register {MAX_REGISTERED} at most",
         )
     locate(ledger, parents[0].spec.base, settings, made_on_demand)
@@ -76,7 +76,7 @@ def request_tune(
         "budget": request.budget,
         "seed": request.seed,
         "limit": request.limit,
-        "register": request.register,
+        "keep": request.keep,
     }
     names = " ".join(parent.label for parent in parents)
     new = NewJob(kind="tune", key=json_digest(spec), title=f"tune {names}", spec=spec, created_by=settings.actor)
@@ -135,7 +135,7 @@ class TuneHandler:
             series=told.series(),
             files=told.files(),
         )
-        finalists = told.finding.finalists[: job.spec["register"]]
+        finalists = told.finding.finalists[: job.spec["keep"]]
         merges = [self._ledger.submit(self._merge(job, told, number))[0].id for number in finalists]
         return {**result, "jobs": merges}
 
@@ -151,7 +151,7 @@ class TuneHandler:
             tasks=tuple(_tasks(self._ledger, job, parents)),
             budget=job.spec["budget"],
             seed=job.spec["seed"],
-            finalists=max(1, job.spec["register"]),
+            finalists=max(1, job.spec["keep"]),
             engine=engine_facts(self._settings),
         )
 
@@ -278,7 +278,7 @@ def _kinds(ledger: Ledger, request: TuneRequest) -> tuple[list[Recipe], list[Ada
         for rank in (request.ranks or (None,)) if has_choice else (None,):
             asked = MergeRequest(tuple(map(ParentRef, request.parents)), request.into, method, rank)
             ready = preflight(ledger, asked)
-            if any(module.bias_key for module in ready.plan.modules):
+            if any(module.bias for facts in ready.facts for module in facts.modules):
                 raise Refused("a parent has biases, which a search does not take", hint="use merge and eval")
             found.setdefault((ready.recipe.method, ready.recipe.rank), ready.recipe)
     if not found:
@@ -313,4 +313,4 @@ def _tasks(ledger: Ledger, job: Job, parents: Sequence[AdapterVersion]) -> list[
 
 def _merge_plan(ledger: Ledger, recipe: Recipe, parents: Sequence[AdapterVersion]) -> MergePlan:
     assert recipe.parents == tuple(RecipeParent(parent.spec.content_digest, 1.0) for parent in parents)
-    return build_plan(recipe, [ledger.detail(parent.id).facts for parent in parents], [p.label for p in parents])
+    return build_plan(recipe, [ledger.detail(parent.id).facts for parent in parents])

@@ -42,7 +42,7 @@ def _plan(method: str, folders: tuple[Path, Path], weights: tuple[float, float],
     ]
     parents = tuple(ParentRef(Ref(name), weight) for name, weight in zip("ab", weights, strict=True))
     recipe = resolve(MergeRequest(parents, method=method, rank=rank), facts, ["a" * 64, "b" * 64])
-    return build_plan(recipe, facts, ["a", "b"])
+    return build_plan(recipe, facts)
 
 
 @pytest.fixture
@@ -107,7 +107,8 @@ def test_a_search_keeps_to_its_budget_and_reports_what_it_held_out(search: TuneP
 
     looked = sum(trial.samples for trial in finding.trials) + len({r.trial for r in finding.heldout}) * 10
     assert finding.used == pytest.approx(looked / 10)
-    assert search.budget - 2 < finding.used <= search.budget
+    # left over: less than a step, and a look at the plain sum where it is a finalist itself
+    assert search.budget - 2 <= finding.used <= search.budget
     assert finding.trials[PLAIN].weights == (1.0, 1.0)
     assert finding.trials[PLAIN].complete
     assert finding.winner.worst == max(trial.worst for trial in finding.trials if trial.complete)
@@ -196,7 +197,7 @@ def test_a_killed_search_is_finished_by_its_next_attempt_with_no_trial_twice(
     suites = [str(write_suite(TASK.replace("NAME", name), rows=ROWS, name=name)) for name in ("one", "two")]
     monkeypatch.setenv("ADAPTERCTL_CRASH_AT", "tune.trial")
     monkeypatch.setenv("ADAPTERCTL_CRASH_ONCE", str(tmp_path / "died"))
-    request = TuneRequest((parse_ref("a"), parse_ref("b")), suites=tuple(suites), budget=6, register=1)
+    request = TuneRequest((parse_ref("a"), parse_ref("b")), suites=tuple(suites), budget=6, keep=1)
 
     with pytest.raises(InvalidInput, match="--budget 3"):
         registry.tune(replace(request, budget=3))
