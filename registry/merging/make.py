@@ -40,9 +40,7 @@ class Made:
     outcome: Outcome
 
 
-def make(
-    module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe, *, grams: Grams | None = None
-) -> Made:
+def make(module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe, *, grams: Grams | None = None) -> Made:
     """Apply a method of any form but `factors` and `choice`, which leave the parents' factors as they are.
 
     `grams` are those of the stack with any coefficients, where the caller has them from other weights.
