@@ -72,7 +72,7 @@ def _lines(journal: Path, kind: str) -> list[dict[str, Any]]:
     return [line[kind] for line in map(json.loads, journal.read_text().splitlines()) if kind in line]
 
 
-@pytest.mark.parametrize(("method", "rank"), [("cat", None), ("svd", 2), ("ties", None)])
+@pytest.mark.parametrize(("method", "rank"), [("cat", None), ("svd", 2), ("ties", None), ("ties_svd", 2)])
 def test_a_candidate_has_the_figures_of_the_file_that_a_merge_would_write(
     search: TunePlan, tiny_adapters: tuple[Path, Path], tmp_path: Path, method: str, rank: int | None
 ):
