@@ -49,9 +49,14 @@ def filesystem_of(folder: Path, mounts: str) -> str:
 
 
 def _home(home: Path) -> Check:
-    if os.access(home, os.W_OK):
+    if os.access(_standing(home), os.W_OK):
         return Check("home", "ok", str(home))
     return Check("home", "warning", f"{home} is read-only", "reads work; to write, use a home of your own (--home)")
+
+
+def _standing(home: Path) -> Path:
+    """The home, or the folder that it will be made in: with a shared ledger, it is made when it is first needed."""
+    return next(folder for folder in (home, *home.parents) if folder.exists())
 
 
 def _filesystem(home: Path) -> Check:
@@ -65,7 +70,7 @@ def _filesystem(home: Path) -> Check:
 
 
 def _space(home: Path) -> Check:
-    free = shutil.disk_usage(home).free
+    free = shutil.disk_usage(_standing(home)).free
     if free < _LOW_SPACE_BYTES:
         return Check("space", "warning", f"{free >> 20} MB free", "merges need room for their output twice")
     return Check("space", "ok", f"{free >> 30} GB free")

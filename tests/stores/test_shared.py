@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from postgres import PASSWORD
+from postgres import PASSWORD, PostgresServer, installed_binaries
 from sqlalchemy import text
 from tiny import write_tiny_adapter
 
@@ -67,6 +69,34 @@ def test_two_machines_share_one_registry(registry: LocalRegistry, shared: Settin
     with database.read() as connection:
         assert PASSWORD not in str(connection.execute(text("SELECT * FROM meta")).all())
     database.close()
+
+
+def test_a_dump_and_a_copy_of_the_files_bring_a_registry_back(
+    registry: LocalRegistry, shared: Settings, postgres: PostgresServer, tmp_path: Path
+):
+    for seed, name in enumerate(("translate", "chat"), start=1):
+        registry.register(str(write_tiny_adapter(tmp_path / name, seed=seed)), name=name)
+    registry.promote(parse_ref("chat:v1"), to="production")
+    artifacts, addresses = tmp_path / "artifacts", (str(shared.database_url), str(shared.mlflow_uri))
+    pg = lambda program, *words: subprocess.run([str(installed_binaries() / program), *words], check=True)  # noqa: E731
+
+    for number, url in enumerate(addresses):
+        pg("pg_dump", "--format=custom", f"--file={tmp_path / str(number)}", url)
+    shutil.move(artifacts, tmp_path / "backup")
+    registry.ledger.close()
+    for number, url in enumerate(addresses):
+        name = url.rpartition("/")[2]
+        postgres.run(f"DROP DATABASE {name} WITH (FORCE)")
+        postgres.run(f"CREATE DATABASE {name}")
+        pg("pg_restore", "--no-owner", f"--dbname={url}", str(tmp_path / str(number)))
+    shutil.copytree(tmp_path / "backup", artifacts)
+    restored = connect(replace(shared, home=tmp_path / "new machine"))
+
+    assert {check.status for check in restored.doctor() if check.name in ("ledger", "mlflow")} == {"ok"}
+    assert [view.ref for view in restored.versions()] == ["chat:v1", "translate:v1"]
+    assert restored.verify(parse_ref("chat@production")).files == "intact"
+    assert restored.history("chat", verify=True).findings == ()
+    restored.ledger.close()
 
 
 def test_settings_that_hold_a_password_do_not_show_it(shared: Settings):
