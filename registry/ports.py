@@ -348,6 +348,10 @@ class VersionStore(Protocol):
         """Let the page of a version say that it is recalled (the recalled version, the reason), or no longer."""
         ...
 
+    def mark_children(self, version: AdapterVersion, children: Sequence[AdapterVersion], count: int) -> None:
+        """Let the page of a version lead to what was made of it: its newest children, of `count` in all."""
+        ...
+
     def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None: ...
     def log_search(
         self,

@@ -276,6 +276,9 @@ class LocalRegistry:
         self.ledger.remove_version(version.id, actor=self.settings.actor, reason=reason)
         # After the tombstone: a crash in between leaves files that nobody refers to, never a version without files.
         self.version_store.remove(version)
+        parents = self.ledger.parent_edges([version.id]).get(version.id, ())
+        told = self.ledger.versions_by_id([edge.parent_id for edge in parents]).values()
+        register.tell_parents(self.ledger, self.version_store, list(told))
         return self.version(Ref(version.name, number=version.number))
 
     # lineage

@@ -8,6 +8,7 @@ is safe to run again after a kill at any point: MLflow is searched by the key be
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import re
@@ -39,10 +40,13 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 README_FILE = "README.md"
 MAX_BYTES: Mapping[str, int] = {CONFIG_FILE: 2**20, WEIGHTS_FILE: 2**35, README_FILE: 2**20}
 
+#: As many children as a page in MLflow may name, and some more, for of those removed it names none.
+NEWEST_CHILDREN = 40
 _COPY_BYTES = 2**20
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./ -]{0,199}")
 _MAX_VALUE = 5000
 _RESERVED = ("adapterctl.", "mlflow.")
+_log = logging.getLogger("adapterctl")
 
 #: Opens a source of one kind: a folder of files, and the source as it is recorded (a revision becomes a commit).
 SourceFolder = Callable[[Source], AbstractContextManager[tuple[Path, Source]]]
@@ -189,10 +193,10 @@ def _find_or_create(
         if existing is not None and job is None:
             check_not_recalled(ledger, existing, "register other bytes")
             return existing, False
+        versions = open_versions()
         if existing is not None:  # the write is idempotent by id: what is left of it is the end of the job
             placed = (existing.id, existing.placement)
         else:
-            versions = open_versions()
             versions.ensure_adapter(spec.adapter, adapter_id, spec.base)
             placed = versions.place(
                 spec,
@@ -218,7 +222,32 @@ def _find_or_create(
             then=then(version_id) if job else (),
         )
         mark(ledger, open_versions, version)
+        tell_parents(ledger, versions, [parent.version for parent in parents])
         return version, existing is None
+
+
+def tell_parents(ledger: Ledger, versions: VersionStore, parents: Sequence[AdapterVersion]) -> None:
+    """Let the pages of these versions lead to what is made of them now.
+
+    The ledger has it already, so a page that cannot be written is no failure: the next child writes it.
+    """
+    for parent in parents:
+        told = None
+        try:
+            # Another child may come while the page is written. Whoever writes last looks once more.
+            while (now := _children(ledger, parent)) != told:
+                versions.mark_children(parent, *now)
+                told = now
+        except Unavailable as error:
+            _log.warning("the page of %s in MLflow misses a child: %s", parent.label, error.message)
+
+
+def _children(ledger: Ledger, version: AdapterVersion) -> tuple[list[AdapterVersion], int]:
+    """The newest live children, and how many there are in all. Ids of versions sort by time."""
+    ids = sorted({edge.child_id for edge in ledger.edges_down(version.id, 1)}, reverse=True)
+    found = ledger.versions_by_id(ids[:NEWEST_CHILDREN])
+    live = [found[each] for each in ids[:NEWEST_CHILDREN] if found[each].state == "live"]
+    return live, len(ids) - (len(ids[:NEWEST_CHILDREN]) - len(live))
 
 
 def _register_key(adapter_id: str, spec: NewVersion) -> str:

@@ -1,8 +1,9 @@
 """What people read in MLflow about a version: its description, its lineage page, its MLmodel file, names that MLflow
 accepts.
 
-Pure text. Adapter names are safe by their grammar; everything else that a caller wrote (datasets, reasons, base names,
-metric names, evaluation outputs) is escaped, because MLflow renders markdown.
+Pure text. Addresses that begin with `adapters/` are those of our own pages: they lead somewhere where adapterctl serves
+MLflow, and say so where it does not. Adapter names are safe by their grammar; everything else that a caller wrote
+(datasets, reasons, base names, metric names, evaluation outputs) is escaped, because MLflow renders markdown.
 """
 
 from __future__ import annotations
@@ -15,30 +16,36 @@ from typing import Any
 
 import yaml
 
-from ..domain.version import NewVersion
+from ..domain.version import AdapterVersion, Base, NewVersion
 from ..ports import Parent
 
 #: The module that `mlflow.pyfunc.load_model` imports by this name: of it we know the name only, for it knows torch.
 LOADER = "adapterctl.mlflow_flavor"
+#: The heat map of a merge, beside its receipt.
+LAYERS_FILE = "layers.svg"
 MAX_NEW_TOKENS = 64
 #: On PostgreSQL; on SQLite MLflow does not enforce it.
 MLFLOW_LIMIT = 5000
-#: Leaves room for the line of a recall.
-DESCRIPTION_LIMIT = 4800
+#: Leaves room for the children, a recall, and what people add.
+DESCRIPTION_LIMIT = 3800
+#: Characters of the line that lists children, and how many of them it names at most.
+CHILDREN_LIMIT, CHILDREN_SHOWN = 800, 12
 #: Numbers of a receipt that are shown beside the metrics of the caller.
 HEADLINE = ("loss", "predicted_loss")
 
 _RECALLED = "⛔ **Recalled.**"
+_CHILDREN = "**Children** "
+_CHILDREN_LINE = re.compile(rf"^{re.escape(_CHILDREN)}.*$", re.MULTILINE)
 _NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9_\-. /]+")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
 _HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 
-def describe(spec: NewVersion, parents: Sequence[Parent]) -> str:
-    """The description of a version: what it is in one phrase, its parents as links, its figures.
+def describe(spec: NewVersion, parents: Sequence[Parent], number: int | None = None) -> str:
+    """The description of a version: what it is in one phrase, its picture, its parents as links, its figures.
 
-    Written once and never edited: it links upwards only, so it cannot become stale. The list of versions shows the
-    first 30 characters as raw text, so the phrase stands first.
+    The picture is drawn at every visit; it stands there once MLflow has given the version its number. Children follow
+    later (`with_children`). The list of versions shows the first 30 characters as raw text, so the phrase stands first.
     """
     facts = [
         f"Base {escape(spec.base.name)}",
@@ -52,6 +59,7 @@ def describe(spec: NewVersion, parents: Sequence[Parent]) -> str:
         _phrase(spec, parents),
         "",
         " · ".join(facts),
+        *(["", picture(spec.adapter, f"v{number}")] if number is not None else []),
         *_section("Parents", ("parent", "weight"), ((_version_link(p), _number(p.weight)) for p in parents)),
         *_section("Metrics", ("metric", "value"), ((escape(k), _number(v)) for k, v in figures(spec).items())),
     ]
@@ -71,7 +79,41 @@ def with_recall(description: str, recalled: tuple[str, str] | None) -> str:
     return f"{line[:room]}\n\n{description}" if room >= len(_RECALLED) else description
 
 
-def lineage_page(spec: NewVersion, parents: Sequence[Parent], *, experiment_id: str, model_id: str) -> str:
+def describe_adapter(name: str, base: Base) -> str:
+    """The description of a registered model."""
+    return f"LoRA adapters on {escape(base.name)}, kept by adapterctl.\n\n{picture(name)}"
+
+
+def picture(name: str, version: str = "") -> str:
+    """The lineage as it is when somebody looks, drawn by our server; it leads to the page to look around in."""
+    page = f"adapters/{name}/{version}" if version else f"adapters/{name}"
+    return f"[![Lineage: the picture is drawn where `adapterctl serve` runs]({page}/lineage.svg)]({page})"
+
+
+def with_children(description: str, version: AdapterVersion, children: Sequence[AdapterVersion], count: int) -> str:
+    """The description with links to children, newest first: one line of its own, nothing else is touched.
+
+    `count` is how many there are in all. Where what people wrote leaves no room, there is no line.
+    """
+    bare = _CHILDREN_LINE.sub("", description).rstrip()
+    room = min(CHILDREN_LIMIT, MLFLOW_LIMIT - len(bare) - 2)
+    below = f"[all {count}](adapters/{version.name}/v{version.number}?direction=down)"
+    line = ""
+    for shown in range(min(len(children), CHILDREN_SHOWN) + 1):
+        links = [_link(each.label, f"models/{each.name}/versions/{each.number}") for each in children[:shown]]
+        longer = _CHILDREN + " · ".join([*links, *([below] if count > shown else [])])
+        if len(longer) > room:
+            break
+        line = longer
+    if not children or not line:
+        return bare
+    old = _CHILDREN_LINE.search(description)
+    return description[: old.start()] + line + description[old.end() :] if old else f"{bare}\n\n{line}"
+
+
+def lineage_page(
+    spec: NewVersion, parents: Sequence[Parent], *, experiment_id: str, model_id: str, run_id: str, layers: bool
+) -> str:
     """`lineage/lineage.md` of a source run; MLflow renders it, and its links stay in the same tab."""
     rows = (
         (
@@ -87,8 +129,13 @@ def lineage_page(spec: NewVersion, parents: Sequence[Parent], *, experiment_id: 
         "",
         f"Result: {_link(spec.adapter, f'experiments/{experiment_id}/models/{model_id}')},"
         f" content `{spec.content_digest}`",
+        "",
+        # the page is older than the number of the version
+        picture(spec.adapter, f"@sha256:{spec.content_digest}"),
         *_section("Parents", ("parent", "weight", "model", "made by"), rows),
     ]
+    if layers:
+        lines += ["", f"![What was lost in each layer](get-artifact?path={LAYERS_FILE}&run_uuid={run_id})"]
     if spec.recipe_digest:
         lines += ["", f"Recipe `{spec.recipe_digest}`"]
     return "\n".join(lines) + "\n"

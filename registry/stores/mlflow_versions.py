@@ -38,7 +38,19 @@ from .mlflow_access import (
     in_our_words,
     missing_is_fine,
 )
-from .mlflow_pages import describe, escape, figures, lineage_page, lineage_record, mlflow_key, mlmodel, with_recall
+from .mlflow_layers import layers_picture
+from .mlflow_pages import (
+    LAYERS_FILE,
+    describe,
+    describe_adapter,
+    figures,
+    lineage_page,
+    lineage_record,
+    mlflow_key,
+    mlmodel,
+    with_children,
+    with_recall,
+)
 from .mlflow_reports import log_report, log_search
 
 # isort: split
@@ -49,6 +61,7 @@ from mlflow.exceptions import MlflowException
 
 PARENT = "adapterctl.parent"
 RECALLED = "adapterctl.recalled"
+TASK = "task"
 MERGE_WEIGHT = "merge_weight"
 TRAINED_FROM = "trained_from"
 MANIFEST = "manifest.json"
@@ -181,6 +194,15 @@ class MlflowVersions:
                 self._client.delete_model_version_tag(version.name, found.version, RECALLED)
 
     @in_our_words
+    def mark_children(self, version: AdapterVersion, children: Sequence[AdapterVersion], count: int) -> None:
+        with missing_is_fine():
+            found = self._client.get_model_version(version.name, str(version.number))
+            before = found.description or ""
+            after = with_children(before, version, children, count)
+            if found.tags.get(VERSION_ID) == version.id and after != before:
+                self._client.update_model_version(version.name, found.version, description=after)
+
+    @in_our_words
     def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None:
         log_report(self._mlflow, version, report, dataset_digest=dataset_digest)
 
@@ -228,7 +250,7 @@ class MlflowVersions:
             return self._client.create_registered_model(
                 name,
                 tags={ADAPTER_ID: adapter_id, "base_model": base.name},
-                description=f"LoRA adapters on {escape(base.name)}, kept by adapterctl.",
+                description=describe_adapter(name, base),
             )
         except MlflowException as error:
             if error.error_code != EXISTS:  # another process was first
@@ -326,7 +348,15 @@ class MlflowVersions:
         files: tuple[FileRecord, ...],
     ) -> dict[str, str]:
         version_id = run.data.tags[VERSION_ID]
-        page = lineage_page(spec, parents, experiment_id=self._mlflow.experiment_id, model_id=model.model_id)
+        layers = layers_picture(spec.receipt)
+        page = lineage_page(
+            spec,
+            parents,
+            experiment_id=self._mlflow.experiment_id,
+            model_id=model.model_id,
+            run_id=run.info.run_id,
+            layers=layers is not None,
+        )
         texts = {
             MANIFEST: to_json(files),
             "lineage/lineage.md": page,
@@ -334,6 +364,8 @@ class MlflowVersions:
         }
         if spec.receipt is not None:
             texts["receipt.json"] = json.dumps(to_builtins(spec.receipt), indent=2)
+        if layers is not None:
+            texts[LAYERS_FILE] = layers
         return texts
 
     def _create_version(
@@ -365,7 +397,12 @@ class MlflowVersions:
         """
         # MLflow's server does this for whoever asks it; the SQL store in this process does not
         shown = json.dumps([{"name": spec.adapter, "version": int(version.version)}])
-        self._client.set_logged_model_tags(_model_id(version), {_MODEL_VERSIONS: shown})
+        text = describe(spec, parents, int(version.version))
+        self._client.set_logged_model_tags(_model_id(version), {_MODEL_VERSIONS: shown, _NOTE: text})
+        self._client.set_tag(version.run_id, _NOTE, text)
+        if version.description == describe(spec, parents):  # as it was made, before it had a number
+            self._client.update_model_version(spec.adapter, version.version, description=text)
+        self._set_task(spec, parents)
         run = self._client.get_run(version.run_id)
         at = run.info.start_time
         values = [Metric(key, value, at, 0, model_id=_model_id(version)) for key, value in figures(spec).items()]
@@ -376,6 +413,23 @@ class MlflowVersions:
             self._client.log_batch(run.info.run_id, metrics=values)
         self._client.update_run(run.info.run_id, name=f"{spec.kind} {spec.adapter}:v{version.version}")
         self._mlflow.finish_run(run)
+
+    def _set_task(self, spec: NewVersion, parents: Sequence[Parent]) -> None:
+        """Let MLflow's list be filtered by what a model is for: what the caller said, or what the parents are for."""
+        task = spec.tags.get(TASK)
+        if task is None:
+            of_parents = [self._task_of(parent.version.name) for parent in parents]
+            task = ", ".join(dict.fromkeys(each for tasks in of_parents for each in tasks.split(", ") if each))
+        if task and task != self._task_of(spec.adapter):
+            self._client.set_registered_model_tag(spec.adapter, TASK, task[:5000])
+
+    def _task_of(self, name: str) -> str:
+        try:
+            return str(self._client.get_registered_model(name).tags.get(TASK, ""))
+        except MlflowException as error:
+            if error.error_code != MISSING:  # somebody deleted the model: then it does nothing
+                raise
+            return ""
 
     # stages
 
