@@ -59,7 +59,7 @@ def describe(spec: NewVersion, parents: Sequence[Parent], number: int | None = N
         _phrase(spec, parents),
         "",
         " · ".join(facts),
-        *(["", picture(spec.adapter, f"v{number}")] if number is not None else []),
+        *(["", _picture(spec.adapter, f"v{number}")] if number is not None else []),
         *_section("Parents", ("parent", "weight"), ((_version_link(p), _number(p.weight)) for p in parents)),
         *_section("Metrics", ("metric", "value"), ((escape(k), _number(v)) for k, v in figures(spec).items())),
     ]
@@ -81,13 +81,7 @@ def with_recall(description: str, recalled: tuple[str, str] | None) -> str:
 
 def describe_adapter(name: str, base: Base) -> str:
     """The description of a registered model."""
-    return f"LoRA adapters on {escape(base.name)}, kept by adapterctl.\n\n{picture(name)}"
-
-
-def picture(name: str, version: str = "") -> str:
-    """The lineage as it is when somebody looks, drawn by our server; it leads to the page to look around in."""
-    page = f"adapters/{name}/{version}" if version else f"adapters/{name}"
-    return f"[![Lineage: the picture is drawn where `adapterctl serve` runs]({page}/lineage.svg)]({page})"
+    return f"LoRA adapters on {escape(base.name)}, kept by adapterctl.\n\n{_picture(name)}"
 
 
 def with_children(description: str, version: AdapterVersion, children: Sequence[AdapterVersion], count: int) -> str:
@@ -130,12 +124,13 @@ def lineage_page(
         f"Result: {_link(spec.adapter, f'experiments/{experiment_id}/models/{model_id}')},"
         f" content `{spec.content_digest}`",
         "",
-        # the page is older than the number of the version
-        picture(spec.adapter, f"@sha256:{spec.content_digest}"),
+        # no pictures: MLflow shows none in a file. By its content, for this page is older than the version's number.
+        f"[Lineage as it is now](adapters/{spec.adapter}/@sha256:{spec.content_digest}), where `adapterctl serve` runs",
         *_section("Parents", ("parent", "weight", "model", "made by"), rows),
     ]
     if layers:
-        lines += ["", f"![What was lost in each layer](get-artifact?path={LAYERS_FILE}&run_uuid={run_id})"]
+        where = f"experiments/{experiment_id}/runs/{run_id}/artifacts/{LAYERS_FILE}"
+        lines += ["", _link("What was lost in each layer", where)]
     if spec.recipe_digest:
         lines += ["", f"Recipe `{spec.recipe_digest}`"]
     return "\n".join(lines) + "\n"
@@ -260,6 +255,12 @@ def _phrase(spec: NewVersion, parents: Sequence[Parent]) -> str:
         return f"Trained from {' + '.join(names)}."
     origin = f" from {escape(spec.source)}" if spec.source else ""
     return f"{'Trained' if spec.kind == 'train' else 'Imported'}{origin}."
+
+
+def _picture(name: str, version: str = "") -> str:
+    """The lineage as it is when somebody looks, drawn by our server; it leads to the page to look around in."""
+    page = f"adapters/{name}/{version}" if version else f"adapters/{name}"
+    return f"[![Lineage: the picture is drawn where `adapterctl serve` runs]({page}/lineage.svg)]({page})"
 
 
 def _section(title: str, columns: Sequence[str], rows: Iterator[tuple[str, ...]]) -> list[str]:

@@ -17,6 +17,7 @@ from tiny import write_tiny_adapter
 
 from adapterctl.registry.api import Registered
 from adapterctl.registry.domain.errors import InvalidInput, Refused
+from adapterctl.registry.domain.refs import Ref
 from adapterctl.registry.ports import VersionStore
 from adapterctl.registry.services import bases
 from adapterctl.registry.services.register import Registration, register
@@ -318,3 +319,25 @@ def test_bases_whose_pins_contradict_each_other_are_not_merged(tmp_path, sql_led
 
     with pytest.raises(Refused, match="config digest differ"):
         bases.merge_bases(sql_ledger, "one", "two")
+
+
+def test_the_pages_of_parents_lead_to_their_children_and_to_none_that_was_removed(two_parents, tmp_path):
+    import mlflow  # deferred: seconds
+
+    two_parents.register(
+        str(write_tiny_adapter(tmp_path / "a", seed=70)),
+        name="task-a",
+        tags={"task": "translation"},
+        trained_from=Ref("translate"),
+    )
+    two_parents.register(str(write_tiny_adapter(tmp_path / "b", seed=71)), name="task-b", trained_from=Ref("task-a"))
+    client = mlflow.MlflowClient(two_parents.version_store.uri, two_parents.version_store.uri)
+    page = lambda name: client.get_model_version(name, "1").description  # noqa: E731
+
+    assert page("translate").endswith("**Children** [task-a:v1](#/models/task-a/versions/1)")
+    assert page("task-a").endswith("**Children** [task-b:v1](#/models/task-b/versions/1)")
+    assert "](adapters/task-b/v1/lineage.svg)](adapters/task-b/v1)" in page("task-b")
+    found = client.search_registered_models("tags.task = 'translation'")
+    assert {model.name for model in found} == {"task-a", "task-b"}  # of a child, until somebody says otherwise
+    two_parents.remove(Ref("task-b"), reason="a test")
+    assert "task-b" not in page("task-a")

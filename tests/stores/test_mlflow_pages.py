@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -12,14 +13,20 @@ from mlflow.utils.validation import _validate_metric_name, _validate_param_name,
 
 from adapterctl.registry.domain.version import Placement
 from adapterctl.registry.ports import Parent
+from adapterctl.registry.stores.mlflow_layers import layers_picture
 from adapterctl.registry.stores.mlflow_pages import (
+    CHILDREN_SHOWN,
+    MLFLOW_LIMIT,
     describe,
+    describe_adapter,
     escape,
     figures,
     lineage_page,
     lineage_record,
     mlflow_key,
     outputs_page,
+    with_children,
+    with_recall,
 )
 
 HOSTILE = "<img src=x onerror=alert(1)>\n# [x](javascript:alert(1)) ![y](http://z) | `a` *b*\x00\u202e"
@@ -65,6 +72,69 @@ def test_the_description_of_a_large_family_stays_below_mlflows_limit(spec_of, pa
     assert text.endswith("More on the page of the source run.")
 
 
+def test_a_version_with_a_number_shows_its_picture_which_leads_to_its_page(spec_of):
+    spec = spec_of("translate", "t")
+
+    assert "](adapters/translate/v3/lineage.svg)](adapters/translate/v3)" in describe(spec, [], 3)
+    assert "](adapters/translate/lineage.svg)](adapters/translate)" in describe_adapter("translate", spec.base)
+
+
+@pytest.mark.parametrize("count", [1, CHILDREN_SHOWN, 10_000])
+def test_children_are_one_line_that_follows_them_and_leaves_the_rest_alone(parent_named, count: int):
+    version = parent_named("translate").version
+    children = [parent_named(f"child{number}").version for number in range(min(count, 40))]
+    people = "Made by hand.\n\n- a list"
+
+    first = with_children(people, version, children[:1], 1)
+    more = with_children(f"{first}\n\nWritten later.", version, children, count)
+
+    assert first == f"{people}\n\n**Children** [child0:v7](#/models/child0/versions/7)"
+    assert more.startswith(people)
+    assert more.endswith("\n\nWritten later.")
+    assert more.count("#/models/child") == min(count, CHILDREN_SHOWN)
+    assert (f"[all {count}](adapters/translate/v7?direction=down)" in more) == (count > CHILDREN_SHOWN)
+    assert with_children(more, version, [], 0) == f"{people}\n\n\n\nWritten later."
+
+
+def test_everything_about_a_large_family_stays_below_mlflows_limit(spec_of, parent_named):
+    parents = [parent_named("n" * 120 + f"{number:03}") for number in range(100)]
+    spec = spec_of("both", "b", kind="merge", recipe={"method": "cat"}, dataset=HOSTILE * 100)
+    version = parent_named("m" * 128).version
+
+    text = with_children(describe(spec, parents, 7), version, [parent.version for parent in parents], 10_000)
+    recalled = with_recall(text, ("a:v1", "x" * 5000))
+    later = with_children(recalled, version, [parent.version for parent in parents[1:]], 10_001)
+
+    assert "**Children** [" in text
+    assert max(map(len, (text, recalled, later))) <= MLFLOW_LIMIT
+    full = "y" * MLFLOW_LIMIT
+    assert with_children(full, version, [parents[0].version], 1) == full
+
+
+def test_the_layers_of_a_merge_are_drawn_from_its_receipt():
+    modules = [f"model.layers.{layer}.mlp.{kind}_proj" for layer in range(3) for kind in ("up", "down")] + [HOSTILE]
+    layers = {
+        "module": modules,
+        "norm": [1.0] * 7,
+        "loss": [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.25],
+        "stable_rank": [1] * 7,
+    }
+
+    root = ET.fromstring(layers_picture({"loss": 0.3, "rank": 4, "modules": 7, "layers": layers}))
+
+    told = [element.text for element in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert "model.layers.2.mlp.down_proj: 0.5" in told
+    assert len(told) == 1 + 2 * 7
+    assert {element.tag.rpartition("}")[2] for element in root.iter()} == {"svg", "title", "style", "rect", "text"}
+    assert layers_picture(None) is layers_picture({"loss": 0.1}) is None
+
+
+def test_a_merge_that_lost_nothing_says_so():
+    drawn = layers_picture({"layers": {"module": ["a"], "norm": [2.0], "loss": [1e-9], "stable_rank": [1]}})
+
+    assert "nothing lost" in drawn
+
+
 def test_what_a_caller_wrote_is_shown_as_text(spec_of, parent_named):
     base = replace(spec_of("x", "x").base, name=HOSTILE)
     spec = spec_of(
@@ -73,7 +143,7 @@ def test_what_a_caller_wrote_is_shown_as_text(spec_of, parent_named):
 
     text = (
         describe(spec, [])
-        + lineage_page(spec, [], experiment_id="1", model_id="m")
+        + lineage_page(spec, [], experiment_id="1", model_id="m", run_id="r", layers=True)
         + outputs_page("t", [{"o": HOSTILE}])
     )
 
@@ -117,12 +187,15 @@ def test_the_loss_of_a_receipt_does_not_hide_a_metric_of_the_caller(spec_of):
 def test_the_lineage_page_links_versions_models_and_runs_in_the_same_tab(spec_of, parent_named):
     spec = spec_of("both", "b", kind="merge", recipe={"method": "cat"}, recipe_digest="abc")
 
-    page = lineage_page(spec, [parent_named("chat", 0.4)], experiment_id="3", model_id="m-both")
+    page = lineage_page(
+        spec, [parent_named("chat", 0.4)], experiment_id="3", model_id="m-both", run_id="r", layers=True
+    )
 
     assert "[both](#/experiments/3/models/m-both)" in page
     assert "[chat:v7](#/models/chat/versions/7) | 0.4 | [files](#/experiments/3/models/m-chat)" in page
     assert "[import](#/experiments/3/runs/run-chat)" in page
     assert "Recipe `abc`" in page
+    assert "[What was lost in each layer](#/experiments/3/runs/r/artifacts/layers.svg)" in page
 
 
 def test_the_lineage_record_keeps_the_order_of_parents(spec_of, parent_named):
