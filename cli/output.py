@@ -35,6 +35,7 @@ EXIT_CODES: Mapping[type[errors.AdapterctlError], int] = MappingProxyType(
         errors.InvalidAdapter: 5,
         errors.IncompatibleParents: 5,
         errors.ReceiptFailed: 5,
+        errors.GateRefused: 5,
         errors.LossTooHigh: 5,
         errors.Recalled: 5,
         errors.StageMoved: 5,

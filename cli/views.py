@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         AdapterView,
         Check,
         DiffView,
+        GateCheck,
+        GatesView,
         HistoryView,
         MethodView,
         ParentView,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         RetentionView,
         StageEventView,
         Submitted,
+        SuiteView,
         TuneView,
         Verification,
         VersionView,
@@ -33,11 +36,13 @@ if TYPE_CHECKING:
     from ..registry.domain.access import Token
     from ..registry.domain.evals import Interval
     from ..registry.domain.job import Job, JobEvent
+    from ..registry.domain.suite import Suite, SuiteTask
+    from ..registry.domain.verdict import Decision, Judged
     from ..registry.domain.version import Base
 
 _STATE_STYLES = {
     "succeeded": "green", "running": "cyan", "failed": "red", "cancelled": "yellow",
-    "ok": "green", "warning": "yellow", "error": "red",
+    "ok": "green", "warning": "yellow", "error": "red", "passed": "green", "inconclusive": "yellow",
 }  # fmt: skip
 
 
@@ -121,7 +126,7 @@ def version_text(view: VersionView, out: Output) -> str:
         ("receipt", [_receipt_text(view.receipt)]),
         ("shape", [f"{shape}, {size(view.size_bytes)}"]),
         ("base", [view.base]),
-        ("metrics", [f"{key} = {number(value)}" for key, value in view.metrics.items()]),
+        ("metrics", [_metric_text(key, value, view.imported) for key, value in view.metrics.items()]),
         ("params", [f"{key} = {value}" for key, value in view.params.items()]),
         ("tags", [f"{key} = {value}" for key, value in view.tags.items()]),
         ("dataset", [view.dataset or ""]),
@@ -248,13 +253,13 @@ def history_text(view: HistoryView, out: Output) -> str:
     rows = [
         [
             str(e.seq), when(e.at), e.stage, e.action, e.ref or "(empty)", e.previous or "-", e.actor,
-            e.hash[:12], e.reason,
+            e.hash[:12], (e.evidence or "-")[:12], e.reason,
         ]
         for e in view.events
     ]  # fmt: skip
     if not rows:
         return f"{view.name}: no stage has changed yet"
-    header = ["#", "WHEN (UTC)", "STAGE", "ACTION", "VERSION", "BEFORE", "WHO", "HASH", "REASON"]
+    header = ["#", "WHEN (UTC)", "STAGE", "ACTION", "VERSION", "BEFORE", "WHO", "HASH", "EVIDENCE", "REASON"]
     return out.table(header, rows, right={0})
 
 
@@ -262,6 +267,91 @@ def stage_event_text(event: StageEventView) -> str:
     now = printable(event.ref or "no version")
     before = f", before: {printable(event.previous)}" if event.previous else ""
     return f"{printable(event.stage)} is {now}{before}"
+
+
+def approval_text(event: StageEventView) -> str:
+    word = "approves" if event.action == "approve" else "no longer approves"
+    return printable(f"{event.actor} {word} of {event.ref} for {event.stage}")
+
+
+def gates_text(view: GatesView, out: Output) -> str:
+    """The gates as they are written, with who set them."""
+    from .output import as_yaml  # deferred: help prints no YAML
+
+    if view.digest is None:
+        return "no gates were set: every version may hold every stage"
+    title = f"{out.paint(view.digest[:12], 'bold')}  set by {printable(view.set_by)}, {when(view.set_at)} UTC"
+    return f"{title}\n{as_yaml({'gates': view.gates}).rstrip()}"
+
+
+def gate_check_text(view: GateCheck, out: Output) -> str:
+    outcome = _state(view.verdict, out)
+    gate = f"gate {view.gate[:12]}" if view.gate else "no gates were set"
+    title = f"{out.paint(printable(view.ref), 'bold')} for {printable(view.stage)}: {outcome}, {gate}"
+    return "\n".join([title, *_judged_lines(view.conditions, out)])
+
+
+def decision_text(view: Decision, out: Output) -> str:
+    outcome = _state(view.verdict.outcome, out)
+    gate = f"gate {view.gate[:12]}" if view.gate else "no gates were set"
+    title = f"{out.paint(printable(view.evidence.ref), 'bold')} for {printable(view.stage)}: {outcome}, {gate}"
+    fields: list[tuple[str, Iterable[str]]] = [
+        ("content", [f"sha256:{view.evidence.content_digest}"]),
+        ("approvals", [", ".join(view.evidence.approvals)]),
+    ]
+    return "\n".join([title, *_fields(fields, out), *_judged_lines(view.verdict.conditions, out)])
+
+
+def _judged_lines(conditions: Sequence[Judged], out: Output) -> list[str]:
+    """A table of every condition, then why those that are not met are not."""
+    rows = [[_VERDICTS[j.verdict], j.condition, _found(j), _signed(j.distance)] for j in conditions]
+    head, *body = out.table(["VERDICT", "CONDITION", "FOUND", "DISTANCE"], rows, right={3}).split("\n")
+    lines = [head, *(out.paint(line, _STATE_STYLES[j.verdict]) for line, j in zip(body, conditions, strict=True))]
+    reasons = [f"  {j.verdict}: {j.reason}" for j in conditions if j.reason and j.verdict != "passed"]
+    return lines + [printable(reason) for reason in reasons]
+
+
+_VERDICTS = {"passed": "passed", "failed": "FAILED", "inconclusive": "INCONCLUSIVE"}
+
+
+def _found(judged: Judged) -> str:
+    if judged.value is None or judged.found:
+        return judged.found
+    shown = number(judged.value)
+    if judged.low is not None and judged.high is not None and judged.low != judged.high:
+        shown += f" [{number(judged.low)}, {number(judged.high)}]"
+    return shown
+
+
+def _signed(distance: float | None) -> str:
+    return "" if distance is None else f"{distance:+.4g}"
+
+
+def suites_table(views: Sequence[SuiteView], out: Output) -> str:
+    if not views:
+        return "no suites yet"
+    rows = [[view.name, view.digest[:12], ", ".join(view.adapters) or "-"] for view in views]
+    return out.table(["SUITE", "DIGEST", "JUDGES"], rows)
+
+
+def suite_text(suite: Suite, out: Output) -> str:
+    title = f"{out.paint(printable(suite.name), 'bold')}  sha256:{suite.digest}"
+    rows = [
+        [t.name, f"{len(t.samples())} of {len(t.rows)}", ", ".join(_primary_first(t)), _generated(t), str(t.seed)]
+        for t in suite.tasks
+    ]
+    lines = [title, out.table(["TASK", "SAMPLES", "METRICS", "NEW TOKENS", "SEED"], rows, right={3, 4})]
+    for task in suite.tasks:
+        lines += [printable(f"  {row.id}: {row.prompt!r} → {row.target!r}") for row in task.rows[:2]]
+    return "\n".join(lines)
+
+
+def _primary_first(task: SuiteTask) -> list[str]:
+    return sorted(task.metrics, key=lambda metric: metric != task.primary)
+
+
+def _generated(task: SuiteTask) -> str:
+    return str(task.max_new_tokens) if task.generates else "-"
 
 
 def verification_text(view: Verification, out: Output) -> str:
@@ -383,6 +473,12 @@ def _recall_text(view: VersionView) -> str:
         return ""
     through = "" if hit.ref == view.ref else f"made of {hit.ref}: "
     return f"{through}{hit.reason} ({when(hit.at)} UTC by {hit.by})"
+
+
+def _metric_text(key: str, value: float, imported: Mapping[str, str]) -> str:
+    """One that this registry did not measure says where it is from."""
+    source = imported.get(key)
+    return f"{key} = {number(value)}" + (f"  ({source})" if source else "")
 
 
 def _made_by(view: VersionView) -> str:

@@ -22,6 +22,7 @@ from .domain.recipe import MergeRequest
 from .domain.refs import Ref
 from .domain.suite import Suite
 from .domain.tuning import TuneRequest
+from .domain.verdict import Decision, Judged, Outcome
 from .domain.version import Base, FileRecord
 
 Direction = Literal["up", "down", "both"]
@@ -46,7 +47,11 @@ class RecallView:
 
 @dataclass(frozen=True, slots=True)
 class VersionView:
-    """A version as people see it. `loss` is the relative loss that its receipt measured (merges only)."""
+    """A version as people see it. `loss` is the relative loss that its receipt measured (merges only).
+
+    `imported` says of metrics that were neither given at registration nor measured by this registry where they are
+    from; listings leave it out.
+    """
 
     ref: str
     name: str
@@ -69,6 +74,7 @@ class VersionView:
     method: str | None = None
     loss: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    imported: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     license: str | None = None
@@ -213,7 +219,8 @@ class RetentionRow:
     """One task of one suite: the base, the parent that owns the suite, the child, and what the child kept.
 
     `retention` is child / parent (parent / child where lower is better); `gain_kept` is
-    (child - base) / (parent - base), None where the parent does not beat the base beyond its interval.
+    (child - base) / (parent - base), None where the parent does not beat the base beyond its interval. `primary` says
+    that the task goes by this metric, `here` that this registry computed all of the figures.
     """
 
     suite: str
@@ -228,6 +235,8 @@ class RetentionRow:
     retention: Interval | None
     gain_kept: Interval | None
     note: str = ""
+    primary: bool = False
+    here: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +340,27 @@ class HistoryView:
 
 
 @dataclass(frozen=True, slots=True)
+class GatesView:
+    """The gates that count. `gates` is what the file said; `digest` is None where no file was ever set."""
+
+    digest: str | None
+    gates: tuple[Mapping[str, Any], ...] = ()
+    set_by: str = ""
+    set_at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GateCheck:
+    """Whether a version might hold a stage now, condition by condition. `gate` is the digest of the gate file."""
+
+    ref: str
+    stage: str
+    gate: str | None
+    verdict: Outcome
+    conditions: tuple[Judged, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """`verdict` of the stored bytes against the manifest, and of the recipe run again (merges)."""
 
@@ -372,10 +402,11 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class SuiteView:
-    """A suite that the registry keeps; its digest stands for it where a verb takes one."""
+    """A suite that the registry keeps; its digest stands for it where a verb takes one. `adapters` are judged by it."""
 
     name: str
     digest: str
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,22 +510,52 @@ class RegistryAPI(Protocol):
         ...
 
     def set_suite(self, name: str, suite: str) -> None: ...
+    def suites(self) -> list[SuiteView]: ...
+    def suite(self, suite: str) -> Suite:
+        """A kept suite with its rows, by its name, its digest or the beginning of that."""
+        ...
+
     def retention(self, ref: Ref) -> RetentionView: ...
     def import_reports(self, folder: Path) -> int:
         """Take in evaluation reports that came as files (`examples/results`); returns how many fit this registry."""
         ...
 
+    def import_results(self, ref: Ref, *, source: str, metrics: Mapping[str, float] | None = None) -> VersionView:
+        """Take in metrics that were measured elsewhere, marked by their source.
+
+        Without `metrics` the source is `runs:/ID`, a run of the registry's own MLflow, whose metrics are read.
+        """
+        ...
+
     # stages
-    def promote(self, ref: Ref, *, to: str, reason: str = "") -> StageEventView: ...
+    def promote(self, ref: Ref, *, to: str, reason: str = "", force: bool = False) -> StageEventView:
+        """Raises `GateRefused` with every condition that is not met, unless forced; what was recalled cannot be."""
+        ...
+
     def rollback(self, name: str, *, stage: str, reason: str = "") -> StageEventView: ...
     def demote(self, name: str, *, stage: str, reason: str = "") -> StageEventView: ...
-    def adopt(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
-        """Accept where MLflow's alias points now as a change of the stage, recorded as such."""
+    def adopt(self, name: str, *, stage: str, reason: str = "", force: bool = False) -> StageEventView:
+        """Accept where MLflow's alias points now as a change of the stage, recorded as such; the gate is asked."""
+        ...
+
+    def approve(self, ref: Ref, *, to: str, reason: str = "", withdraw: bool = False) -> StageEventView:
+        """Record that the caller approves of a version for a stage, or no longer does."""
         ...
 
     def history(
         self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
     ) -> HistoryView: ...
+
+    # gates
+    def gates(self) -> GatesView: ...
+    def set_gates(self, gates_file: Any) -> GatesView:
+        """`gates_file` is what a gate file holds; see docs/gates.md. Raises `InvalidInput` with every problem of it."""
+        ...
+
+    def gate_check(self, ref: Ref, *, to: str) -> GateCheck: ...
+    def decision(self, digest: str) -> Decision:
+        """What a move of a stage stood on, by the `evidence` of its row in the history."""
+        ...
 
     # tokens: who may speak with a served registry
     def tokens(self) -> list[Token]: ...
@@ -576,7 +637,6 @@ class ServedRegistry(RegistryAPI, Protocol):
         ...
 
     def pin_base(self, name: str, *, revision: str | None, pins: Mapping[str, str]) -> Base: ...
-    def suites(self) -> list[SuiteView]: ...
     def keep_suite(self, suite: Suite) -> SuiteView: ...
     def take_reports(self, reports: Sequence[EvalReport]) -> int: ...
     def start_verification(self, ref: Ref, *, rerun: bool = True) -> Verification | Job:

@@ -248,11 +248,15 @@ class Ledger(Protocol):
         ...
 
     def kept_suite(self, digest: str) -> str | None:
-        """The body of a kept suite."""
+        """The body of a suite that is kept, or was set for an adapter."""
         ...
 
     def kept_suites(self) -> list[tuple[str, str]]:
         """(name, digest) of every kept suite."""
+        ...
+
+    def judging_suites(self) -> list[tuple[str, str, str]]:
+        """(name, digest, adapter's name) for every suite that was set for an adapter."""
         ...
 
     # stages
@@ -368,6 +372,10 @@ class VersionStore(Protocol):
 
     def remove(self, version: AdapterVersion) -> None:
         """Delete the model version and its files; what is gone already is fine."""
+        ...
+
+    def run_metrics(self, run_id: str) -> dict[str, float]:
+        """The last value of every metric of a run of any experiment. Raises `NotFound`."""
         ...
 
     def source_folder(self, kind: Literal["run", "model"], location: str) -> AbstractContextManager[Path]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ...registry.domain.refs import parse_ref
 from .. import parse, views
@@ -16,10 +18,32 @@ from ..output import printable
 GROUP = "Evaluation and stages"
 
 
+class OrRun(TyperGroup):
+    """`eval REF` is `eval run REF`: what does not begin with the name of a command goes to `run`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        (refs,) = [param for param in self.commands["run"].params if param.name == "refs"]
+        return [*super().shell_complete(ctx, incomplete), *refs.shell_complete(ctx, incomplete)]
+
+
 def add_to(app: typer.Typer) -> None:
-    add_verbs(app, {"eval": evaluate}, group=GROUP)
-    suite = typer.Typer(help="Say which suite judges an adapter.", no_args_is_help=True, rich_markup_mode=None)
-    add_verbs(suite, {"set": suite_set})
+    evals = typer.Typer(
+        cls=OrRun,
+        help="Evaluate versions (`eval REF` is short for `eval run REF`), or take in results.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+    )
+    add_verbs(evals, {"run": evaluate, "import": import_})
+    app.add_typer(evals, name="eval", rich_help_panel=GROUP)
+    suite = typer.Typer(
+        help="Say which suite judges an adapter, and look at suites.", no_args_is_help=True, rich_markup_mode=None
+    )
+    add_verbs(suite, {"set": suite_set, "ls": suite_ls, "show": suite_show, "check": suite_check})
     app.add_typer(suite, name="suite", rich_help_panel=GROUP)
 
 
@@ -38,7 +62,7 @@ def evaluate(
 
     Base and parents are evaluated beside them. Results that exist for the same bytes, suite and samples are used again.
 
-    Example: adapterctl eval translate-chat:v1 --limit 100
+    Example: adapterctl eval run translate-chat:v1 --limit 100
     """
     timeout_s = parse.duration_s(timeout)
     wanted = [parse_ref(ref) for ref in refs]
@@ -57,6 +81,26 @@ def evaluate(
     )
 
 
+def import_(
+    session: Session,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file, or runs:/ID of the registry's MLflow.")],
+    ref: Annotated[str, typer.Option(metavar="REF", help="What was measured.", autocompletion=complete_refs)],
+) -> None:
+    """Take in results that were made elsewhere.
+
+    Understood are lm-eval's output and {"metrics": {NAME: NUMBER}}. They become metrics of the version, marked by
+    their source; a gate can ask for figures that the registry measured itself.
+
+    Example: adapterctl eval import results.json --ref translate:v3
+    """
+    from ...registry.services.import_results import read_results  # deferred: help reads no files
+
+    wanted = parse_ref(ref)
+    told, metrics = (source, None) if source.startswith("runs:/") else read_results(Path(source).expanduser())
+    found = session.registry().import_results(wanted, source=told, metrics=metrics)
+    session.out.data(found, text=lambda: views.version_text(found, session.out), names=[found.ref])
+
+
 def suite_set(
     session: Session,
     name: Annotated[str, typer.Argument(metavar="NAME", help="An adapter.", autocompletion=complete_names)],
@@ -69,3 +113,41 @@ def suite_set(
     session.registry().set_suite(name, file)
     session.out.say(f"{printable(name)} is judged by {printable(file)}")
     session.out.data({"name": name, "suite": file}, text=lambda: name, names=[name])
+
+
+def suite_ls(session: Session) -> None:
+    """List the suites that the registry keeps, and which adapters they judge.
+
+    Example: adapterctl suite ls
+    """
+    found = session.registry(readonly=True).suites()
+    session.out.data(
+        found, text=lambda: views.suites_table(found, session.out), names=[suite.digest for suite in found]
+    )
+
+
+def suite_show(
+    session: Session,
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="Its name, its digest or the beginning of that.")],
+) -> None:
+    """Show a kept suite: its tasks, settings and first rows.
+
+    With -o json all of its rows.
+
+    Example: adapterctl suite show translate
+    """
+    found = session.registry(readonly=True).suite(suite)
+    session.out.data(found, text=lambda: views.suite_text(found, session.out), names=[found.digest])
+
+
+def suite_check(
+    session: Session, file: Annotated[Path, typer.Argument(metavar="FILE", help="A suite in YAML, with its data.")]
+) -> None:
+    """Check a suite and its rows; needs no model and no registry.
+
+    Example: adapterctl suite check translate.yaml
+    """
+    from ...registry.services.suites import load_suite  # deferred: help reads no YAML
+
+    found = load_suite(file)
+    session.out.data(found, text=lambda: views.suite_text(found, session.out), names=[found.digest])

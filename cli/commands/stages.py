@@ -1,4 +1,4 @@
-"""For those who decide which version serves: promote, rollback, demote, adopt, recall, and the history of it."""
+"""For those who decide which version serves: approve, promote, rollback, demote, adopt, recall, and the history."""
 
 from __future__ import annotations
 
@@ -23,21 +23,12 @@ GROUP = "Evaluation and stages"
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter.", autocompletion=complete_names)]
 Stage = Annotated[str, typer.Option(metavar="STAGE", help="The stage.", autocompletion=complete_stages)]
 Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept in the history.")]
+Force = Annotated[bool, typer.Option("--force", help="Though the gate refuses; needs a reason.")]
 
 
 def add_to(app: typer.Typer) -> None:
-    add_verbs(
-        app,
-        {
-            "promote": promote,
-            "rollback": rollback,
-            "demote": demote,
-            "adopt": adopt,
-            "history": history,
-            "recall": recall,
-        },
-        group=GROUP,
-    )
+    moves = {"promote": promote, "rollback": rollback, "demote": demote, "adopt": adopt}
+    add_verbs(app, {"approve": approve, **moves, "history": history, "recall": recall}, group=GROUP)
 
 
 def promote(
@@ -45,18 +36,39 @@ def promote(
     ref: Annotated[str, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)],
     to: Annotated[str, typer.Option(metavar="STAGE", help="The stage.", autocompletion=complete_stages)],
     reason: Reason = "",
+    force: Force = False,
 ) -> None:
     """Promote a version to a stage.
 
-    MLflow's alias of that name follows, and its legacy stage for Staging and Production.
+    The gate of the stage is asked first; exits with 5 and every condition that is not met. MLflow's alias of that name
+    follows, and its legacy stage for Staging and Production.
 
     Example: adapterctl promote translate-chat:v1 --to production --reason 'keeps both tasks'
     """
-    _show(session, session.registry().promote(parse_ref(ref), to=check_alias(to), reason=reason))
+    _show(session, session.registry().promote(parse_ref(ref), to=check_alias(to), reason=reason, force=force))
+
+
+def approve(
+    session: Session,
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)],
+    to: Annotated[str, typer.Option(metavar="STAGE", help="The stage.", autocompletion=complete_stages)],
+    reason: Reason = "",
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take the approval back.")] = False,
+) -> None:
+    """Approve of a version for a stage.
+
+    A gate may ask for a number of approvals, each by another person. Nothing is promoted.
+
+    Example: adapterctl approve translate-chat:v1 --to production --reason 'read 40 answers'
+    """
+    event = session.registry().approve(parse_ref(ref), to=check_alias(to), reason=reason, withdraw=withdraw)
+    session.out.data(event, text=lambda: views.approval_text(event), names=[event.ref or ""])
 
 
 def rollback(session: Session, name: Name, stage: Stage, reason: Reason = "") -> None:
     """Give a stage back to the version that held it before.
+
+    The gate is asked again; what it objects to is told, and the stage moves all the same.
 
     Example: adapterctl rollback translate-chat --stage production --reason 'worse in chat'
     """
@@ -71,14 +83,14 @@ def demote(session: Session, name: Name, stage: Stage, reason: Reason = "") -> N
     _show(session, session.registry().demote(check_name(name), stage=check_alias(stage), reason=reason))
 
 
-def adopt(session: Session, name: Name, stage: Stage, reason: Reason = "") -> None:
+def adopt(session: Session, name: Name, stage: Stage, reason: Reason = "", force: Force = False) -> None:
     """Accept a stage that was moved in MLflow.
 
-    Where the alias points now is recorded as a change of the stage.
+    Where the alias points now is recorded as a change of the stage; the gate is asked as for a promotion.
 
     Example: adapterctl adopt translate-chat --stage production --reason 'moved in the MLflow UI'
     """
-    _show(session, session.registry().adopt(check_name(name), stage=check_alias(stage), reason=reason))
+    _show(session, session.registry().adopt(check_name(name), stage=check_alias(stage), reason=reason, force=force))
 
 
 def history(
@@ -149,6 +161,8 @@ def recall(
 
 
 def _show(session: Session, event: StageEventView) -> None:
+    for warning in event.warnings:
+        session.out.warn(warning)
     session.out.data(event, text=lambda: views.stage_event_text(event), names=[event.ref] if event.ref else [])
 
 

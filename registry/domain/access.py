@@ -31,6 +31,7 @@ class Scope(StrEnum):
     READ = "read"
     MERGE = "merge"
     PROMOTE = "promote"
+    FORCE = "force"
     ADMIN = "admin"
 
     def covers(self, other: Scope) -> bool:

@@ -11,6 +11,7 @@
     │   ├── LossTooHigh         the merge would lose more than --max-loss
     │   ├── ReceiptFailed       what a merge wrote is not what it should have written
     │   ├── Recalled            the version, or one that it is made of, was recalled
+    │   ├── GateRefused         a version does not meet the conditions of the stage
     │   ├── StageMoved          the stage is not where the caller (or the ledger) says
     │   └── HasDescendants      deletion of a version that others descend from
     ├── Conflict                another writer was first; try again
@@ -94,6 +95,10 @@ class Recalled(Refused):
         """`label` was recalled, itself or by way of the version `recalled`; `what` is not done."""
         through = f"{label} was recalled" if label == recalled else f"{label} is made of {recalled}, which was recalled"
         return cls(f"{through}: {reason}", hint=f"{what}; or, once it is good: adapterctl recall --undo {recalled}")
+
+
+class GateRefused(Refused):
+    code = "gate_refused"
 
 
 class StageMoved(Refused):

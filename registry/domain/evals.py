@@ -25,6 +25,9 @@ CHRF_BETA = 2
 #: The shortest unit of text that counts as a loop when it fills the tail three times: "..." and "ha ha" are none.
 LOOP_UNIT = 4
 
+#: What the source of a metric begins with where this registry measured it; and that of one given at registration.
+HERE, REGISTERED = "suite ", "register"
+
 _CHRF_FIELDS = tuple(f"{part}{n}" for n in range(1, CHRF_ORDER + 1) for part in ("hyp", "ref", "hit"))
 
 
@@ -90,7 +93,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate with its 90 % paired bootstrap interval."""
+    """An estimate with its bootstrap interval, of 90 % unless another confidence was asked for."""
 
     value: float
     low: float
@@ -116,6 +119,7 @@ def kept(
     parent: Sequence[Mapping[str, float]],
     child: Sequence[Mapping[str, float]],
     *,
+    confidence: float = CONFIDENCE,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Kept:
@@ -130,14 +134,26 @@ def kept(
         )
     higher = metric.direction == "higher"
     scores = _paired_scores(metric, (base, parent, child), draws=draws, seed=seed)
-    lift = _interval([(p - b) if higher else (b - p) for b, p, _ in scores])
+    lift = _interval([(p - b) if higher else (b - p) for b, p, _ in scores], confidence)
     gain, note = None, ""
     if lift.value > 0 and lift.low > 0:
-        gain = _interval([_ratio(c - b, p - b) for b, p, c in scores])
+        gain = _interval([_ratio(c - b, p - b) for b, p, c in scores], confidence)
     else:
         note = "the parent does not beat the base beyond its interval"
     ratios = [_ratio(c, p) if higher else _ratio(p, c) for _, p, c in scores]
-    return Kept(None if ratios[0] is None else _interval(ratios), gain, note)
+    return Kept(None if ratios[0] is None else _interval(ratios, confidence), gain, note)
+
+
+def spread(
+    metric: Metric,
+    samples: Sequence[Mapping[str, float]],
+    *,
+    confidence: float = CONFIDENCE,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Interval:
+    """The score of one subject with its interval: what other samples of the same task might have given."""
+    return _interval([score for (score,) in _paired_scores(metric, (samples,), draws=draws, seed=seed)], confidence)
 
 
 def behaviour_note(parent: Mapping[str, float], child: Mapping[str, float]) -> str:
@@ -269,13 +285,13 @@ def _ratio(over: float, under: float) -> float | None:
     return over / under if under else None
 
 
-def _interval(scores: Sequence[float | None]) -> Interval:
+def _interval(scores: Sequence[float | None], confidence: float) -> Interval:
     """The first score with the percentile interval of the others; draws without a value are left out."""
     drawn = sorted(score for score in scores[1:] if score is not None)
     value = scores[0]
     assert value is not None
     if not drawn:
         return Interval(value, value, value)
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - confidence) / 2
     last = len(drawn) - 1
     return Interval(value, drawn[round(tail * last)], drawn[round((1 - tail) * last)])

@@ -18,8 +18,9 @@ from .fields import Fields, kind_of
 from .refs import check_alias
 
 GATE_KEYS = ("stage", "adapters", "require", "receipt", "fresh", "evaluated_here", "tags", "license")
+ASKING = frozenset(GATE_KEYS) - {"stage", "adapters"}
 FRESH = ("suite", "base")
-MAX_GATES, MAX_CONDITIONS, MAX_VALUES = 64, 100, 64
+MAX_GATES, MAX_CONDITIONS, MAX_VALUES, MAX_TEXT = 64, 100, 64, 250
 #: Where a retention condition may look instead of at the primary metric of every task.
 PLACES = ("suite", "task", "owner", "metric")
 
@@ -51,7 +52,7 @@ SUBJECTS: Mapping[str, Kind] = {
 }
 _RESERVED = re.compile(r"(retention|gain_kept|receipt|version|evaluation|approvals)([.\[].*)?")
 _LINE = re.compile(
-    r"(?P<subject>\S+)\s*(?P<comparison>>=|<=|>|<)\s*(?P<bound>[^\s@]+)(?P<places>(\s+on(\s+[a-z]+\s+[^\s@]+)+)?)"
+    r"(?P<subject>\S+)\s*(?P<comparison>>=|<=|>|<)\s*(?P<bound>[^\s@]+)(?P<places>(\s+on(\s+[a-z]+\s+[a-z0-9_.:-]{1,140})+)?)"
     r"(\s*@\s*((?P<confidence>[0-9]{2}(\.[0-9]+)?)\s*%\s*confidence|(?P<estimate>estimate)))?"
 )
 _METRIC = re.compile(r"[\w./%-]{1,250}", re.ASCII)
@@ -138,7 +139,7 @@ def _check_gate(entry: Any, where: str, stages: Sequence[str] | None, problems: 
         *_check_lines(fields, where, problems),
         *_check_keys(fields, entry if isinstance(entry, dict) else {}),
     ]
-    if isinstance(entry, dict) and not conditions:
+    if isinstance(entry, dict) and not entry.keys() & ASKING:
         fields.problem("require", "is missing, and no other key asks for anything: the gate would be open")
     return Gate(stage, tuple(adapters), tuple(conditions))
 
@@ -254,8 +255,8 @@ def _check_keys(fields: Fields, entry: Mapping[Any, Any]) -> list[Condition]:
     found += _check_tags(fields, entry)
     if "license" in entry:
         known = fields.texts("license", [])
-        if not 1 <= len(known) <= MAX_VALUES:
-            fields.problem("license", f"lists {len(known)}, expected 1 to {MAX_VALUES} identifiers")
+        if not 1 <= len(known) <= MAX_VALUES or not all(map(_is_word, known)):
+            fields.problem("license", f"is {str(known)[:80]}, expected 1 to {MAX_VALUES} identifiers")
         found.append(Condition(f"license: {', '.join(known)}", "license", values=tuple(known)))
     return found
 
@@ -271,9 +272,13 @@ def _check_tags(fields: Fields, entry: Mapping[Any, Any]) -> list[Condition]:
     found = []
     for key, given in tags.items():
         values = given if isinstance(given, list) else [given]
-        if not isinstance(key, str) or not all(isinstance(value, str) for value in values):
+        if not all(map(_is_word, (key, *values))):
             fields.problem("tags", f"has {key!r}: {given!r}, expected texts (write 'yes' in quotes)")
             continue
         asked = f" is {' or '.join(values)}" if values else ""
         found.append(Condition(f"tag {key}{asked}", "tag", name=key, values=tuple(values)))
     return found
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= MAX_TEXT and value.isprintable()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from .digest import canonical_json
@@ -36,7 +36,7 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class Retained:
     """What the version kept of a parent on one metric of one task; `owner` is the parent that it is compared with."""
 
     suite: str
@@ -61,7 +61,7 @@ class Receipt:
 class Evidence:
     """All that a verdict stands on. Ages are in hours, `evaluation_age` that of the oldest evaluation that counts.
 
-    `recalled` names the version itself or its ancestors that were recalled; `changed` are suites and bases that are no
+    `recalled` names the version itself or an ancestor that was recalled; `changed` are suites and bases that are no
     longer what was evaluated, by what `fresh` calls them; `missing` are suites of its parents without an evaluation.
     """
 
@@ -72,7 +72,7 @@ class Evidence:
     has_parents: bool
     recalled: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[Retained, ...] = ()
     missing: tuple[str, ...] = ()
     receipt: Receipt | None = None
     changed: Mapping[str, tuple[str, ...]]
@@ -149,7 +149,7 @@ def _recalled(condition: Condition, evidence: Evidence) -> Judged:
         return _yes(condition, "nothing was recalled")
     names = ", ".join(evidence.recalled)
     own = evidence.ref in evidence.recalled
-    return _no(condition, f"{names} recalled", f"{names} was recalled" + ("" if own else f", {evidence.ref} has it in"))
+    return _no(condition, names, f"{names} was recalled" if own else f"it is made of {names}, which was recalled")
 
 
 def _metric(condition: Condition, evidence: Evidence) -> Judged:
@@ -187,7 +187,7 @@ def _retention(condition: Condition, evidence: Evidence) -> Judged:
     return min(judged, key=lambda each: (_ORDER.index(each.verdict), _or(each.distance, -1e308)))
 
 
-def _kept(condition: Condition, row: Kept) -> Judged:
+def _kept(condition: Condition, row: Retained) -> Judged:
     interval = row.retention if condition.kind == "retention" else row.gain_kept
     what = f"{condition.kind.replace('_', ' ')} of {row.owner} on {row.task} by {row.metric}"
     if interval is None:
@@ -242,9 +242,8 @@ def _evaluation_age(condition: Condition, evidence: Evidence) -> Judged:
 
 
 def _approvals(condition: Condition, evidence: Evidence) -> Judged:
-    who = ", ".join(evidence.approvals) or "nobody"
     judged = _counted(condition, float(len(evidence.approvals)), "the number of approvals")
-    return Judged(**{**asdict(judged), "found": who, "reason": judged.reason and f"{judged.reason} (by {who})"})
+    return replace(judged, found=", ".join(evidence.approvals) or "nobody")
 
 
 def _tag(condition: Condition, evidence: Evidence) -> Judged:
@@ -344,7 +343,7 @@ def _subject(condition: Condition) -> str:
     return f"{condition.kind.replace('_', ' ')}{f' on {where}' if where else ''}"
 
 
-def _at(row: Kept, places: Mapping[str, str]) -> bool:
+def _at(row: Retained, places: Mapping[str, str]) -> bool:
     return (
         places.get("suite", row.suite) == row.suite
         and places.get("task", row.task) == row.task

@@ -115,6 +115,14 @@ class PromoteBody(Body):
     version: Annotated[str, Field(max_length=100, description="3, @STAGE or @sha256:HEX", examples=["3"])]
     to: Short
     reason: Text = ""
+    force: Annotated[bool, Field(description="Though the gate refuses; needs the scope force, and a reason.")] = False
+
+
+class ApprovalBody(Body):
+    version: Annotated[str, Field(max_length=100, description="3, @STAGE or @sha256:HEX", examples=["3"])]
+    to: Short
+    reason: Text = ""
+    withdraw: bool = False
 
 
 class StageBody(Body):
@@ -124,6 +132,17 @@ class StageBody(Body):
 
 class ReasonBody(Body):
     reason: Text
+
+
+class AdoptBody(StageBody):
+    force: Annotated[bool, Field(description="Though the gate refuses; needs the scope force, and a reason.")] = False
+
+
+class ResultsBody(Body):
+    """Metrics that were measured elsewhere; without any, `source` is runs:/ID of the registry's MLflow."""
+
+    source: Annotated[str, Field(min_length=1, max_length=512)]
+    metrics: Annotated[dict[Short, Finite], Field(max_length=1000)] | None = None
 
 
 class BaseBody(Body):

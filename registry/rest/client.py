@@ -22,6 +22,8 @@ from ..api import (
     Check,
     DiffView,
     Direction,
+    GateCheck,
+    GatesView,
     HistoryView,
     LineageView,
     MethodView,
@@ -45,6 +47,7 @@ from ..domain.recipe import MergeRequest
 from ..domain.refs import Ref, parse_source
 from ..domain.suite import Suite
 from ..domain.tuning import TuneRequest
+from ..domain.verdict import Decision
 from ..domain.version import Base, FileRecord
 from .problems import from_problem
 
@@ -353,16 +356,25 @@ class RemoteRegistry:
         digest = self._keep_suite(suite)
         self._call("PUT", f"/v1/adapters/{_quoted(name)}/suite", {"suite": digest})
 
+    def suites(self) -> list[SuiteView]:
+        return self._get("/v1/suites", list[SuiteView])
+
+    def suite(self, suite: str) -> Suite:
+        return self._get(f"/v1/suites/{_quoted(suite)}", Suite)
+
     def retention(self, ref: Ref) -> RetentionView:
         return self._get(f"{_path(ref)}/retention", RetentionView)
 
     def import_reports(self, folder: Path) -> int:
         return int(self._post("/v1/reports", self._own.read_reports(folder), dict[str, int])["taken"])
 
+    def import_results(self, ref: Ref, *, source: str, metrics: Mapping[str, float] | None = None) -> VersionView:
+        return self._post(f"{_path(ref)}/results", {"source": source, "metrics": metrics}, VersionView)
+
     # stages
 
-    def promote(self, ref: Ref, *, to: str, reason: str = "") -> StageEventView:
-        body = {"version": _selector(ref), "to": to, "reason": reason}
+    def promote(self, ref: Ref, *, to: str, reason: str = "", force: bool = False) -> StageEventView:
+        body = {"version": _selector(ref), "to": to, "reason": reason, "force": force}
         return self._post(f"/v1/adapters/{_quoted(ref.name)}/promotions", body, StageEventView)
 
     def rollback(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
@@ -371,14 +383,33 @@ class RemoteRegistry:
     def demote(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
         return self._move("demotions", name, stage, reason)
 
-    def adopt(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
-        return self._move("adoptions", name, stage, reason)
+    def adopt(self, name: str, *, stage: str, reason: str = "", force: bool = False) -> StageEventView:
+        return self._move("adoptions", name, stage, reason, force=force)
+
+    def approve(self, ref: Ref, *, to: str, reason: str = "", withdraw: bool = False) -> StageEventView:
+        body = {"version": _selector(ref), "to": to, "reason": reason, "withdraw": withdraw}
+        return self._post(f"/v1/adapters/{_quoted(ref.name)}/approvals", body, StageEventView)
 
     def history(
         self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
     ) -> HistoryView:
         query = {"stage": stage, "verify": "true" if verify else None, "head": head}
         return self._get(f"/v1/adapters/{_quoted(name)}/history", HistoryView, query)
+
+    # gates
+
+    def gates(self) -> GatesView:
+        return self._get("/v1/gates", GatesView)
+
+    def set_gates(self, gates_file: Any) -> GatesView:
+        _, body = self._call("PUT", "/v1/gates", gates_file)
+        return wire.from_json(body, GatesView)
+
+    def gate_check(self, ref: Ref, *, to: str) -> GateCheck:
+        return self._get(f"{_path(ref)}/gate", GateCheck, {"to": to})
+
+    def decision(self, digest: str) -> Decision:
+        return self._get(f"/v1/decisions/{_quoted(digest)}", Decision)
 
     # tokens
 
@@ -404,8 +435,9 @@ class RemoteRegistry:
 
     # what the verbs share
 
-    def _move(self, what: str, name: str, stage: str, reason: str) -> StageEventView:
-        return self._post(f"/v1/adapters/{_quoted(name)}/{what}", {"stage": stage, "reason": reason}, StageEventView)
+    def _move(self, what: str, name: str, stage: str, reason: str, **more: bool) -> StageEventView:
+        body = {"stage": stage, "reason": reason, **more}
+        return self._post(f"/v1/adapters/{_quoted(name)}/{what}", body, StageEventView)
 
     def _merge_body(self, request: MergeRequest) -> dict[str, Any]:
         return {

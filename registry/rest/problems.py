@@ -30,6 +30,7 @@ STATUS: Mapping[type[AdapterctlError], int] = MappingProxyType(
         errors.LossTooHigh: 422,
         errors.ReceiptFailed: 422,
         errors.Recalled: 409,
+        errors.GateRefused: 422,
         errors.StageMoved: 409,
         errors.HasDescendants: 409,
         errors.Conflict: 409,

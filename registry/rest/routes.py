@@ -27,6 +27,8 @@ from ..api import (
     Check,
     DiffView,
     Direction,
+    GateCheck,
+    GatesView,
     HistoryView,
     LineageView,
     MethodView,
@@ -49,6 +51,7 @@ from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece
 from ..domain.refs import Ref, check_alias, check_name, parse_ref, parse_source
 from ..domain.suite import Suite, check_known_suite
+from ..domain.verdict import Decision
 from ..domain.version import Base
 from . import bodies
 from .events import job_events
@@ -331,7 +334,21 @@ def diff(
 def promote(name: str, body: bodies.PromoteBody, call: Promote) -> Response:
     """Let a version serve a stage."""
     call.caller.check_change(name)
-    event = call.registry.promote(version_ref(name, body.version), to=check_alias(body.to), reason=body.reason)
+    if body.force:
+        call.caller.check(Scope.FORCE)
+    event = call.registry.promote(
+        version_ref(name, body.version), to=check_alias(body.to), reason=body.reason, force=body.force
+    )
+    return _reply(event)
+
+
+@router.post("/adapters/{name}/approvals", response_model=StageEventView)
+def approve(name: str, body: bodies.ApprovalBody, call: Promote) -> Response:
+    """Approve of a version for a stage, or withdraw that."""
+    call.caller.check_change(name)
+    event = call.registry.approve(
+        version_ref(name, body.version), to=check_alias(body.to), reason=body.reason, withdraw=body.withdraw
+    )
     return _reply(event)
 
 
@@ -350,16 +367,48 @@ def demote(name: str, body: bodies.StageBody, call: Promote) -> Response:
 
 
 @router.post("/adapters/{name}/adoptions", response_model=StageEventView)
-def adopt(name: str, body: bodies.StageBody, call: Promote) -> Response:
+def adopt(name: str, body: bodies.AdoptBody, call: Promote) -> Response:
     """Accept a stage that was moved in MLflow."""
     call.caller.check_change(name)
-    return _reply(call.registry.adopt(check_name(name), stage=check_alias(body.stage), reason=body.reason))
+    if body.force:
+        call.caller.check(Scope.FORCE)
+    event = call.registry.adopt(check_name(name), stage=check_alias(body.stage), reason=body.reason, force=body.force)
+    return _reply(event)
 
 
 @router.get("/adapters/{name}/history", response_model=HistoryView)
 def history(name: str, call: Read, stage: Text = None, verify: bool = False, head: Text = None) -> Response:
     """Every change of an adapter's stages; with `verify` the chain of hashes is checked."""
     return _reply(call.registry.history(check_name(name), stage=stage, verify=verify, head=head))
+
+
+# gates
+
+
+@router.get("/gates", response_model=GatesView)
+def gates(call: Read) -> Response:
+    """The gates that count."""
+    return _reply(call.registry.gates())
+
+
+@router.put("/gates", response_model=GatesView, openapi_extra=_json_body({"type": "object"}))
+async def set_gates(request: Request, call: Admin) -> Response:
+    """Let other gates count from now on: the JSON of a gate file."""
+    call.caller.check_change()
+    value = _read_fact(await request.body(), dict[str, Any])
+    return _reply(await run_in_threadpool(call.registry.set_gates, value))
+
+
+@router.get("/adapters/{name}/versions/{version}/gate", response_model=GateCheck)
+def gate_check(name: str, version: str, call: Read, to: Annotated[str, Query(max_length=512)]) -> Response:
+    """Whether a version might hold a stage, condition by condition; moves nothing."""
+    return _reply(call.registry.gate_check(version_ref(name, version), to=check_alias(to)))
+
+
+@router.get("/decisions/{digest}", response_model=Decision)
+def decision(digest: str, call: Read) -> Response:
+    """What a move of a stage stood on."""
+    return _reply(call.registry.decision(digest))
 
 
 # merges
@@ -505,10 +554,23 @@ def tuned(job_id: str, call: Read) -> Response:
     return _reply(call.registry.tuned(job_id))
 
 
+@router.post("/adapters/{name}/versions/{version}/results", response_model=VersionView)
+def import_results(name: str, version: str, body: bodies.ResultsBody, call: Merge) -> Response:
+    """Take in metrics that were measured elsewhere, marked by their source."""
+    call.caller.check_change(name)
+    return _reply(call.registry.import_results(version_ref(name, version), source=body.source, metrics=body.metrics))
+
+
 @router.get("/suites", response_model=list[SuiteView])
 def suites(call: Read) -> Response:
     """The suites that this registry keeps."""
     return _reply(call.registry.suites())
+
+
+@router.get("/suites/{suite}", response_model=Suite)
+def suite(suite: str, call: Read) -> Response:
+    """A kept suite with its rows, by its name or digest."""
+    return _reply(call.registry.suite(suite))
 
 
 @router.post("/suites", status_code=201, response_model=SuiteView, openapi_extra=_json_body({"type": "object"}))

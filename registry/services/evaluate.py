@@ -18,7 +18,7 @@ from typing import Any
 from ..domain.digest import json_digest
 from ..domain.errors import Corrupt, InvalidInput, Refused, Unavailable
 from ..domain.eval_plan import BASE, EvalPlan, Pair, Subject, report_key
-from ..domain.evals import EvalReport
+from ..domain.evals import HERE, EvalReport
 from ..domain.job import Job, NewJob
 from ..domain.refs import Ref
 from ..domain.suite import Suite
@@ -251,7 +251,12 @@ def show_metrics(ledger: Ledger, version: AdapterVersion, report: EvalReport) ->
     current = ledger.metrics([version.id]).get(version.id, {})
     fresh = {name: value for name, value in report.metrics.items() if current.get(name) != value}
     if fresh:
-        ledger.set_metrics(version.id, fresh, source=report.engine.get("source", f"suite {report.suite}"))
+        ledger.set_metrics(version.id, fresh, source=report.engine.get("source", f"{HERE}{report.suite}"))
+
+
+def is_imported(report: EvalReport) -> bool:
+    """Whether the report came from elsewhere instead of being computed by this registry."""
+    return "source" in report.engine
 
 
 def parents_of(ledger: Ledger, version: AdapterVersion) -> list[AdapterVersion]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..api import (
     AdapterView,
@@ -20,6 +20,8 @@ from ..api import (
     DiffView,
     Direction,
     Drawing,
+    GateCheck,
+    GatesView,
     HistoryView,
     LineageView,
     Look,
@@ -45,6 +47,7 @@ from ..domain.recipe import MergeRequest
 from ..domain.refs import Ref, check_name
 from ..domain.suite import Suite
 from ..domain.tuning import TuneRequest
+from ..domain.verdict import Decision
 from ..domain.version import Base
 from ..ports import Access, Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
@@ -54,6 +57,8 @@ from . import (
     diff,
     doctor,
     evaluate,
+    gates,
+    import_results,
     merge,
     pull,
     recall,
@@ -66,12 +71,12 @@ from . import (
     views,
 )
 from .locate_base import remember_base
-from .promote import Stages, check_stage
+from .promote import Stages, check_stage, check_stage_name
 from .promote import history as stage_history
 from .resolve import known_adapter, resolve
 from .retain import retention_view
 from .staging import stage_folder
-from .suites import add_suite, find_suite, keep_suite
+from .suites import add_suite, find_suite, keep_suite, named_suite, suite_views
 
 
 class LocalRegistry:
@@ -373,17 +378,27 @@ class LocalRegistry:
     def take_reports(self, reports: Sequence[EvalReport]) -> int:
         return evaluate.import_reports(self.ledger, reports)
 
+    def import_results(self, ref: Ref, *, source: str, metrics: Mapping[str, float] | None = None) -> VersionView:
+        version = resolve(self.ledger, ref)
+        import_results.import_results(
+            self.ledger, version, source=source, metrics=metrics, open_versions=lambda: self.version_store
+        )
+        return views.version_view(self.ledger, version)
+
     def suites(self) -> list[SuiteView]:
-        return [SuiteView(name, digest) for name, digest in self.ledger.kept_suites()]
+        return suite_views(self.ledger)
+
+    def suite(self, suite: str) -> Suite:
+        return named_suite(self.ledger, suite)
 
     def keep_suite(self, suite: Suite) -> SuiteView:
         return SuiteView(suite.name, keep_suite(self.ledger, suite))
 
     # stages
 
-    def promote(self, ref: Ref, *, to: str, reason: str = "") -> StageEventView:
+    def promote(self, ref: Ref, *, to: str, reason: str = "", force: bool = False) -> StageEventView:
         self._check_stage(ref)
-        return self._stages.promote(resolve(self.ledger, ref), stage=to, reason=reason)
+        return self._stages.promote(resolve(self.ledger, ref), stage=to, reason=reason, force=force)
 
     def rollback(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
         return self._stages.rollback(name, stage=stage, reason=reason)
@@ -391,13 +406,32 @@ class LocalRegistry:
     def demote(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
         return self._stages.demote(name, stage=stage, reason=reason)
 
-    def adopt(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
-        return self._stages.adopt(name, stage=stage, reason=reason)
+    def adopt(self, name: str, *, stage: str, reason: str = "", force: bool = False) -> StageEventView:
+        return self._stages.adopt(name, stage=stage, reason=reason, force=force)
+
+    def approve(self, ref: Ref, *, to: str, reason: str = "", withdraw: bool = False) -> StageEventView:
+        self._check_stage(ref)
+        return self._stages.approve(resolve(self.ledger, ref), stage=to, reason=reason, withdraw=withdraw)
 
     def history(
         self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
     ) -> HistoryView:
         return stage_history(self.ledger, name, stage=stage, verify=verify, head=head)
+
+    # gates
+
+    def gates(self) -> GatesView:
+        return gates.gates_view(self.ledger)
+
+    def set_gates(self, gates_file: Any) -> GatesView:
+        return gates.set_gates(self.ledger, gates_file, stages=self.settings.stages, actor=self.settings.actor)
+
+    def gate_check(self, ref: Ref, *, to: str) -> GateCheck:
+        check_stage_name(to, self.settings.stages)
+        return gates.check_gate(self.ledger, resolve(self.ledger, ref), to)
+
+    def decision(self, digest: str) -> Decision:
+        return gates.kept_decision(self.ledger, digest)
 
     # tokens
 

@@ -1,15 +1,19 @@
-"""Which version serves a stage: promote, rollback, demote, adopt, and the history of it.
+"""Which version serves a stage: promote, rollback, demote, adopt, approvals, and the history of it.
 
 The ledger's row decides; MLflow's alias and legacy stage are its projection. So the ledger moves first, by
 compare-and-set on the holder that was seen when the verb began, and the projection follows from what the ledger says
 then. A process killed between the two leaves an alias that differs, and so does someone who moves it in MLflow's UI:
 either is noticed by the next verb, which names both sides and changes nothing until one of them is chosen.
+
+Each way to a stage asks its gate, and what was decided is kept with the row: promotions and adoptions are refused, or
+forced and recorded as such; going back is for emergencies, so a rollback is done and the gate's objections are told.
+What was recalled goes to no stage by any of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..api import HistoryView, StageEventView
 from ..crashpoints import reached
@@ -20,14 +24,16 @@ from ..domain.stage import (
     Head,
     MoveAction,
     StageEvent,
+    approvals,
     legacy_stage,
     read_head,
     verify_chain,
     verify_head,
 )
-from ..domain.verdict import record_digest
+from ..domain.verdict import Decision, record_digest
 from ..domain.version import AdapterVersion
 from ..ports import Folders, Ledger, VersionStore
+from .gates import decide_on, require
 from .pull import check_intact
 from .recall import check_not_recalled
 from .resolve import known_adapter
@@ -43,6 +49,12 @@ def check_stage(ledger: Ledger, versions: VersionStore, name: str, stage: str) -
     _check_alias(holder, versions.alias(name, stage), name, stage)
 
 
+def check_stage_name(stage: str, names: Sequence[str]) -> None:
+    """Raise `InvalidInput` for a stage that the settings do not name."""
+    if stage not in names:
+        raise InvalidInput(f"{stage!r} is no stage", hint=f"stages are {', '.join(names)}; settings: ADAPTERCTL_STAGES")
+
+
 @dataclass(frozen=True, slots=True)
 class Stages:
     """The verbs that move a stage. `names` are the stages of the settings, `folders` opens the files of a version."""
@@ -53,13 +65,14 @@ class Stages:
     names: Sequence[str]
     actor: str
 
-    def promote(self, version: AdapterVersion, *, stage: str, reason: str = "") -> StageEventView:
-        """Let `version` hold `stage`. Its files are compared with the manifest first.
+    def promote(self, version: AdapterVersion, *, stage: str, reason: str = "", force: bool = False) -> StageEventView:
+        """Let `version` hold `stage`. Its files are compared with the manifest first, then the gate is asked.
 
         Promoting the holder again moves nothing in the ledger, adds no row, and sets MLflow right.
 
         Raises:
             Recalled: the version, or one that it is made of, was recalled.
+            GateRefused: a condition of the stage is not met, and it was not forced.
             StageMoved: another promotion came between, or the alias in MLflow differs.
             Corrupt: the stored bytes are not those that were registered.
         """
@@ -67,18 +80,23 @@ class Stages:
         self._verify(version)
         if holder is not None and holder.id == version.id:
             return self._project_again(version, stage)
-        return self._move(version.name, version.adapter_id, stage, "promote", holder, version, reason)
+        decision = decide_on(self.ledger, version, stage)
+        action: MoveAction = "force" if require(decision, force=force, reason=reason) else "promote"
+        event = self._move(version.name, version.adapter_id, stage, action, holder, version, reason, decision)
+        return _with_objections(event, decision)
 
     def rollback(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
         """Give `stage` back to the version that held it before the present one (or before it was emptied).
 
-        Rolling back twice therefore ends where it began.
+        Rolling back twice therefore ends where it began. What the gate objects to is among the warnings.
         """
         adapter_id = known_adapter(self.ledger, name)
         holder = self._begin(name, adapter_id, stage)
         version = self._held_before(name, adapter_id, stage, holder)
         self._verify(version)
-        return self._move(name, adapter_id, stage, "rollback", holder, version, reason)
+        decision = decide_on(self.ledger, version, stage)
+        event = self._move(name, adapter_id, stage, "rollback", holder, version, reason, decision)
+        return _with_objections(event, decision)
 
     def demote(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
         """Empty `stage`. Where only MLflow has an alias of that name, it is removed, and the row says so."""
@@ -88,8 +106,8 @@ class Stages:
             raise NotFound(f"nothing holds {stage} of {name}", hint=f"see `adapterctl history {name}`")
         return self._move(name, adapter_id, stage, "demote", holder, None, reason, compare=holder is not None)
 
-    def adopt(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
-        """Accept where MLflow's alias points now as a change of the stage."""
+    def adopt(self, name: str, *, stage: str, reason: str = "", force: bool = False) -> StageEventView:
+        """Accept where MLflow's alias points now as a change of the stage; the gate is asked as for a promotion."""
         adapter_id = known_adapter(self.ledger, name)
         holder = self._begin(name, adapter_id, stage)
         number = self.versions.alias(name, stage)
@@ -98,21 +116,44 @@ class Stages:
             raise Refused(f"MLflow's {name}@{stage} is v{number}, no live version here", hint="promote another version")
         if _number(version) == _number(holder):
             raise Refused(f"{stage} of {name} is {_label(holder)} on both sides", hint="there is nothing to adopt")
-        if version is not None:
-            self._verify(version)
-        return self._move(name, adapter_id, stage, "adopt", holder, version, reason, compare=False)
+        if version is None:
+            return self._move(name, adapter_id, stage, "adopt", holder, None, reason, compare=False)
+        self._verify(version)
+        decision = decide_on(self.ledger, version, stage)
+        action: MoveAction = "force" if require(decision, force=force, reason=reason) else "adopt"
+        event = self._move(name, adapter_id, stage, action, holder, version, reason, decision, compare=False)
+        return _with_objections(event, decision)
+
+    def approve(
+        self, version: AdapterVersion, *, stage: str, reason: str = "", withdraw: bool = False
+    ) -> StageEventView:
+        """Record that the actor approves of `version` for `stage`, or no longer does. Approving again adds no row."""
+        check_stage_name(stage, self.names)
+        _check_live(version)
+        events = self.ledger.stage_history(version.adapter_id, stage)
+        approves = self.actor in approvals(events, version.id, stage)
+        if withdraw and not approves:
+            raise Refused(f"{self.actor} does not approve of {version.label} for {stage}", hint="nothing to withdraw")
+        if approves and not withdraw:
+            mine = [each for each in events if (each.action, each.actor) == ("approve", self.actor)]
+            return _views(self.ledger, [each for each in mine if each.version_id == version.id][-1:])[0]
+        event = self.ledger.record_approval(
+            version.adapter_id,
+            stage,
+            version_id=version.id,
+            action="withdraw" if withdraw else "approve",
+            actor=self.actor,
+            reason=reason,
+        )
+        return _views(self.ledger, [event])[0]
 
     def _begin(self, name: str, adapter_id: str, stage: str) -> AdapterVersion | None:
         """The holder as the caller sees it now; what happens until the move is found by compare-and-set."""
-        if stage not in self.names:
-            raise InvalidInput(
-                f"{stage!r} is no stage", hint=f"stages are {', '.join(self.names)}; settings: ADAPTERCTL_STAGES"
-            )
+        check_stage_name(stage, self.names)
         return _holder(self.ledger, adapter_id, stage)
 
     def _verify(self, version: AdapterVersion) -> None:
-        if version.state != "live":
-            raise Refused(f"{version.label} was removed", hint="promote another version")
+        _check_live(version)
         check_not_recalled(self.ledger, version, "promote another version")
         with self.folders(version) as folder:
             check_intact(version, folder)
@@ -137,6 +178,7 @@ class Stages:
         holder: AdapterVersion | None,
         version: AdapterVersion | None,
         reason: str,
+        decision: Decision | None = None,
         *,
         compare: bool = True,
     ) -> StageEventView:
@@ -151,6 +193,7 @@ class Stages:
                 action=action,
                 actor=self.actor,
                 reason=reason,
+                decision=decision.record() if decision is not None else None,
             )
             reached("stage.recorded")
             self._project(name, event)
@@ -240,6 +283,15 @@ def _views(ledger: Ledger, events: Sequence[StageEvent]) -> list[StageEventView]
         )
         for event in events
     ]
+
+
+def _with_objections(event: StageEventView, decision: Decision) -> StageEventView:
+    return replace(event, warnings=tuple(f"the gate of {event.stage}: {each}" for each in decision.verdict.reasons))
+
+
+def _check_live(version: AdapterVersion) -> None:
+    if version.state != "live":
+        raise Refused(f"{version.label} was removed", hint="choose another version")
 
 
 def _check_alias(holder: AdapterVersion | None, alias: int | None, name: str, stage: str) -> None:

@@ -6,14 +6,14 @@ Reads reports that are stored already. Figures are compared only where samples, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..api import RetentionRow, RetentionView
 from ..domain.eval_plan import BASE
-from ..domain.evals import MEASURES, EvalReport, Metric, TaskResult, behaviour_note, kept
+from ..domain.evals import CONFIDENCE, MEASURES, EvalReport, Metric, TaskResult, behaviour_note, kept
 from ..domain.version import AdapterVersion
 from ..ports import Ledger
-from .evaluate import parents_of
+from .evaluate import is_imported, parents_of
 from .suites import suites_of
 
 #: What must be equal before two reports on one suite are compared.
@@ -29,7 +29,7 @@ class _Compared:
     child: EvalReport
 
 
-def retention_view(ledger: Ledger, version: AdapterVersion) -> RetentionView:
+def retention_view(ledger: Ledger, version: AdapterVersion, *, confidence: float = CONFIDENCE) -> RetentionView:
     """One row for each metric of each task of the parents' suites; suites without reports are named as missing."""
     parents = parents_of(ledger, version)
     if not parents:
@@ -48,10 +48,11 @@ def retention_view(ledger: Ledger, version: AdapterVersion) -> RetentionView:
         if compared is None:
             missing.append(name)
             continue
-        rows += _rows(compared, [parent.label for parent in parents], owners.get(digest, range(len(parents))))
+        own = owners.get(digest, range(len(parents)))
+        rows += _rows(compared, [parent.label for parent in parents], own, confidence)
         labels = dict(zip(subjects, [BASE, *(p.label for p in parents), version.label], strict=True))
         for report in (compared.base, *compared.parents, compared.child):
-            if "source" in report.engine:
+            if is_imported(report):
                 imported.setdefault(report.engine["source"], []).append(labels[report.subject])
     notes = (f"{', '.join(dict.fromkeys(found))}: {source}" for source, found in imported.items())
     return RetentionView(version.label, tuple(rows), tuple(missing), tuple(notes))
@@ -92,7 +93,7 @@ def _compare(found: Sequence[Mapping[Setting, EvalReport]]) -> _Compared | None:
     return _Compared(base, tuple(parents), child)
 
 
-def _rows(compared: _Compared, labels: Sequence[str], owners: Sequence[int]) -> list[RetentionRow]:
+def _rows(compared: _Compared, labels: Sequence[str], owners: Sequence[int], confidence: float) -> list[RetentionRow]:
     rows: list[RetentionRow] = []
     suite = compared.child.suite
     for position, child in enumerate(compared.child.tasks):
@@ -101,14 +102,21 @@ def _rows(compared: _Compared, labels: Sequence[str], owners: Sequence[int]) -> 
         owner = labels[_best(parents, owners)]
         by_label = dict(zip(labels, parents, strict=True))
         metrics = [metric for name, metric in MEASURES.items() if name in child.metrics]
-        rows += [_row(suite, metric, base, by_label, owner, child) for metric in metrics]
-    return rows
+        rows += [_row(suite, metric, base, by_label, owner, child, confidence) for metric in metrics]
+    here = not any(is_imported(report) for report in (compared.base, *compared.parents, compared.child))
+    return [replace(row, here=here) for row in rows]
 
 
 def _row(
-    suite: str, metric: Metric, base: TaskResult, parents: Mapping[str, TaskResult], owner: str, child: TaskResult
+    suite: str,
+    metric: Metric,
+    base: TaskResult,
+    parents: Mapping[str, TaskResult],
+    owner: str,
+    child: TaskResult,
+    confidence: float,
 ) -> RetentionRow:
-    result = kept(metric, base.samples, parents[owner].samples, child.samples)
+    result = kept(metric, base.samples, parents[owner].samples, child.samples, confidence=confidence)
     notes = [result.note, behaviour_note(parents[owner].metrics, child.metrics) if metric.generated else ""]
     assert metric.direction is not None
     return RetentionRow(
@@ -124,6 +132,7 @@ def _row(
         retention=result.retention,
         gain_kept=result.gain_kept,
         note="; ".join(filter(None, notes)),
+        primary=metric.name == child.primary,
     )
 
 

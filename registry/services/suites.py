@@ -1,22 +1,24 @@
 """Read an evaluation suite from its YAML file, or back from what the ledger keeps of it.
 
-The file is untrusted: YAML's safe loader, no key twice, data only from the suite's own folder, sizes limited.
+The file is untrusted: plain YAML, data only from the suite's own folder, sizes limited.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
+from ..api import SuiteView
 from ..domain.errors import InvalidInput, NotFound
 from ..domain.suite import Suite, check_suite
 from ..domain.version import AdapterVersion
 from ..ports import Ledger
 from ..wire import from_json, to_json
+from .read_yaml import parse_yaml, read_limited
 
 MAX_SUITE_BYTES = 1 << 20
 MAX_DATA_BYTES = 16 << 20
+HINT = "docs/evaluation.md shows how a suite is written"
 
 
 def load_suite(path: Path) -> Suite:
@@ -25,13 +27,13 @@ def load_suite(path: Path) -> Suite:
     Raises `NotFound` when there is no such file, `InvalidInput` with every problem of the suite and its rows.
     """
     folder = path.parent.resolve()
-    value = _parse(_read(path, MAX_SUITE_BYTES), path)
+    value = parse_yaml(read_limited(path, MAX_SUITE_BYTES, hint=HINT), path, hint=HINT)
 
     def read(name: str) -> bytes:
         data = (folder / name).resolve()
         if not data.is_relative_to(folder):  # a symbolic link that leads out
             raise InvalidInput(f"{name} leads out of the suite's folder")
-        return _read(data, MAX_DATA_BYTES, shown=name)
+        return read_limited(data, MAX_DATA_BYTES, shown=name, hint=HINT)
 
     return check_suite(value, read)
 
@@ -41,6 +43,7 @@ def add_suite(ledger: Ledger, adapter_id: str, suite: Suite) -> None:
 
     The content is kept, not the path: a file that changes later changes nothing here.
     """
+    keep_suite(ledger, suite)
     others = [row for row in ledger.suites(adapter_id) if row[0] != suite.name]
     ledger.set_suites(adapter_id, [*others, (suite.name, suite.digest, to_json(suite))])
 
@@ -62,41 +65,31 @@ def keep_suite(ledger: Ledger, suite: Suite) -> str:
     return suite.digest
 
 
+def suite_views(ledger: Ledger) -> list[SuiteView]:
+    """Every kept suite, by name, with the adapters that it judges."""
+    judged: dict[tuple[str, str], list[str]] = {row: [] for row in ledger.kept_suites()}
+    for name, digest, adapter in ledger.judging_suites():
+        judged.setdefault((name, digest), []).append(adapter)
+    return [SuiteView(name, digest, tuple(adapters)) for (name, digest), adapters in sorted(judged.items())]
+
+
+def named_suite(ledger: Ledger, text: str) -> Suite:
+    """The kept suite of this name, digest, or beginning of a digest. Raises `NotFound`; of a name the judging one."""
+    views = suite_views(ledger)
+    found = [view for view in views if view.name == text] or [view for view in views if view.digest.startswith(text)]
+    found = [view for view in found if view.adapters] or found
+    if len(found) != 1:
+        shown = ", ".join(f"{view.name} {view.digest[:12]}" for view in found or views)
+        raise NotFound(
+            f"{text!r} means {len(found)} suites" if found else f"no suite {text!r} is kept here",
+            hint=f"kept are: {shown or 'none'}",
+        )
+    body = ledger.kept_suite(found[0].digest)
+    assert body is not None
+    return from_json(body, Suite)
+
+
 def find_suite(ledger: Ledger, text: str) -> Suite:
     """The suite that `text` names: the digest of a kept one, or the path of a YAML file."""
     kept = ledger.kept_suite(text) if re.fullmatch("[0-9a-f]{64}", text) else None
     return load_suite(Path(text)) if kept is None else from_json(kept, Suite)
-
-
-def _read(path: Path, limit: int, *, shown: str = "") -> bytes:
-    shown = shown or str(path)
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFound(f"there is no file {shown}", hint="see docs/evaluation.md for how a suite is written") from error
-    except OSError as error:
-        raise InvalidInput(f"{shown} cannot be read: {error.strerror}") from error
-    if len(content) > limit:
-        raise InvalidInput(f"{shown} is larger than {limit >> 20} MiB")
-    return content
-
-
-def _parse(content: bytes, path: Path) -> Any:
-    import yaml  # deferred: `ls` and `show` read no YAML
-
-    class UniqueKeys(yaml.SafeLoader):
-        """YAML itself lets the last of two equal keys win in silence."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is used twice", node.start_mark)
-            return super().construct_mapping(node, deep)
-
-    try:
-        # a subclass of the safe loader: it builds texts, numbers, lists and mappings only
-        return UniqueKeys(content.decode("utf-8")).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise InvalidInput(f"{path} is not plain YAML: {error}", hint="see docs/evaluation.md") from error

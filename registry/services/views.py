@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from ..api import AdapterView, ParentView, RecallView, VersionView
+from ..domain.evals import HERE, REGISTERED
 from ..domain.version import AdapterVersion, Edge
 from ..ports import Ledger
 
@@ -42,7 +43,14 @@ def version_views(ledger: Ledger, versions: Sequence[AdapterVersion]) -> list[Ve
 def version_view(ledger: Ledger, version: AdapterVersion) -> VersionView:
     """One version whole, with its recipe and receipt."""
     detail = ledger.detail(version.id)
-    return replace(version_views(ledger, [version])[0], recipe=detail.recipe, receipt=detail.receipt)
+    sources = ledger.metric_sources(version.id)
+    own = (HERE, REGISTERED)
+    return replace(
+        version_views(ledger, [version])[0],
+        recipe=detail.recipe,
+        receipt=detail.receipt,
+        imported={key: source for key, source in sources.items() if not source.startswith(own)},
+    )
 
 
 def adapter_views(ledger: Ledger) -> list[AdapterView]:

@@ -161,6 +161,17 @@ class MlflowVersions:
             yield folder
 
     @in_our_words
+    def run_metrics(self, run_id: str) -> dict[str, float]:
+        try:
+            return dict(self._client.get_run(run_id).data.metrics)
+        except MlflowException as error:
+            if error.error_code in (MISSING, "INVALID_PARAMETER_VALUE"):  # the latter for what cannot be an id
+                raise NotFound(
+                    f"MLflow has no run {run_id}", hint="give the id that its page shows: runs:/ID"
+                ) from error
+            raise
+
+    @in_our_words
     def alias(self, name: str, alias: str) -> int | None:
         try:
             return int(self._client.get_model_version_by_alias(name, alias).version)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from adapterctl.registry.domain.access import Scope
 from adapterctl.registry.domain.errors import (
     AdapterctlError,
     Conflict,
+    GateRefused,
     HasDescendants,
     IncompatibleParents,
     InvalidAdapter,
@@ -31,8 +32,10 @@ from adapterctl.registry.domain.errors import (
 from adapterctl.registry.domain.job import JobState
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
+from adapterctl.registry.domain.stage import Head
 from adapterctl.registry.domain.tuning import TuneRequest
 from adapterctl.registry.services.pull import damage
+from adapterctl.registry.wire import to_json
 
 _seeds = itertools.count(1)
 _names = (f"a{number}" for number in itertools.count(1))
@@ -371,10 +374,15 @@ def suite_file(folder: Path, name: str) -> Path:
 def test_a_suite_is_set_by_its_file(registry: RegistryAPI, add: Add, tmp_path: Path):
     version = add()
 
-    registry.set_suite(version.name, str(suite_file(tmp_path, "mine")))
+    registry.set_suite(version.name, str(suite_file(tmp_path, f"of-{version.name}")))
     view = registry.retention(ref(version))
 
     assert (view.ref, view.rows) == (version.ref, ())
+    (kept,) = [suite for suite in registry.suites() if version.name in suite.adapters]
+    for text in (kept.name, kept.digest, kept.digest[:12]):
+        assert registry.suite(text).digest == kept.digest
+    with pytest.raises(NotFound, match="no suite"):
+        registry.suite("nowhere")
 
 
 @pytest.mark.parametrize("text", ["nowhere.yaml", "0" * 64])
@@ -427,6 +435,81 @@ def test_reports_of_bases_that_are_unknown_are_not_taken(registry: RegistryAPI):
     assert registry.import_reports(results) == 0
 
 
+def test_results_from_elsewhere_are_marked_by_their_source(registry: RegistryAPI, add: Add):
+    version = add(metrics={"bleu": 0.2})
+
+    shown = registry.import_results(ref(version), source="lm-eval r.json", metrics={"wmt/chrf": 44.0})
+
+    assert shown.metrics == {"bleu": 0.2, "wmt/chrf": 44.0}
+    assert shown.imported == {"wmt/chrf": "imported from lm-eval r.json"}
+    assert registry.version(ref(version)).imported == shown.imported
+    with pytest.raises(InvalidInput, match="cannot be taken"):
+        registry.import_results(ref(version), source="x", metrics={})
+    with pytest.raises(InvalidInput, match="neither a file nor runs:/ID"):
+        registry.import_results(ref(version), source="/etc/passwd")
+    with pytest.raises(NotFound, match="no run"):
+        registry.import_results(ref(version), source="runs:/" + "0" * 32)
+
+
+def test_metrics_of_a_run_are_taken_from_mlflow(registry: RegistryAPI, add: Add):
+    measured, other = add(metrics={"bleu": 0.25}), add()
+
+    shown = registry.import_results(ref(other), source=f"runs:/{measured.run_id}")
+
+    assert shown.metrics == {"bleu": 0.25}
+    assert shown.imported == {"bleu": f"imported from runs:/{measured.run_id}"}
+
+
+# gates
+
+
+@pytest.fixture
+def gated(registry: RegistryAPI, add: Add) -> Iterator[VersionView]:
+    """A version whose adapter has to have one approval for production, as long as the test runs."""
+    version = add()
+    gate = {"stage": "production", "adapters": [version.name], "require": ["approvals >= 1"]}
+    registry.set_gates({"gates": [gate]})
+    yield version
+    registry.set_gates({"gates": []})
+
+
+def test_a_gate_is_checked_refused_approved_and_passed(registry: RegistryAPI, gated: VersionView):
+    before = registry.gate_check(ref(gated), to="production")
+    with pytest.raises(GateRefused, match="the number of approvals is 0") as refused:
+        registry.promote(ref(gated), to="production")
+    approval = registry.approve(ref(gated), to="production", reason="read it")
+    after = registry.gate_check(ref(gated), to="production")
+    event = registry.promote(ref(gated), to="production")
+
+    assert (before.verdict, after.verdict) == ("failed", "passed")
+    assert before.gate == registry.gates().digest
+    assert [judged.condition for judged in before.conditions] == ["not recalled", "approvals >= 1"]
+    assert [problem.code for problem in refused.value.problems] == ["failed"]
+    assert (approval.action, approval.ref) == ("approve", gated.ref)
+    decision = registry.decision(event.evidence)
+    assert decision.evidence.approvals == (approval.actor,)
+    assert registry.history(gated.name, verify=True).findings == ()
+    with pytest.raises(NotFound, match="no decision"):
+        registry.decision("0" * 64)
+
+
+def test_a_gate_is_forced_with_a_reason(registry: RegistryAPI, gated: VersionView):
+    with pytest.raises(InvalidInput, match="needs a reason"):
+        registry.promote(ref(gated), to="production", force=True)
+
+    event = registry.promote(ref(gated), to="production", reason="urgent", force=True)
+
+    assert (event.action, event.reason) == ("force", "urgent")
+    assert event.warnings == ("the gate of production: the number of approvals is 0, the gate asks for at least 1",)
+
+
+def test_a_bad_gate_file_is_refused_with_every_problem(registry: RegistryAPI):
+    with pytest.raises(InvalidInput) as refused:
+        registry.set_gates({"gates": [{"stage": "nirvana", "require": ["bleu => 1"]}], "more": 1})
+
+    assert [problem.code for problem in refused.value.problems] == ["more", "gates[0].stage", "gates[0].require[0]"]
+
+
 # stages
 
 
@@ -449,6 +532,10 @@ def test_stages_move_back_and_forth_and_are_recorded(registry: RegistryAPI, add:
     assert history.findings == ()
     assert registry.history(name, stage="staging").events == ()
     assert registry.history(name, verify=True, head="f" * 64).findings != ()
+    head = Head(registry=history.registry_id, name=name, seq=9, hash=history.head, time="2026-01-01T00:00:00Z")
+    assert registry.history(name, verify=True, head=to_json(head)).findings == (
+        "the history ends at row 4, row 9 was kept: it was cut",
+    )
 
 
 def test_a_stage_that_does_not_exist_or_is_not_held_is_refused(registry: RegistryAPI, add: Add):

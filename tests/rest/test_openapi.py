@@ -13,7 +13,7 @@ from schemathesis.generation import GenerationMode
 from adapterctl.registry.domain.access import Scope
 
 #: Requests of each kind to each route. An admin's reach the code behind the routes, the others' mostly their guard.
-EXAMPLES = {Scope.READ: 2, Scope.MERGE: 2, Scope.PROMOTE: 2, Scope.ADMIN: 8}
+EXAMPLES = {Scope.READ: 2, Scope.MERGE: 2, Scope.PROMOTE: 2, Scope.FORCE: 2, Scope.ADMIN: 8}
 GENERATE = [hypothesis.Phase.generate]  # what fails is told as it was found
 
 

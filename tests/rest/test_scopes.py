@@ -34,6 +34,9 @@ NEEDED = {
         "GET /v1/adapters/{name}/versions/{version}/path",
         "GET /v1/adapters/{name}/versions/{version}/retention",
         "GET /v1/adapters/{name}/history",
+        "GET /v1/adapters/{name}/versions/{version}/gate",
+        "GET /v1/decisions/{digest}",
+        "GET /v1/gates",
         "GET /v1/bases",
         "GET /v1/diff",
         "GET /v1/doctor",
@@ -44,12 +47,14 @@ NEEDED = {
         "GET /v1/methods",
         "GET /v1/suites",
         "GET /v1/tunes/{job_id}",
+        "GET /v1/suites/{suite}",
         "GET /v1/verifications/{job_id}",
         "GET /v1/whoami",
         "POST /v1/plans",
     ],
     "merge": [
         "POST /v1/adapters/{name}/versions",
+        "POST /v1/adapters/{name}/versions/{version}/results",
         "POST /v1/bases",
         "POST /v1/evaluations",
         "POST /v1/jobs/{job_id}/cancel",
@@ -62,6 +67,7 @@ NEEDED = {
     ],
     "promote": [
         "POST /v1/adapters/{name}/adoptions",
+        "POST /v1/adapters/{name}/approvals",
         "POST /v1/adapters/{name}/demotions",
         "POST /v1/adapters/{name}/promotions",
         "POST /v1/adapters/{name}/rollbacks",
@@ -76,6 +82,7 @@ NEEDED = {
         "POST /v1/base-merges",
         "POST /v1/reports",
         "POST /v1/tokens",
+        "PUT /v1/gates",
     ],
 }
 SCOPE_OF = {route: Scope(scope) for scope, routes in NEEDED.items() for route in routes}
@@ -118,6 +125,18 @@ def test_every_route_takes_its_scope_and_those_above_it(served: Any, route: str,
         assert f"needs {SCOPE_OF[route]}" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize("scope", Scope)
+@pytest.mark.parametrize(
+    ("route", "body"), [("promotions", {"version": "1", "to": "production"}), ("adoptions", {"stage": "production"})]
+)
+def test_only_the_scope_force_goes_over_a_gate(served: Any, route: str, body: dict[str, Any], scope: Scope):
+    asked = body | {"force": True, "reason": "urgent"}
+
+    answer = served.client.post(f"/v1/adapters/nobody/{route}", headers=served.auth(scope), json=asked)
+
+    assert answer.status_code == (404 if scope.covers(Scope.FORCE) else 403)
+
+
 @pytest.fixture(autouse=True)
 def patient(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests fail to prove who they are more often than the door lets one address do."""
@@ -145,6 +164,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "POST /v1/adapters/translate/rollbacks": {"stage": "production"},
     "POST /v1/adapters/translate/demotions": {"stage": "production"},
     "POST /v1/adapters/translate/adoptions": {"stage": "production"},
+    "POST /v1/adapters/translate/approvals": {"version": "1", "to": "production"},
+    "POST /v1/adapters/translate/versions/1/results": {"source": "runs:/1"},
+    "PUT /v1/gates": {"gates": []},
     "PUT /v1/adapters/translate/suite": {"suite": "0" * 64},
     "DELETE /v1/adapters/translate/versions/1": {},
     "DELETE /v1/adapters/translate/versions/1/recall": {},

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from adapterctl.registry.domain.errors import Corrupt, InvalidInput, NotFound, Refused, StageMoved
+from adapterctl.registry.domain.errors import Corrupt, GateRefused, InvalidInput, NotFound, Refused, StageMoved
 from adapterctl.registry.domain.refs import Ref
 from adapterctl.registry.domain.stage import GENESIS
 from adapterctl.registry.domain.version import AdapterVersion
+from adapterctl.registry.services.gates import kept_decision, set_gates
 from adapterctl.registry.services.promote import Stages, check_stage, history
 from adapterctl.registry.services.register import Registration, register
 from adapterctl.registry.services.resolve import resolve
@@ -328,6 +329,116 @@ def test_a_cut_history_is_found_only_with_a_head_that_was_kept(stages, chat, sql
     assert "cut or written anew" in history(sql_ledger, "chat", verify=True, head=kept).findings[0]
 
 
+# gates
+
+
+@pytest.fixture
+def licensed(sql_ledger) -> None:
+    """Production asks for a license, which no version here has."""
+    asked = {"gates": [{"stage": "production", "license": ["mit"], "require": ["approvals >= 1"]}]}
+    set_gates(sql_ledger, asked, stages=STAGES, actor="root")
+
+
+def test_a_refused_promotion_tells_every_condition_and_moves_nothing(stages, chat, sql_ledger, licensed):
+    version = chat()
+
+    with pytest.raises(GateRefused) as refused:
+        stages.promote(version, stage="production")
+
+    assert [problem.code for problem in refused.value.problems] == ["failed", "failed"]
+    assert "the number of approvals is 0, the gate asks for at least 1 (distance -1)" in refused.value.message
+    assert "its license is none, expected mit" in refused.value.message
+    assert sql_ledger.stage_history(version.adapter_id) == []
+    assert stages.promote(version, stage="staging").action == "promote"
+
+
+def test_a_forced_promotion_needs_a_reason_and_is_recorded_as_forced_by_whom_and_why(
+    stages, chat, sql_ledger, version_store, licensed
+):
+    version = chat()
+    with pytest.raises(InvalidInput, match="needs a reason"):
+        stages.promote(version, stage="production", force=True, reason=" ")
+
+    event = stages.promote(version, stage="production", force=True, reason="the fair is tomorrow")
+
+    assert (event.action, event.actor, event.reason) == ("force", "ada", "the fair is tomorrow")
+    assert len(event.warnings) == 2
+    assert version_store.alias("chat", "production") == 1
+    kept = kept_decision(sql_ledger, event.evidence)
+    assert (kept.verdict.outcome, kept.evidence.ref) == ("failed", "chat:v1")
+    assert history(sql_ledger, "chat", verify=True).findings == ()
+
+
+def test_forcing_what_passes_is_an_ordinary_promotion(stages, chat):
+    event = stages.promote(chat(), stage="production", force=True, reason="to be sure")
+
+    assert (event.action, event.warnings) == ("promote", ())
+
+
+def test_a_rollback_asks_the_gate_again_tells_it_and_goes_back_all_the_same(stages, chat, sql_ledger):
+    stages.promote(chat(), stage="production")
+    stages.promote(chat(), stage="production")
+    asked = {"gates": [{"stage": "production", "license": ["mit"]}]}
+    set_gates(sql_ledger, asked, stages=STAGES, actor="root")
+
+    event = stages.rollback("chat", stage="production")
+
+    assert (event.action, event.ref) == ("rollback", "chat:v1")
+    assert event.warnings == ("the gate of production: its license is none, expected mit",)
+    assert not kept_decision(sql_ledger, event.evidence).verdict.passed
+
+
+def test_what_was_moved_in_mlflow_is_adopted_through_the_gate_only(stages, chat, version_store, licensed):
+    chat()
+    version_store.project_stage("chat", "production", number=1, legacy={})
+
+    with pytest.raises(GateRefused):
+        stages.adopt("chat", stage="production")
+    event = stages.adopt("chat", stage="production", force=True, reason="it serves already")
+
+    assert (event.action, event.ref) == ("force", "chat:v1")
+
+
+def test_approvals_of_distinct_people_open_the_gate_until_they_are_withdrawn(stages, chat, sql_ledger):
+    asked = {"gates": [{"stage": "production", "require": ["approvals >= 2"]}]}
+    set_gates(sql_ledger, asked, stages=STAGES, actor="root")
+    version, bob = chat(), replace(stages, actor="bob")
+
+    first = stages.approve(version, stage="production", reason="read it")
+    again = stages.approve(version, stage="production")
+    with pytest.raises(GateRefused, match="approvals is 1"):
+        stages.promote(version, stage="production")
+    bob.approve(version, stage="production")
+    bob.approve(version, stage="production", withdraw=True)
+    with pytest.raises(GateRefused, match="approvals is 1"):
+        stages.promote(version, stage="production")
+    with pytest.raises(Refused, match="bob does not approve"):
+        bob.approve(version, stage="production", withdraw=True)
+    bob.approve(version, stage="production")
+
+    event = stages.promote(version, stage="production")
+    again_promoted = stages.promote(version, stage="production")
+
+    assert again == first
+    assert (event.seq, event.previous, again_promoted.seq) == (5, None, 5)
+    with pytest.raises(InvalidInput, match="no stage"):
+        stages.approve(version, stage="prod")
+
+
+def test_edited_evidence_is_found(stages, chat, sql_ledger):
+    event = stages.promote(chat(), stage="production")
+    stages.promote(chat(), stage="production")
+    with sql_ledger._db.write() as connection:
+        for name in connection.execute(text("select name from sqlite_master where type = 'trigger'")).scalars().all():
+            connection.execute(text(f"drop trigger {name}"))
+        connection.execute(text("update decision set body = '{}' where digest = :it"), {"it": event.evidence})
+        connection.execute(text("delete from decision where digest <> :it"), {"it": event.evidence})
+
+    findings = history(sql_ledger, "chat", verify=True).findings
+
+    assert findings == ("the evidence of row 1 was edited", "the evidence of row 2 is gone")
+
+
 # several processes
 
 PROMOTE = """
@@ -335,6 +446,7 @@ import sys, time
 from pathlib import Path
 from adapterctl.registry.domain.errors import StageMoved
 from adapterctl.registry.domain.refs import Ref
+from adapterctl.registry.services.gates import kept_decision, set_gates
 from adapterctl.registry.services.promote import Stages
 from adapterctl.registry.services.resolve import resolve
 from adapterctl.registry.stores.artifacts import local_folder
@@ -361,16 +473,41 @@ for _ in range(3):
 """
 
 
-def test_a_killed_promotion_is_seen_and_completed(stages, chat, sql_ledger, version_store, home, tmp_path):
-    first, second = chat(), chat()
+@pytest.fixture
+def killed(home, tmp_path) -> Callable[[str], None]:
+    """Promote chat:v1 in another process and kill it -9 at a named point."""
     (tmp_path / "go").touch()
-    killed = subprocess.run(
-        [sys.executable, "-c", PROMOTE, str(home), "1", str(tmp_path / "go")],
-        env={**os.environ, "ADAPTERCTL_CRASH_AT": "stage.recorded"},
-        stdout=subprocess.DEVNULL,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL
+
+    def kill(point: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", PROMOTE, str(home), "1", str(tmp_path / "go")],
+            env={**os.environ, "ADAPTERCTL_CRASH_AT": point},
+            stdout=subprocess.DEVNULL,
+            check=False,
+        )
+        assert done.returncode == -signal.SIGKILL
+
+    return kill
+
+
+def test_a_promotion_that_was_killed_before_its_commit_never_was(stages, chat, sql_ledger, version_store, killed):
+    first, second = chat(), chat()
+
+    killed("stage.writing")
+
+    assert sql_ledger.stage_history(first.adapter_id) == []
+    assert sql_ledger.stage_holder(first.adapter_id, "production") is None
+    with sql_ledger._db.read() as connection:
+        assert connection.execute(text("select count(*) from decision")).scalar_one() == 0
+    assert version_store.alias("chat", "production") is None
+    assert stages.promote(second, stage="production").seq == 1
+
+
+def test_a_promotion_that_was_killed_after_its_commit_is_seen_and_completed(
+    stages, chat, sql_ledger, version_store, killed
+):
+    first, second = chat(), chat()
+    killed("stage.recorded")
     assert version_store.alias("chat", "production") is None
 
     with pytest.raises(StageMoved):

@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 from ... import wire
 from ...crashpoints import reached
 from ...domain.errors import Conflict, HasDescendants, InvalidInput, NotFound, Refused, StageMoved
-from ...domain.evals import EvalReport
+from ...domain.evals import REGISTERED, EvalReport
 from ...domain.job import Job, JobState, NewJob
 from ...domain.recall import Recall, RecallAction, Recalls
 from ...domain.stage import GENESIS, ApprovalAction, MoveAction, StageAction, StageEvent
@@ -270,7 +270,7 @@ class SqlLedger(JobRows):
                 _insert_version(connection, version_id, adapter_id, spec, placement, created_by)
                 _check_parents(connection, edges)
                 _insert_edges(connection, edges)
-                _insert_metrics(connection, version_id, spec.metrics, "register")
+                _insert_metrics(connection, version_id, spec.metrics, REGISTERED)
             queued = [queue_job(connection, each)[0] for each in then]
             if job is not None:
                 result = {"version_id": version_id, "jobs": [each.id for each in queued if each is not None]}
@@ -413,19 +413,28 @@ class SqlLedger(JobRows):
             return [(row.name, row.digest, row.body) for row in connection.execute(query)]
 
     def keep_suite(self, digest: str, name: str, body: str) -> None:
-        if self.kept_suite(digest) is None:
-            row = {"digest": digest, "name": name, "body": body, "created_at": Now()}
-            with self._db.write() as connection:
-                insert_once(connection, insert(suite).values(row))
+        with self._db.read() as connection:
+            if _kept_suite(connection, digest) is not None:
+                return
+        row = {"digest": digest, "name": name, "body": body, "created_at": Now()}
+        with self._db.write() as connection:
+            insert_once(connection, insert(suite).values(row))
 
     def kept_suite(self, digest: str) -> str | None:
+        judging = select(adapter_suite.c.body).where(adapter_suite.c.digest == digest).limit(1)
         with self._db.read() as connection:
-            return connection.execute(select(suite.c.body).where(suite.c.digest == digest)).scalar_one_or_none()
+            return _kept_suite(connection, digest) or connection.execute(judging).scalar_one_or_none()
 
     def kept_suites(self) -> list[tuple[str, str]]:
         query = select(suite.c.name, suite.c.digest).order_by(suite.c.name, suite.c.digest)
         with self._db.read() as connection:
             return [(row.name, row.digest) for row in connection.execute(query)]
+
+    def judging_suites(self) -> list[tuple[str, str, str]]:
+        columns = select(adapter_suite.c.name, adapter_suite.c.digest, adapter.c.name.label("adapter"))
+        query = columns.join(adapter, adapter.c.id == adapter_suite.c.adapter_id).order_by(adapter.c.name)
+        with self._db.read() as connection:
+            return [(row.name, row.digest, row.adapter) for row in connection.execute(query)]
 
     # stages
 
@@ -687,6 +696,13 @@ def _check_unneeded(connection: Connection, version_id: str, label: str) -> None
         raise Refused(
             f"{label} holds {', '.join(sorted(held_stages))}", hint="promote another version or demote it first"
         )
+
+
+# evaluations
+
+
+def _kept_suite(connection: Connection, digest: str) -> str | None:
+    return connection.execute(select(suite.c.body).where(suite.c.digest == digest)).scalar_one_or_none()
 
 
 # stages

@@ -1,0 +1,234 @@
+"""Gates in use: the file that counts, the facts that it asks for about a version, and the decision.
+
+Reads what is stored already and computes no more than intervals; an evaluation that is missing is said to be missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..api import GateCheck, GatesView
+from ..domain.digest import canonical_json, json_digest
+from ..domain.errors import GateRefused, InvalidInput, NotFound, Problem, raise_all
+from ..domain.eval_plan import report_key
+from ..domain.evals import BEHAVIOUR, HERE, MEASURES, EvalReport, spread
+from ..domain.gate import Condition, Kind, check_gates, conditions_for
+from ..domain.stage import approvals
+from ..domain.suite import Suite
+from ..domain.verdict import Decision, Evidence, Figure, Receipt, Retained, decide, record_digest
+from ..domain.version import AdapterVersion
+from ..ports import Ledger
+from ..wire import from_json
+from .evaluate import is_imported, parents_of
+from .read_yaml import parse_yaml, read_limited
+from .retain import retention_view
+from .suites import suites_of
+from .views import iso_time
+
+MAX_GATE_BYTES = 1 << 20
+HINT = "docs/gates.md shows how gates are written"
+_MEASURED: frozenset[Kind] = frozenset({"metric", "fresh", "evaluated_here", "evaluation_age"})
+_HOUR_S = 3600.0
+
+
+def load_gates(path: Path) -> Any:
+    """What the gate file at `path` holds. Raises `InvalidInput` with the file and every problem of it."""
+    value = parse_yaml(read_limited(path, MAX_GATE_BYTES, hint=HINT), path, hint=HINT)
+    try:
+        check_gates(value)
+    except InvalidInput as error:
+        raise_all(InvalidInput, f"{path} holds no gates:", error.problems, hint=HINT)
+    return value
+
+
+def set_gates(ledger: Ledger, value: Any, *, stages: Sequence[str], actor: str) -> GatesView:
+    """Let these gates count from now on. Setting them again changes nothing."""
+    check_gates(value, stages=stages)
+    ledger.set_gate_file(json_digest(value), canonical_json(value).decode(), set_by=actor)
+    return gates_view(ledger)
+
+
+def gates_view(ledger: Ledger) -> GatesView:
+    kept = ledger.gate_file()
+    if kept is None:
+        return GatesView(None)
+    return GatesView(kept.digest, tuple(json.loads(kept.body)["gates"]), kept.set_by, iso_time(kept.at))
+
+
+def check_gate(ledger: Ledger, version: AdapterVersion, stage: str) -> GateCheck:
+    """Every condition of a stage, held against a version; moves nothing."""
+    made = decide_on(ledger, version, stage)
+    return GateCheck(version.label, stage, made.gate, made.verdict.outcome, made.verdict.conditions)
+
+
+def decide_on(ledger: Ledger, version: AdapterVersion, stage: str) -> Decision:
+    """Whether `version` may hold `stage` by the gates that count now, with all that this stands on."""
+    kept = ledger.gate_file()
+    gates = check_gates(json.loads(kept.body)) if kept is not None else ()
+    conditions = conditions_for(gates, version.name, stage)
+    evidence = collect(ledger, version, stage, conditions)
+    return Decision(stage, kept.digest if kept is not None else None, evidence, decide(conditions, evidence))
+
+
+def require(decision: Decision, *, force: bool, reason: str) -> bool:
+    """Return whether the gate had to be forced. Raises `GateRefused`, with force for what was recalled meanwhile."""
+    evidence, verdict = decision.evidence, decision.verdict
+    if force and not reason.strip():
+        raise InvalidInput("--force needs a reason", hint="say why: --reason TEXT; it is kept in the history")
+    if verdict.passed or (force and not evidence.recalled):
+        return not verdict.passed
+    problems = [
+        Problem(judged.verdict, f"{judged.condition}: {judged.reason}" + _short_of(judged.distance))
+        for judged in verdict.conditions
+        if judged.verdict != "passed"
+    ]
+    raise_all(
+        GateRefused,
+        f"{evidence.ref} may not hold {decision.stage}, {len(problems)} of {len(verdict.conditions)} conditions fail:",
+        problems,
+        hint=f"`adapterctl gate check {evidence.ref} --to {decision.stage}` shows all of them",
+    )
+    raise AssertionError("unreachable")
+
+
+def kept_decision(ledger: Ledger, digest: str) -> Decision:
+    """The decision that the history refers to. Raises `NotFound`, also for one that was edited."""
+    record = ledger.decisions([digest]).get(digest)
+    if record is None or record_digest(record) != digest:
+        raise NotFound(f"no decision {digest} is kept here", hint="adapterctl history NAME -o json shows their digests")
+    return from_json(record, Decision)
+
+
+def collect(ledger: Ledger, version: AdapterVersion, stage: str, conditions: Sequence[Condition]) -> Evidence:
+    """The facts that the conditions look at; what none of them asks for is not read."""
+    kinds = {condition.kind for condition in conditions}
+    now = ledger.now()
+    parents = parents_of(ledger, version)
+    reports: list[EvalReport] = []
+    suites: dict[str, Suite] = {}
+    if kinds & _MEASURED:
+        reports = ledger.reports_for(version.spec.content_digest, version.spec.base.id)
+        judged_by = [suite for each in (version, *parents) for suite in suites_of(ledger, each)]
+        suites = {suite.digest: suite for suite in judged_by}
+    current = {digest: found for digest in suites if (found := _newest(reports, digest)) is not None}
+    kept, missing = _kept(ledger, version, conditions) if kinds & {"retention", "gain_kept"} else ((), ())
+    return Evidence(
+        ref=version.label,
+        version_id=version.id,
+        content_digest=version.spec.content_digest,
+        is_merge=version.spec.kind == "merge",
+        has_parents=bool(parents),
+        recalled=_recalled(ledger, version),
+        figures=tuple(_figures(ledger, version, conditions, current)) if "metric" in kinds else (),
+        kept=kept,
+        missing=missing,
+        receipt=_receipt(ledger, version) if kinds & {"receipt", "loss"} else None,
+        changed={
+            "suite": tuple(suite.name for digest, suite in suites.items() if digest not in current),
+            "base": tuple(_changed_bases(version, current.values())),
+        },
+        evaluated_here=sum(not is_imported(report) for report in (current.values() if suites else reports)),
+        evaluation_age=_evaluation_age(ledger, current.values() if suites else reports, now),
+        version_age=round((now - version.created_at) / _HOUR_S, 4),
+        approvals=approvals(ledger.stage_history(version.adapter_id, stage), version.id, stage),
+        tags=version.spec.tags,
+        license=version.spec.license,
+    )
+
+
+def _recalled(ledger: Ledger, version: AdapterVersion) -> tuple[str, ...]:
+    """The version whose recall hits this one: itself, or the nearest that it is made of."""
+    hit = ledger.recalls().get(version.id)
+    return () if hit is None else (ledger.versions_by_id([hit.version_id])[hit.version_id].label,)
+
+
+def _newest(reports: Sequence[EvalReport], suite: str) -> EvalReport | None:
+    """The report of a suite that counts: of those with the most samples the newest."""
+    found = [report for report in reports if report.suite_digest == suite]
+    return max(reversed(found), key=lambda report: sum(len(task.samples) for task in report.tasks), default=None)
+
+
+def _figures(
+    ledger: Ledger, version: AdapterVersion, conditions: Sequence[Condition], current: Mapping[str, EvalReport]
+) -> Iterable[Figure]:
+    """Each metric that is asked for: as the suites that judge the version measured it, else as it was last told."""
+    told = ledger.metrics([version.id]).get(version.id, {})
+    sources = ledger.metric_sources(version.id)
+    wanted = {(each.name, each.looks_at): None for each in conditions if each.kind == "metric"}
+    for name, confidence in wanted:
+        measured = _measured(name, confidence, current.values())
+        if measured is not None:
+            yield measured
+        elif name in told:
+            source = sources[name]
+            yield Figure(name, confidence, told[name], None, None, source, source.startswith(HERE))
+
+
+def _measured(name: str, confidence: float, reports: Iterable[EvalReport]) -> Figure | None:
+    for report in reports:
+        for task in report.tasks:
+            metric = {**MEASURES, **BEHAVIOUR}.get(name.removeprefix(f"{task.task}/"))
+            if metric is None or name not in report.metrics or metric.name not in task.metrics:
+                continue
+            interval = spread(metric, task.samples, confidence=confidence)
+            source = report.engine.get("source", f"{HERE}{report.suite}")
+            return Figure(
+                name, confidence, interval.value, interval.low, interval.high, source, not is_imported(report)
+            )
+    return None
+
+
+def _kept(
+    ledger: Ledger, version: AdapterVersion, conditions: Sequence[Condition]
+) -> tuple[tuple[Retained, ...], tuple[str, ...]]:
+    asked = [each.looks_at for each in conditions if each.kind in ("retention", "gain_kept")]
+    rows: list[Retained] = []
+    missing: tuple[str, ...] = ()
+    for confidence in dict.fromkeys(asked):
+        view = retention_view(ledger, version, confidence=confidence)
+        missing = view.missing
+        rows += [
+            Retained(
+                suite=row.suite,
+                task=row.task,
+                metric=row.metric,
+                primary=row.primary,
+                owner=row.owner,
+                confidence=confidence,
+                retention=row.retention,
+                gain_kept=row.gain_kept,
+                note=row.note,
+                here=row.here,
+            )
+            for row in view.rows
+        ]
+    return tuple(rows), missing
+
+
+def _receipt(ledger: Ledger, version: AdapterVersion) -> Receipt | None:
+    receipt = ledger.detail(version.id).receipt
+    return None if receipt is None else Receipt(bool(receipt.get("passed")), version.summary.loss)
+
+
+def _changed_bases(version: AdapterVersion, reports: Iterable[EvalReport]) -> Iterable[str]:
+    """The base by its name where a report's key was made of other facts about it than are known now."""
+    base = version.spec.base
+    for report in reports:
+        samples = [len(task.samples) for task in report.tasks]
+        # the key of a report from elsewhere was made with the versions that were installed when it was taken in
+        same = report.key == report_key(report.subject, base, report.suite_digest, samples, report.engine)
+        if not (report.base_id == base.id if is_imported(report) else same):
+            yield base.name
+            return
+
+
+def _evaluation_age(ledger: Ledger, reports: Iterable[EvalReport], now: float) -> float | None:
+    times = ledger.report_times([report.key for report in reports])
+    return round((now - min(times.values())) / _HOUR_S, 4) if times else None
+
+
+def _short_of(distance: float | None) -> str:
+    return "" if distance is None else f" (distance {distance:.4g})"
