@@ -299,6 +299,10 @@ class Ledger(Protocol):
         """The kept records by their digests; one that is not there is absent."""
         ...
 
+    def decisions_like(self, digest_prefix: str) -> dict[str, str]:
+        """The kept records whose digest begins so, two at most."""
+        ...
+
     # gates
     def gate_file(self) -> GateFile | None:
         """The gates that count, as they were last set."""

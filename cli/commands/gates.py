@@ -80,13 +80,15 @@ def lint(session: Session, file: File) -> None:
 
 def decision(
     session: Session,
-    digest: Annotated[str, typer.Argument(metavar="DIGEST", help="The evidence of a row of the history.")],
+    digest: Annotated[
+        str, typer.Argument(metavar="DIGEST", help="The evidence of a row, or its beginning.")
+    ],
 ) -> None:
     """Show what a move of a stage stood on.
 
     The history names it by its digest, and that is the SHA-256 of what is kept.
 
-    Example: adapterctl gate decision "$(adapterctl history translate-chat -o json | jq -r '.events[-1].evidence')"
+    Example: adapterctl gate decision 50d6f68b1b2d
     """
     found = session.registry(readonly=True).decision(digest)
     session.out.data(found, text=lambda: views.decision_text(found, session.out), names=[found.verdict.outcome])

@@ -27,8 +27,8 @@ Force = Annotated[bool, typer.Option("--force", help="Though the gate refuses; n
 
 
 def add_to(app: typer.Typer) -> None:
-    moves = {"promote": promote, "rollback": rollback, "demote": demote, "adopt": adopt}
-    add_verbs(app, {"approve": approve, **moves, "history": history, "recall": recall}, group=GROUP)
+    verbs = (approve, promote, rollback, demote, adopt, history, recall)
+    add_verbs(app, {verb.__name__: verb for verb in verbs}, group=GROUP)
 
 
 def promote(

@@ -6,6 +6,7 @@ Reads what is stored already and computes no more than intervals; an evaluation 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,17 @@ def require(decision: Decision, *, force: bool, reason: str) -> bool:
 
 
 def kept_decision(ledger: Ledger, digest: str) -> Decision:
-    """The decision that the history refers to. Raises `NotFound`, also for one that was edited."""
-    record = ledger.decisions([digest]).get(digest)
-    if record is None or record_digest(record) != digest:
-        raise NotFound(f"no decision {digest} is kept here", hint="adapterctl history NAME -o json shows their digests")
-    return from_json(record, Decision)
+    """The decision that the history refers to, by its digest or the beginning of it.
+
+    Raises `NotFound`, also for one that was edited, and `InvalidInput` where several begin so.
+    """
+    found = ledger.decisions_like(digest) if re.fullmatch("[0-9a-f]{8,64}", digest) else {}
+    if len(found) > 1:
+        raise InvalidInput(f"several decisions begin with {digest}", hint="give more of the digest")
+    for known, record in found.items():
+        if record_digest(record) == known:
+            return from_json(record, Decision)
+    raise NotFound(f"no decision {digest[:80]} is kept here", hint="adapterctl history NAME shows their digests")
 
 
 def collect(ledger: Ledger, version: AdapterVersion, stage: str, conditions: Sequence[Condition]) -> Evidence:

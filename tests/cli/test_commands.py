@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -384,3 +385,86 @@ def test_a_registry_of_a_newer_program_is_not_touched(run: Run, pair: Path):
     for words in ("ls", "register folder --name x"):
         assert "newer" in run(*words.split(), code=2).stderr
     assert run("doctor", code=1).stdout.startswith("error ")
+
+
+GATES = """
+gates:
+  - stage: production
+    adapters: [translate]
+    require: [bleu >= 0.3, approvals >= 1]
+"""
+
+
+def test_a_gate_from_file_to_forced_promotion(run: Run, pair: Path, tmp_path: Path):
+    file, bad = tmp_path / "gates.yaml", tmp_path / "bad.yaml"
+    file.write_text(GATES)
+    bad.write_text(GATES.replace(">= 1", "=> 1"))
+
+    assert run("gate", "lint", str(file)).stdout == "production: 2 conditions\n"
+    assert "gates[0].require[1]: is 'approvals => 1', expected" in run("gate", "lint", str(bad), code=2).stderr
+    assert "no gates were set" in run("gate", "show").stdout
+    run("gate", "set", str(bad), code=2)
+    run("gate", "set", str(file))
+    assert run("gate", "show", "-o", "json").data["gates"][0]["require"] == ["bleu >= 0.3", "approvals >= 1"]
+    (tmp_path / "r.json").write_text('{"metrics": {"bleu": 0.29}}')
+    imported = run("eval", "import", str(tmp_path / "r.json"), "--ref", "translate:v1")
+    checked = run("gate", "check", "translate:v1", "--to", "production", code=5)
+    refused = run("promote", "translate:v1", "--to", "production", code=5)
+    run("promote", "translate:v1", "--to", "production", "--force", code=2)
+    run("approve", "translate:v1", "--to", "production", "--reason", "read it")
+    forced = run("promote", "translate:v1", "--to", "production", "--force", "--reason", "the fair")
+
+    assert re.search(r"bleu = 0.29  \(imported from file r.json sha256:[0-9a-f]{16}\)", imported.stdout)
+    assert re.search(r"FAILED +bleu >= 0.3 +0.29 +-0.01\n", checked.stdout)
+    assert re.search(r"FAILED +approvals >= 1 +nobody +-1\n", checked.stdout)
+    assert "failed: bleu >= 0.3: bleu is 0.29, the gate asks for at least 0.3 (distance -0.01)" in refused.stderr
+    assert "failed: approvals >= 1: the number of approvals is 0" in refused.stderr
+    assert forced.stderr == "warning: the gate of production: bleu is 0.29, the gate asks for at least 0.3\n"
+    events = run("history", "translate", "--verify", "-o", "json").data["events"]
+    assert [(event["action"], event["reason"]) for event in events] == [("approve", "read it"), ("force", "the fair")]
+    assert "FAILED   bleu >= 0.3" in run("gate", "decision", events[-1]["evidence"][:12]).stdout
+
+
+LM_EVAL = {
+    "results": {
+        "wmt": {"alias": "wmt", "chrf,none": 44.5, "chrf_stderr,none": 0.5, "acc,strict-match": 0.5, "ter,none": "N/A"},
+        "arc": {"acc,none": 1, "alias": "arc"},
+    },
+    "config": {"model": "hf"},
+}
+
+
+def test_what_lm_eval_wrote_becomes_metrics(run: Run, pair: Path, tmp_path: Path):
+    (tmp_path / "results.json").write_text(json.dumps(LM_EVAL))
+    (tmp_path / "other.json").write_text("[1]")
+
+    shown = run("eval", "import", str(tmp_path / "results.json"), "--ref", "chat:v1", "-o", "json").data
+    run("eval", "import", str(tmp_path / "other.json"), "--ref", "chat:v1", code=2)
+    run("eval", "import", str(tmp_path / "nowhere.json"), "--ref", "chat:v1", code=3)
+
+    assert shown["metrics"] == {"wmt/chrf": 44.5, "wmt/acc.strict-match": 0.5, "arc/acc": 1.0}
+    assert set(shown["imported"]) == set(shown["metrics"])
+
+
+def test_suites_are_checked_without_a_model_and_shown_with_whom_they_judge(run: Run, pair: Path, tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "un chat ->", "target": " a cat"}\n')
+    suite = tmp_path / "mine.yaml"
+    suite.write_text("name: mine\ntasks:\n  - {name: t, data: rows.jsonl, metrics: [chrf, nll], primary: nll}\n")
+
+    checked = run("suite", "check", str(suite))
+    run("suite", "set", "translate", str(suite))
+    listed = run("suite", "ls", "-o", "json").data
+    shown = run("suite", "show", "mine")
+
+    assert checked.stdout == shown.stdout
+    assert re.search(r"^t +1 of 1 +nll, chrf +64 +0$", shown.stdout, flags=re.MULTILINE)
+    assert "'un chat ->' → ' a cat'" in shown.stdout
+    assert [(each["name"], each["adapters"]) for each in listed] == [("mine", ["translate"])]
+    suite.write_text("name: mine\ntasks: []\nmore: 1\n")
+    assert "more: is no key of a suite" in run("suite", "check", str(suite), code=2).stderr
+    run("suite", "show", "other", code=3)
+
+
+def test_eval_takes_references_as_it_takes_run(run: Run, pair: Path):
+    for words in (["eval"], ["eval", "run"]):
+        assert "has no evaluation suite" in run(*words, "translate:v1", "-o", "json", code=2).stderr

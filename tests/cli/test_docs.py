@@ -31,7 +31,7 @@ def test_every_command_has_its_row():
     assert documented == set(get_command(app).commands)
 
 
-@pytest.mark.parametrize("group", ["jobs", "base", "suite"])
+@pytest.mark.parametrize("group", ["jobs", "base", "suite", "gate"])
 def test_every_command_of_a_group_is_named(group: str):
     (row,) = [words for words in rows("cli.md", "Commands") if words.split()[0] == group]
 

@@ -6,11 +6,13 @@ import pytest
 from tiny import write_tiny_adapter
 
 from adapterctl.registry.api import StageHit
-from adapterctl.registry.domain.errors import IncompatibleParents, InvalidInput, Recalled, Refused
+from adapterctl.registry.domain.errors import GateRefused, IncompatibleParents, InvalidInput, Recalled, Refused
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
+from adapterctl.registry.services.gates import decide_on, require
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.services.recall import RecallHandler
+from adapterctl.registry.services.resolve import resolve
 from adapterctl.registry.stores.mlflow_pages import MLFLOW_LIMIT, with_recall
 
 
@@ -96,10 +98,42 @@ def test_a_rollback_and_an_adoption_do_not_bring_a_recalled_version_back(registr
         with pytest.raises(Recalled, match="chat:v1 was recalled"):
             registry.rollback("chat", stage="production")
         registry.version_store._set_alias("chat", "production", 1)
-        with pytest.raises(Recalled, match="chat:v1 was recalled"):
-            registry.adopt("chat", stage="production")
+        for force in (False, True):
+            with pytest.raises(Recalled, match="chat:v1 was recalled"):
+                registry.adopt("chat", stage="production", reason="it serves already", force=force)
         with pytest.raises(Recalled, match="chat:v1 was recalled"):  # the same bytes again
             registry.register(str(write_tiny_adapter(tmp_path / "same", seed=1)), name="chat")
+    finally:
+        registry.undo_recall(parse_ref("chat:v1"), reason="the test is over")
+
+
+def test_a_merge_of_a_recalled_parent_goes_to_no_stage_by_force_either(registry):
+    registry.recall(parse_ref("chat:v1"), reason="worse than it looked")
+    try:
+        for force in (False, True):
+            with pytest.raises(Recalled, match="omni:v1 is made of chat:v1"):
+                registry.promote(parse_ref("omni:v1"), to="staging", reason="urgent", force=force)
+
+        checked = registry.gate_check(parse_ref("omni:v1"), to="staging")
+
+        assert [(judged.condition, judged.reason) for judged in checked.conditions] == [
+            ("not recalled", "it is made of chat:v1, which was recalled")
+        ]
+        # past the check of the verb, as when the recall comes in between: the ledger itself refuses
+        decision = decide_on(registry.ledger, resolve(registry.ledger, parse_ref("omni:v1")), "staging")
+        with pytest.raises(GateRefused, match="made of chat:v1"):
+            require(decision, force=True, reason="urgent")
+        with pytest.raises(Recalled):
+            registry.ledger.move_stage(
+                registry.ledger.adapter_id("omni"),
+                "staging",
+                version_id=decision.evidence.version_id,
+                expected=None,
+                action="force",
+                actor="eve",
+                reason="urgent",
+            )
+        assert registry.history("omni", stage="staging").events == ()
     finally:
         registry.undo_recall(parse_ref("chat:v1"), reason="the test is over")
 

@@ -513,6 +513,12 @@ class SqlLedger(JobRows):
         with self._db.read() as connection:
             return {row.digest: row.body for row in connection.execute(query, these(digests))}
 
+    def decisions_like(self, digest_prefix: str) -> dict[str, str]:
+        digest = decision.c.digest
+        query = select(digest, decision.c.body).where(digest >= digest_prefix, digest < f"{digest_prefix}g").limit(2)
+        with self._db.read() as connection:
+            return {row.digest: row.body for row in connection.execute(query)}
+
     # gates
 
     def gate_file(self) -> GateFile | None:
