@@ -80,9 +80,7 @@ def lint(session: Session, file: File) -> None:
 
 def decision(
     session: Session,
-    digest: Annotated[
-        str, typer.Argument(metavar="DIGEST", help="The evidence of a row, or its beginning.")
-    ],
+    digest: Annotated[str, typer.Argument(metavar="DIGEST", help="The evidence of a row, or its beginning.")],
 ) -> None:
     """Show what a move of a stage stood on.
 
