@@ -279,12 +279,7 @@ def _receipt(plan: MergePlan, outcomes: Mapping[str, Outcome], proofs: Mapping[s
         "parents": _parents(plan, values, norm),
         "pairs": _pairs(plan, values),
         "spectrum": _spectrum(plan, values),
-        "layers": {
-            "module": list(proofs),
-            "norm": [_short(proof.norm) for proof in values],
-            "loss": [_short(relative(proof.error, proof.norm)) for proof in values],
-            "stable_rank": [_short(_stable_rank(proof.sigma)) for proof in values],
-        },
+        "layers": _layers(plan, outcomes, proofs),
         "fingerprint": fingerprint(),
     }
 
@@ -292,6 +287,53 @@ def _receipt(plan: MergePlan, outcomes: Mapping[str, Outcome], proofs: Mapping[s
 def relative(error: float, norm: float) -> float:
     """error / norm; where the parents cancel out and nothing is left to compare with, the error itself."""
     return error / norm if norm > 0 else error
+
+
+def _layers(plan: MergePlan, outcomes: Mapping[str, Outcome], proofs: Mapping[str, Proof]) -> dict[str, Any]:
+    """Every module in a column each, in the plan's order: what a heat map of the merge shows, at three digits.
+
+    `cosine`, `row_overlap` and `column_overlap` are means over all pairs of parents, null where one parent alone has
+    the module. `retention` has a list for every parent, null where it lacks the module; `dominant` is the parent (its
+    place in the recipe) with the largest norm there, `dominance` that norm as a share of the sum of all.
+    """
+    values = list(proofs.values())
+    held = [_energy(proof.sigma) for proof in values]
+    meetings = [proof.meeting for proof in values]
+    norms = [np.sqrt(np.maximum(meeting.products.diagonal(), 0.0)) for meeting in meetings]
+    places = range(len(plan.recipe.parents))
+    promised = [math.sqrt(outcomes[name].error_squared) for name in proofs]
+    return {
+        "module": list(proofs),
+        "norm": [_brief(proof.norm) for proof in values],
+        "norm_ratio": [_brief(relative(proof.child_norm, proof.norm)) for proof in values],
+        "loss": [_brief(relative(proof.error, proof.norm)) for proof in values],
+        "predicted_loss": [_brief(relative(p, proof.norm)) for p, proof in zip(promised, values, strict=True)],
+        "stable_rank": [_brief(_stable_rank(proof.sigma)) for proof in values],
+        "energy_at_rank": [_brief(float(energy[min(plan.recipe.rank, len(energy)) - 1])) for energy in held],
+        "rank_for_99": [int(np.searchsorted(energy, 0.99 * (1 - 1e-12)) + 1) for energy in held],
+        "cosine": [_mean_of_pairs(_cosines(meeting.products)) for meeting in meetings],
+        "row_overlap": [_mean_of_pairs(meeting.rows) for meeting in meetings],
+        "column_overlap": [_mean_of_pairs(meeting.columns) for meeting in meetings],
+        "retention": [
+            [_brief(float(p.kept[p.meeting.parents.index(i)])) if i in p.meeting.parents else None for p in values]
+            for i in places
+        ],
+        "dominant": [m.parents[int(np.argmax(n))] for m, n in zip(meetings, norms, strict=True)],
+        "dominance": [_brief(float(n.max() / n.sum())) if n.any() else 0.0 for n in norms],
+    }
+
+
+def _cosines(products: Array) -> Array:
+    norms = np.sqrt(np.maximum(products.diagonal(), 0.0))
+    sizes = np.outer(norms, norms)
+    cosines: Array = np.divide(products, sizes, out=np.zeros_like(products), where=sizes > 0)
+    return cosines
+
+
+def _mean_of_pairs(square: Array) -> float | None:
+    """The mean above the diagonal of a (parents, parents) matrix."""
+    count = len(square)
+    return _brief(float(np.mean(square[np.triu_indices(count, 1)]))) if count > 1 else None
 
 
 def _parents(plan: MergePlan, proofs: Sequence[Proof], norm: float) -> list[dict[str, Any]]:
@@ -331,13 +373,18 @@ def _spectrum(plan: MergePlan, proofs: Sequence[Proof]) -> dict[str, Any]:
     energy = np.zeros(width)
     for proof in proofs:
         energy[: len(proof.sigma)] += proof.sigma**2
-    total = float(energy.sum())
-    held = np.cumsum(energy) / total if total > 0 else np.ones(width)
+    held = _energy(np.sqrt(energy))
     return {
         "energy_at_rank": _short(float(held[min(plan.recipe.rank, width) - 1])),
         "rank_for": {f"{share:g}": int(np.searchsorted(held, share * (1 - 1e-12)) + 1) for share in ENERGY_SHARES},
         "stable_rank": _short(float(np.median([_stable_rank(proof.sigma) for proof in proofs]))),
     }
+
+
+def _energy(sigma: Array) -> Array:
+    """Share of the energy that the largest 1, 2, ... singular values hold."""
+    energy = np.cumsum(sigma**2)
+    return energy / energy[-1] if energy[-1] > 0 else np.ones_like(energy)
 
 
 def _stable_rank(sigma: Array) -> float:
@@ -351,6 +398,11 @@ def _root_sum(norms: Iterable[float]) -> float:
 def _short(value: float) -> float:
     """Six digits: more would be noise, and receipts are stored with every merge."""
     return float(f"{value:.6g}")
+
+
+def _brief(value: float) -> float:
+    """Three digits: what the colour of one field of a heat map can show."""
+    return float(f"{value:.3g}")
 
 
 def _cpu_model() -> str:

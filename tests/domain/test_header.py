@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,61 @@ def test_a_header_that_is_not_exact_is_refused(header, code):
     data = file_of(header)
 
     assert code_of(data) == code
+
+
+def test_ten_thousand_broken_headers_are_read_or_refused_at_once():
+    """Bytes flipped, cut out, doubled, and tokens of JSON put in, over a header of PEFT's kind; seeded."""
+    chance = random.Random(0)
+    tensors = {
+        f"base_model.model.l{i}.lora_{side}.weight": ("F32", np.ones((2, 2), np.float32))
+        for i in range(2)
+        for side in "AB"
+    }
+    whole = safetensors_bytes(tensors, {"format": "pt"})
+    tokens = [
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b'"',
+        b",",
+        b":",
+        b"-1",
+        b"1e999",
+        b"null",
+        b"\xff",
+        b"0" * 40,
+        b'"dtype"',
+        b"__metadata__",
+    ]
+    read, slowest, codes = 0, 0.0, set()
+    for _ in range(10_000):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            place = chance.randrange(len(data)) if chance.random() < 0.9 else chance.randrange(8)
+            length = chance.randint(1, 30)
+            match chance.randrange(5):
+                case 0:
+                    data[place] ^= 1 << chance.randrange(8)
+                case 1 if len(data) > length + 16:
+                    del data[place : place + length]
+                case 2:
+                    data[place:place] = data[place : place + length]
+                case 3:
+                    data[place:place] = chance.choice(tokens)
+                case _:
+                    data[place : place + 1] = bytes([chance.randrange(256)])
+        began = time.perf_counter()
+        try:
+            parse_header(bytes(data), len(data))
+            read += 1
+        except InvalidAdapter as refusal:
+            codes.add(refusal.problems[0].code)
+        slowest = max(slowest, time.perf_counter() - began)
+
+    assert 0 < read < 5_000, "flips in values leave a header that can be read, all else must not"
+    assert codes >= {"bad_json", "bad_tensor_name", "bad_dtype", "bad_shape", "bad_offsets", "truncated"}
+    assert slowest < 1.0
 
 
 def test_a_file_that_ends_early_is_called_truncated():

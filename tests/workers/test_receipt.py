@@ -78,6 +78,45 @@ def test_a_merge_that_keeps_everything_retains_every_parent(parents: list[Path],
     assert proof["spectrum"]["energy_at_rank"] == 1.0
 
 
+def test_every_module_has_its_column(parents: list[Path], tmp_path: Path):
+    weights = (0.8, -0.5)
+
+    merged = run_merge(parents, tmp_path / "out", weights=weights, method="svd", rank=2)
+
+    layers, exact, child = merged.receipt["layers"], exact_sum(parents, weights), deltas(merged.folder)
+    first, second = (deltas(folder) for folder in parents)
+    for place, name in enumerate(layers["module"]):
+        norm, sigma = np.linalg.norm(exact[name]), np.linalg.svd(exact[name], compute_uv=False)
+        sizes = [0.8 * np.linalg.norm(first[name]), 0.5 * np.linalg.norm(second[name])]
+        measured = {
+            "norm": norm,
+            "norm_ratio": np.linalg.norm(child[name]) / norm,
+            "loss": np.linalg.norm(child[name] - exact[name]) / norm,
+            "predicted_loss": np.linalg.norm(sigma[2:]) / norm,
+            "energy_at_rank": np.sum(sigma[:2] ** 2) / norm**2,
+            "cosine": -np.sum(first[name] * second[name]) * 0.4 / sizes[0] / sizes[1],
+            "dominance": max(sizes) / sum(sizes),
+        }
+        assert {key: layers[key][place] for key in measured} == pytest.approx(measured, rel=1e-2, abs=1e-3)
+        assert layers["dominant"][place] == int(np.argmax(sizes))
+        assert layers["rank_for_99"][place] == 1 + np.argmax(np.cumsum(sigma**2) >= 0.99 * norm**2)
+        u, _, vt = np.linalg.svd(child[name])
+        kept = u[:, :2] @ u[:, :2].T @ first[name] @ vt[:2].T @ vt[:2]
+        assert layers["retention"][0][place] == pytest.approx(
+            np.linalg.norm(kept) / np.linalg.norm(first[name]), abs=1e-2
+        )
+
+
+def test_the_receipt_of_a_large_adapter_stays_small(tmp_path: Path):
+    linear = {f"model.layers.{layer}.self_attn.{name}_proj": (12, 12) for layer in range(56) for name in "qkvo"}
+    folders = [write_tiny_adapter(tmp_path / f"p{i}", seed=i, rank=1, linear=linear) for i in range(8)]
+
+    proof = run_merge(folders, tmp_path / "out", method="svd", rank=4).receipt
+
+    assert proof["modules"] == 224
+    assert len(json.dumps(proof, separators=(",", ":"))) <= 64 * 1024
+
+
 def test_a_receipt_is_plain_json_and_small(parents: list[Path], tmp_path: Path):
     text = json.dumps(run_merge(parents, tmp_path / "out").receipt, allow_nan=False)
 
