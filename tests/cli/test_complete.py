@@ -44,6 +44,8 @@ def at_home(family: Path) -> dict[str, str]:
         (["merge", "translate", ":", "v2", "chat", ":"], ["v1"]),
         (["register", "folder", "--name", "c"], ["chat"]),
         (["history", "transl"], ["translate", "translate-chat"]),
+        (["eval", "tr"], ["translate", "translate-chat"]),
+        (["eval", "run", "chat", "tr"], ["translate", "translate-chat"]),
         (["show", "%"], []),
         (["prom"], ["promote"]),
     ],

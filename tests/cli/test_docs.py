@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from adapterctl.cli.main import app
 from adapterctl.cli.output import EXIT_CODES, INTERRUPTED
+from adapterctl.registry.domain.gate import GATE_KEYS, SUBJECTS, check_gates
+from adapterctl.registry.domain.verdict import Outcome
 from adapterctl.registry.settings import Settings, load_settings
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -40,6 +44,16 @@ def test_every_command_of_a_group_is_named(group: str):
 
 def test_every_exit_code_has_its_row():
     assert set(rows("cli.md", "Exit codes")) == {"0", str(INTERRUPTED), *map(str, EXIT_CODES.values())}
+
+
+def test_the_example_of_the_gates_page_is_right_and_its_tables_name_everything():
+    page = (DOCS / "gates.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+
+    assert len(check_gates(yaml.safe_load(example), stages=("staging", "production"))) == 3
+    assert set(rows("gates.md", "Keys of a gate")) == set(GATE_KEYS)
+    assert set(rows("gates.md", "Conditions")) >= set(SUBJECTS)
+    assert set(rows("gates.md", "Three verdicts")) == set(get_args(Outcome))
 
 
 def test_every_setting_has_its_row_with_its_default(tmp_path: Path):
