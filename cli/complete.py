@@ -1,7 +1,7 @@
-"""Names, versions and stages for the shell's completion, read straight from the ledger file.
+"""Names, versions and stages for the shell's completion, read straight from the ledger file or asked of the server.
 
-Completion runs at every press of a key: it opens the database read-only with the standard library, waits for nobody and
-is silent whatever goes wrong.
+Completion runs at every press of a key: it opens the database read-only with the standard library, or sends one request
+that is not waited for long, and is silent whatever goes wrong. A ledger on PostgreSQL is not asked.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..registry.settings import Settings
 
 _LIMIT = 200
+#: What a press of a key may wait for a server.
+_PATIENCE_S = 0.5
 _ENDS = frozenset(":@=")
 
 
@@ -82,11 +84,16 @@ def _settings(ctx: typer.Context) -> Settings:
 
 
 def _names(settings: Settings, start: str) -> list[str]:
+    if settings.server:
+        return [name for name in _ask(settings, "adapters", "name") if name.startswith(start)]
     return _query(settings, "SELECT name FROM adapter WHERE name LIKE ? ESCAPE '\\' ORDER BY name", _prefix(start))
 
 
 def _refs(settings: Settings, start: str) -> list[str]:
     name, mark = next(((start.partition(m)[0], m) for m in ":@" if m in start), (start, ""))
+    if mark == ":" and settings.server:
+        found = _ask(settings, "versions", "ref", name=name)
+        return [ref for ref in reversed(found) if ref.startswith(start)]
     if mark == ":":
         query = (
             "SELECT a.name || ':v' || v.number FROM version v JOIN adapter a ON a.id = v.adapter_id"
@@ -99,12 +106,29 @@ def _refs(settings: Settings, start: str) -> list[str]:
 
 
 def _jobs(settings: Settings, start: str) -> list[str]:
+    if settings.server:
+        return [job for job in _ask(settings, "jobs", "id") if job.startswith(start)]
     return _query(settings, "SELECT id FROM job WHERE id LIKE ? ESCAPE '\\' ORDER BY id DESC", _prefix(start))
+
+
+def _ask(settings: Settings, what: str, field: str, **query: str) -> list[str]:
+    """One field of each item of the first page of a list."""
+    import json  # deferred: see above
+    from urllib.parse import urlencode
+
+    from ..registry.rest.transport import Http
+
+    target = f"/v1/{what}?{urlencode({**query, 'max_results': _LIMIT})}"
+    headers = {"Authorization": f"Bearer {settings.token}"} if settings.token else {}
+    with closing(Http(str(settings.server)).send("GET", target, headers, None, _PATIENCE_S)) as answer:
+        return [item[field] for item in json.loads(answer.read())[what]] if answer.status == 200 else []
 
 
 def _query(settings: Settings, query: str, argument: str) -> list[str]:
     import sqlite3  # deferred: see above
 
+    if settings.database_url:
+        return []
     address = f"{(settings.home / 'registry.db').as_uri()}?mode=ro"
     with closing(sqlite3.connect(address, uri=True, timeout=0.2)) as ledger:
         return [row[0] for row in ledger.execute(f"{query} LIMIT {_LIMIT}", (argument,))]
@@ -115,9 +139,10 @@ def _prefix(start: str) -> str:
 
 
 def _silent(complete: Callable[[], list[str]]) -> list[str]:
-    import sqlite3  # deferred: see above
+    import http.client  # deferred: see above
+    import sqlite3
 
     try:
         return complete()
-    except (AdapterctlError, sqlite3.Error, OSError, ValueError):
+    except (AdapterctlError, sqlite3.Error, OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
         return []

@@ -10,11 +10,11 @@ import http.client
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from .. import wire
 from ..api import (
@@ -40,7 +40,7 @@ from ..api import (
     VersionView,
 )
 from ..domain.access import EVERY_NAME, Caller, Scope, Token
-from ..domain.errors import InvalidInput, Unavailable, WaitTimedOut
+from ..domain.errors import Unavailable, WaitTimedOut
 from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece
 from ..domain.recipe import MergeRequest
@@ -50,6 +50,7 @@ from ..domain.tuning import TuneRequest
 from ..domain.verdict import Decision
 from ..domain.version import Base, FileRecord
 from .problems import from_problem
+from .transport import Answer, Http, Transport
 
 T = TypeVar("T")
 Fetch = Callable[[FileRecord, Path], None]
@@ -73,61 +74,6 @@ class OwnFiles(Protocol):
     def fingerprints(self, folder: Path) -> Mapping[str, str]: ...
     def read_reports(self, folder: Path) -> list[EvalReport]: ...
     def pull(self, label: str, files: Sequence[FileRecord], target: Path, fetch: Fetch) -> None: ...
-
-
-class Answer(Protocol):
-    """What came back; `http.client.HTTPResponse` is one."""
-
-    status: int
-
-    def read(self, amount: int = -1, /) -> bytes: ...
-    def readline(self) -> bytes: ...
-    def close(self) -> None: ...
-
-
-class Transport(Protocol):
-    """Sends one request. Raises `OSError` or `http.client.HTTPException` where that fails."""
-
-    def send(
-        self,
-        method: str,
-        target: str,
-        headers: Mapping[str, str],
-        body: bytes | Iterable[bytes] | None,
-        timeout_s: float,
-    ) -> Answer: ...
-
-
-class Http:
-    """A connection of its own for each request, which ends with its answer."""
-
-    def __init__(self, server: str) -> None:
-        parts = urlsplit(server)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise InvalidInput(f"{server[:200]!r} is no address of a server", hint="http://HOST:PORT or https://HOST")
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connect: Callable[[float], http.client.HTTPConnection] = lambda timeout_s: kind(
-            parts.netloc, timeout=timeout_s
-        )
-        self._prefix = parts.path.rstrip("/")
-
-    def send(
-        self,
-        method: str,
-        target: str,
-        headers: Mapping[str, str],
-        body: bytes | Iterable[bytes] | None,
-        timeout_s: float,
-    ) -> Answer:
-        connection = self._connect(timeout_s)
-        try:
-            connection.request(method, self._prefix + target, body, {**headers, "Connection": "close"})
-        except (BrokenPipeError, ConnectionResetError):
-            if not isinstance(body, bytes | None):
-                # a server that refuses a large upload answers before it has read all of it
-                return connection.getresponse()
-            raise
-        return connection.getresponse()
 
 
 class RemoteRegistry:

@@ -162,6 +162,32 @@ def test_a_command_that_goes_to_a_server_loads_nothing_heavy(server: Server):
     assert HEAVY.intersection(done.stderr.split()) == set()
 
 
+def complete(server: str, token: str, *pieces: str) -> list[str]:
+    """What bash is offered for the last of these pieces, where commands go to a server."""
+    asked = {"_ADAPTERCTL_COMPLETE": "complete_bash", "COMP_CWORD": str(len(pieces))}
+    words = {"COMP_WORDS": "\n".join(["adapterctl", *pieces])}
+    registry = {"ADAPTERCTL_SERVER": server, "ADAPTERCTL_TOKEN": token}
+    code = "from adapterctl.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked | words | registry
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "answers"), [(["show", "trans"], ["translate"]), (["show", "translate", ":"], ["v1"])]
+)
+def test_completion_offers_what_the_server_has(server: Server, pieces: list[str], answers: list[str]):
+    assert complete(server.url, server.secrets["read"], *pieces) == answers
+
+
+def test_completion_is_silent_where_the_server_refuses_or_does_not_answer(server: Server):
+    assert complete(server.url, "actl_wrong", "show", "trans") == []
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # takes the connection, says nothing
+        assert complete("http://{}:{}".format(*mute.getsockname()), "", "show", "trans") == []
+
+
 def test_login_keeps_the_token_for_its_owner_alone(
     server: Server, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
