@@ -31,7 +31,7 @@ help: ## list the tasks
 demo: $(RUN) ## install, then tell the whole story on shipped adapters of a real 135M model
 	$(BIN)/adapterctl demo
 
-up: $(RUN) ## start MLflow's pages on the embedded registry (ADAPTERCTL_HOME, or the default home)
+up: $(RUN) ## serve the embedded registry and MLflow's pages on this machine (ADAPTERCTL_HOME, or the default home)
 	$(BIN)/adapterctl ui
 
 test: $(DEV) ## run the tests on two processes; ARGS goes to pytest

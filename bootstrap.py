@@ -9,6 +9,7 @@ that are set: `server` means another machine, `database_url` a shared ledger, ne
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,6 +153,22 @@ def application(registry: LocalRegistry, *, hosts: Sequence[str], loopback: bool
     )
     mlflow_app = mlflow_application(store.uri, settings)
     return create_app(registry, registry.access, rules, mlflow_app, version=__version__)
+
+
+def mlflow_app() -> Door:
+    """For `mlflow server --app-name adapterctl`: what `adapterctl serve` serves, started by MLflow's own command.
+
+    Nobody tells us on which address it listens, so a token is asked for, always. The registry is that of our settings;
+    its MLflow is the one that it was made with.
+    """
+    from .registry.rest.app import LOOPBACK, own_names
+    from .registry.stores.mlflow_server import STORE, client_uri, hosts_of_command
+
+    registry = connect()
+    asked = os.environ.get(STORE)
+    if asked and client_uri(asked) != registry.version_store.uri:
+        _log.warning("--backend-store-uri is ignored: this registry belongs to %s", registry.ledger.mlflow_uri)
+    return application(registry, hosts=(*LOOPBACK, *own_names(), *hosts_of_command()), loopback=False)
 
 
 def made_on_demand() -> Mapping[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from ...registry.domain.errors import AdapterctlError, InvalidInput
 from .. import views
 from ..connect import Session, add_verbs
+from .service import run_server
 
 GROUP = "The registry"
 
@@ -45,19 +45,18 @@ def ui(
     ] = None,
     links: Annotated[bool, typer.Option("--links", help="Print the addresses and start nothing.")] = False,
 ) -> None:
-    """Serve MLflow's pages and print their addresses.
+    """Serve this machine and print the addresses of its versions.
 
-    Runs until Ctrl-C. The pages are MLflow's own, on this machine only.
+    The same as `adapterctl serve`: MLflow's pages with lineage in them, on this machine only. Runs until Ctrl-C.
 
     Example: adapterctl ui --port 5001
     """
-    from ...registry.stores.mlflow_server import ui_command  # deferred: help needs no server
+    from urllib.parse import urlsplit  # deferred: help needs none
 
     settings = session.settings()
-    if settings.mlflow_uri and not settings.mlflow_uri.startswith("sqlite:"):
-        raise InvalidInput(
-            f"this registry is kept in the MLflow at {settings.mlflow_uri}", hint="open that address in a browser"
-        )
+    elsewhere = settings.server or (settings.mlflow_uri or "")
+    if elsewhere.startswith(("http://", "https://")):
+        raise InvalidInput(f"the pages of this registry are at {elsewhere}", hint="open that address in a browser")
     root = f"http://127.0.0.1:{port}" if port else settings.mlflow_ui
     registry = session.registry(readonly=True)
     latest = {f"{adapter.name}:{adapter.latest}" for adapter in registry.adapters()}
@@ -70,7 +69,9 @@ def ui(
     )
     if links:
         return
-    session.out.say(f"serving {root} until Ctrl-C")
-    command, environment = ui_command(settings, port=port)
-    # The server takes the place of this process: signals reach it, and nothing is left behind.
-    os.execve(command[0], command, {**os.environ, **environment})
+    run_server(
+        session,
+        host="127.0.0.1",
+        port=urlsplit(root).port or 5000,
+        started=lambda _, address: session.out.say(f"serving {address} until Ctrl-C"),
+    )

@@ -6,9 +6,10 @@ import gc
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,8 +21,10 @@ from ..complete import complete_refs
 from ..connect import Session, add_verbs
 from ..output import is_terminal, printable
 
+if TYPE_CHECKING:
+    from ...registry.services.local import LocalRegistry
+
 GROUP = "Sharing"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -47,26 +50,34 @@ def serve(
 
     Example: adapterctl serve --port 5000
     """
+
+    def started(registry: LocalRegistry, root: str) -> None:
+        path = registry.version(parse_ref(open_)).mlflow_path if open_ else ""
+        session.out.line({"url": root}, text=root + path, name=root)
+        if open_:
+            _show(root + path)
+
+    run_server(session, host=host, port=port, started=started)
+
+
+def run_server(session: Session, *, host: str, port: int, started: Callable[[LocalRegistry, str], None]) -> None:
+    """Serve the registry of this process until Ctrl-C; `started` is told the address once connections are taken."""
     # deferred: seconds, and nothing else needs them
     import uvicorn
 
     from ...bootstrap import application, connect
-    from ...registry.rest.app import listen
+    from ...registry.rest.app import LOOPBACK, listen, own_names
 
-    own = (*LOOPBACK, host) if host not in ("0.0.0.0", "::") else (*LOOPBACK, *_names())
+    own = (*LOOPBACK, host) if host not in ("0.0.0.0", "::") else (*LOOPBACK, *own_names())
     _log_to_stderr()
     registry = connect(session.settings())
-    path = registry.version(parse_ref(open_)).mlflow_path if open_ else ""
     door = application(registry, hosts=own, loopback=host in LOOPBACK)
     _settle()
     config = uvicorn.Config(
         door, host=host, port=port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5
     )
     listening = listen(host, port)
-    root = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    session.out.line({"url": root}, text=root + path, name=root)
-    if open_:
-        _show(root + path)
+    started(registry, f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}")
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run([listening])
 
@@ -155,13 +166,6 @@ def _settle() -> None:
     gc.freeze()
     # A thread that comes back from the disk still holds the ledger's write lock: it must not wait 5 ms for the others.
     sys.setswitchinterval(0.0005)
-
-
-def _names() -> tuple[str, ...]:
-    """Names under which others may know this machine."""
-    import socket  # deferred: only a server asks
-
-    return tuple(dict.fromkeys((socket.gethostname().lower(), socket.getfqdn().lower())))
 
 
 def _log_to_stderr() -> None:

@@ -30,6 +30,8 @@ from .routes import router
 
 #: Connections that may wait to be taken; the kernel's own limit is often lower.
 BACKLOG = 2048
+#: Names by which a server that only this machine can reach is asked for.
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 _log = logging.getLogger("adapterctl.rest")
 
@@ -101,6 +103,11 @@ def listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port}: {error.strerror}", hint="give another --host or --port"
         ) from error
     return listening
+
+
+def own_names() -> tuple[str, ...]:
+    """Names under which others may know this machine."""
+    return tuple(dict.fromkeys((socket.gethostname().lower(), socket.getfqdn().lower())))
 
 
 def _add_health(app: FastAPI, registry: ServedRegistry, metrics: Metrics) -> None:

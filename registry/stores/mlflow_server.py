@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,10 @@ SWITCHED_OFF: Mapping[str, str] = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
 }
+
+#: Private names, as `mlflow server` sets them for its workers.
+STORE = "_MLFLOW_SERVER_FILE_STORE"
+HOSTS = "MLFLOW_SERVER_ALLOWED_HOSTS"
 
 POSTGRES = ("postgresql", "postgres")
 
@@ -55,24 +58,10 @@ def without_password(uri: str) -> str:
     return parts._replace(netloc=f"{user.partition(':')[0]}@{host}" if user else host).geturl() if user else uri
 
 
-def ui_command(
-    settings: Settings, *, host: str = "127.0.0.1", port: int | None = None
-) -> tuple[list[str], dict[str, str]]:
-    """The command that serves MLflow's own pages on the embedded registry, and what it needs in its environment.
-
-    One worker and no job execution: MLflow's defaults start ten processes and use 1.9 GB. Host names other than
-    this machine's are refused by MLflow, so that no page on the web can reach the registry through a browser; and
-    nothing of ours is a pickle, so none is loaded.
-    """
-    port = port or urlsplit(settings.mlflow_ui).port or 5000
-    command = [
-        *(sys.executable, "-P", "-m", "mlflow", "server"),
-        *("--backend-store-uri", embedded_uri(settings.home)),
-        *("--artifacts-destination", artifact_root(settings.home)),
-        *("--host", host, "--port", str(port), "--workers", "1"),
-        *("--allowed-hosts", f"localhost:{port},127.0.0.1:{port},{host}:{port}"),
-    ]
-    return command, {**ENVIRONMENT, **SWITCHED_OFF}
+def hosts_of_command() -> tuple[str, ...]:
+    """Names that `mlflow server --allowed-hosts` was given, without their ports; `*` names nobody."""
+    given = (each.strip().lower() for each in os.environ.get(HOSTS, "").split(","))
+    return tuple(each.partition(":")[0] for each in given if each and each != "*")
 
 
 def application(uri: str, settings: Settings) -> Any:
@@ -85,12 +74,11 @@ def application(uri: str, settings: Settings) -> Any:
     ours = {
         **ENVIRONMENT,
         **SWITCHED_OFF,
-        # private names, as `mlflow server` sets them for its workers
-        "_MLFLOW_SERVER_FILE_STORE": uri,
+        STORE: uri,
         "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
         "_MLFLOW_SERVER_ARTIFACT_DESTINATION": settings.artifacts or artifact_root(settings.home),
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
-        "MLFLOW_SERVER_ALLOWED_HOSTS": "*",
+        HOSTS: "*",
     }
     os.environ.update(ours)
     with warnings.catch_warnings():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
+import tomllib
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -23,12 +25,13 @@ import pytest
 from tiny import write_tiny_adapter
 from typer.testing import CliRunner
 
-from adapterctl.bootstrap import connect
+from adapterctl.bootstrap import connect, mlflow_app
 from adapterctl.cli.main import app
 from adapterctl.registry.domain.access import Scope
-from adapterctl.registry.domain.errors import Unavailable
+from adapterctl.registry.domain.errors import Misconfigured, Unavailable
 from adapterctl.registry.rest.app import listen
 from adapterctl.registry.settings import Settings
+from adapterctl.registry.stores.mlflow_server import SWITCHED_OFF
 
 HEAVY = {"alembic", "fastapi", "httpx", "httpx2", "mlflow", "numpy", "requests", "sqlalchemy", "starlette"}
 
@@ -337,3 +340,74 @@ def test_every_line_of_the_servers_log_is_json(server: Server, ask: Callable):
 
 def lines(log: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+# the same, started otherwise
+
+
+def test_mlflows_own_command_serves_us_where_a_token_was_made(
+    new_home: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    home, folder = new_home("by-mlflow"), tmp_path / "packages" / "adapterctl-0.dist-info"
+    with closing(connect(Settings(home=home, actor="ada")).ledger):
+        pass
+    # what pip would install, for the tests run without an installation
+    declared = tomllib.loads(Path("pyproject.toml").read_text())["project"]["entry-points"]["mlflow.app"]
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: adapterctl\nVersion: 0\n")
+    (folder / "entry_points.txt").write_text(f"[mlflow.app]\nadapterctl = {declared['adapterctl']}\n")
+    paths = [str(folder.parent), str(Path(".dev").absolute()), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {**SWITCHED_OFF, "ADAPTERCTL_HOME": str(home), "PYTHONPATH": os.pathsep.join(paths)}
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "adapterctl", "--port", str(port)]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{home}/mlflow.db"]
+    url = f"http://127.0.0.1:{port}"
+
+    monkeypatch.setenv("ADAPTERCTL_HOME", str(home))
+    with pytest.raises(Misconfigured, match="needs a token first"):  # nobody tells us on which address it listens
+        mlflow_app()
+    secret = connect(Settings(home=home, actor="ada")).create_token("ada", scope=Scope.READ).secret
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, start_new_session=True
+    ) as run:
+        try:
+            while not answers(f"{url}/healthz"):
+                assert run.poll() is None, run.stderr.read()
+                time.sleep(0.1)
+            with pytest.raises(HTTPError, match="401"):
+                urlopen(f"{url}/", timeout=60)
+            pages = {
+                path: urlopen(Request(url + path, headers={"Authorization": f"Bearer {secret}"}), timeout=60).read()
+                for path in ("/", "/v1/adapters", "/api/2.0/mlflow/registered-models/search")
+            }
+        finally:
+            os.killpg(run.pid, signal.SIGTERM)
+            run.wait(30)
+
+    assert b"<title>MLflow</title>" in pages["/"]
+    assert json.loads(pages["/v1/adapters"])["adapters"] == []
+
+
+def test_ui_is_the_same_server(server: Server, tmp_path: Path):
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "adapterctl", "--home", str(server.home), "ui", "--port", str(port)]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as run:
+        try:
+            shown = run.stdout.readline() + run.stdout.readline()
+            while not answers(f"http://127.0.0.1:{port}/healthz"):
+                assert run.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+        finally:
+            run.terminate()
+
+    assert f"http://127.0.0.1:{port}/#/models/".encode() in shown
+
+
+def answers(url: str) -> bool:
+    try:
+        urlopen(url, timeout=5).close()
+    except OSError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""MLflow's stock server: on a registry of ours, as `adapterctl ui` starts it, and as the MLflow of a registry."""
+"""MLflow's stock server: on a registry of ours, without us, and as the MLflow of a registry."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,15 +19,14 @@ import pytest
 from adapterctl.registry.domain.errors import Misconfigured
 from adapterctl.registry.ports import Parent
 from adapterctl.registry.services.pull import damage
-from adapterctl.registry.settings import Settings
 from adapterctl.registry.stores.artifacts import local_folder
-from adapterctl.registry.stores.mlflow_server import ENVIRONMENT, ui_command
+from adapterctl.registry.stores.mlflow_server import ENVIRONMENT, SWITCHED_OFF, artifact_root, embedded_uri
 from adapterctl.registry.stores.mlflow_versions import MlflowVersions
 
 
 @pytest.fixture
 def serve(mlflow_home: Path, tmp_path: Path) -> Iterator[Callable[[], str]]:
-    """Start the server that `adapterctl ui` starts; returns its address."""
+    """Start `mlflow server` on the registry in `home`; returns its address."""
     with ExitStack() as running:
         yield lambda: running.enter_context(serving(mlflow_home, tmp_path))
 
@@ -36,7 +36,12 @@ def serving(home: Path, cwd: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command, environment = ui_command(Settings(home=home), port=port)
+    command = [
+        *(sys.executable, "-P", "-m", "mlflow", "server", "--backend-store-uri", embedded_uri(home)),
+        *("--artifacts-destination", artifact_root(home), "--port", str(port), "--workers", "1"),
+        *("--allowed-hosts", f"localhost:{port},127.0.0.1:{port}"),
+    ]
+    environment = {**ENVIRONMENT, **SWITCHED_OFF}
     log = cwd / "server.log"
     with log.open("wb") as out:
         server = subprocess.Popen(
