@@ -22,6 +22,7 @@ from .registry.settings import Settings, load_settings
 if TYPE_CHECKING:
     from .registry.api import RegistryAPI
     from .registry.domain.evals import EvalReport
+    from .registry.domain.job import Job, NewJob
     from .registry.domain.suite import Suite
     from .registry.domain.version import AdapterVersion, FileRecord
     from .registry.ports import VersionStore
@@ -214,22 +215,30 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
 
     from .registry.services.evaluate import EvalHandler, evaluation_of_merge
     from .registry.services.merge import MergeHandler
+    from .registry.services.rebuild import RebuildHandler, following
     from .registry.services.recall import RecallHandler
     from .registry.services.tune import TuneHandler
     from .registry.services.verify import VerifyHandler
 
     settings, ledger, folders = registry.settings, registry.ledger, registry.folders
-    return {
-        "merge": MergeHandler(
+
+    def merges(then: Callable[[Job, str], Sequence[NewJob]]) -> MergeHandler:
+        return MergeHandler(
             ledger,
             open_versions=lambda: registry.version_store,
             folders=folders,
             home=settings.home,
             threads=settings.threads,
-            then=lambda job, version_id: evaluation_of_merge(
+            then=then,
+        )
+
+    return {
+        "merge": merges(
+            lambda job, version_id: evaluation_of_merge(
                 ledger, job, version_id, settings=settings, made_on_demand=registry.made_on_demand
-            ),
+            )
         ),
+        "rebuild": RebuildHandler(ledger, merges(lambda job, version_id: following(ledger, job, version_id))),
         "eval": EvalHandler(
             ledger,
             settings,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..registry.domain.errors import AdapterctlError
-from .output import FORMATS, Output, color_wanted
+from ..registry.domain.errors import AdapterctlError, InvalidInput
+from .output import FORMATS, Output, color_wanted, is_terminal
 
 if TYPE_CHECKING:
     from ..registry.api import RegistryAPI
@@ -101,6 +102,13 @@ def add_verbs(
     """
     for name, function in verbs.items():
         app.command(name, rich_help_panel=group)(_with_session(function, formats))
+
+
+def confirm(question: str, command: str) -> None:
+    """Ask on a terminal. Raises `InvalidInput` where nobody can answer, `typer.Abort` for a no."""
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+        raise InvalidInput(f"{question} nobody is there to answer", hint=f"run {command}")
+    typer.confirm(question, abort=True, err=True)
 
 
 def _with_session(function: Callable[..., None], formats: tuple[str, ...]) -> Callable[..., None]:

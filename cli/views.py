@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         MethodView,
         ParentView,
         PlanView,
+        RebuildView,
         RecallImpact,
         RetentionRow,
         RetentionView,
@@ -448,6 +449,13 @@ def checks_text(checks: Sequence[Check], out: Output) -> str:
         if c.hint:
             lines.append(f"{'':9}{'':{width}}  {out.paint('→ ' + printable(c.hint), 'cyan')}")
     return "\n".join(lines)
+
+
+def rebuild_text(plan: RebuildView, out: Output) -> str:
+    """What would be made of what, in the order of the steps, and what cannot be."""
+    rows = [[step.ref, step.action, " + ".join(step.parents) or "-", step.note] for step in plan.steps]
+    title = out.paint(printable(f"{plan.new} in place of {plan.old}"), "bold")
+    return f"{title}\n{out.table(['VERSION', 'STEP', 'FROM', 'NOTE'], rows)}"
 
 
 def recall_text(impact: RecallImpact, out: Output) -> str:

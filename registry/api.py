@@ -201,6 +201,26 @@ class RecallImpact:
 
 
 @dataclass(frozen=True, slots=True)
+class RebuildStep:
+    """What becomes of one descendant: merged again from `parents`, or skipped for the reason in `note`."""
+
+    ref: str
+    action: Literal["merge", "skip"]
+    parents: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RebuildView:
+    """The steps in their order. `job` is the first of them, which queues the next; None in a dry run."""
+
+    old: str
+    new: str
+    steps: tuple[RebuildStep, ...]
+    job: Job | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DiffView:
     """Two versions side by side: fields that differ, and how their deltas relate (None where bases differ)."""
 
@@ -487,6 +507,9 @@ class RegistryAPI(Protocol):
         ...
 
     def undo_recall(self, ref: Ref, *, reason: str) -> RecallImpact: ...
+    def rebuild(self, old: Ref, new: Ref, *, until: Ref | None = None, dry_run: bool = False) -> RebuildView:
+        """Make all that is made of `old` (with `until`: that version, and what lies between) anew from `new`."""
+        ...
 
     # jobs
     def jobs(self, *, state: str | None = None, kind: str | None = None, limit: int = 100) -> list[Job]: ...

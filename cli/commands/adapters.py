@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,8 +12,8 @@ from ...registry.domain.errors import InvalidInput
 from ...registry.domain.refs import Ref, parse_ref
 from .. import parse, views
 from ..complete import complete_names, complete_refs, complete_stages
-from ..connect import Session, add_verbs
-from ..output import is_terminal, printable
+from ..connect import Session, add_verbs, confirm
+from ..output import printable
 
 if TYPE_CHECKING:
     from ...registry.api import Registered
@@ -218,7 +217,7 @@ def rm(
     if version.state == "removed":
         session.out.say(f"{version.ref} was removed before; nothing is new")
     elif not yes:
-        _confirm(
+        confirm(
             f"remove {version.ref} ({views.size(version.size_bytes)}) for good?", f"adapterctl rm {version.ref} --yes"
         )
     removed = registry.remove(Ref(version.name, number=version.number), reason=reason)
@@ -247,10 +246,3 @@ def _tell(session: Session, registered: Registered) -> None:
     session.out.say(f"registered {ref}" if registered.created else f"{ref} holds these bytes already; nothing is new")
     for warning in registered.warnings:
         session.out.warn(warning)
-
-
-def _confirm(question: str, command: str) -> None:
-    """Ask on a terminal. Raises `InvalidInput` where nobody can answer, `typer.Abort` for a no."""
-    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
-        raise InvalidInput(f"{question} nobody is there to answer", hint=f"run {command}")
-    typer.confirm(question, abort=True, err=True)

@@ -1,4 +1,6 @@
-"""For those who merge: what a merge would give, the merge itself, its methods, and the proof that it repeats."""
+"""For those who merge: what a merge would give, the merge itself, its methods, and the proof that it repeats;
+and the recipes of a family run again with another parent.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from ...registry.domain.errors import InvalidInput, JobCancelled, JobFailed, Not
 from ...registry.domain.refs import check_name, parse_ref
 from .. import parse, views
 from ..complete import complete_names, complete_refs
-from ..connect import Session, add_verbs
+from ..connect import Session, add_verbs, confirm
 from ..follow import follow, version_of
 
 if TYPE_CHECKING:
@@ -47,7 +49,11 @@ MaxLoss = Annotated[float | None, typer.Option(metavar="L", help="Refuse a resul
 
 
 def add_to(app: typer.Typer) -> None:
-    add_verbs(app, {"merge": merge, "plan": plan, "methods": methods, "verify": verify}, group=GROUP)
+    add_verbs(
+        app,
+        {"merge": merge, "plan": plan, "methods": methods, "verify": verify, "rebuild": rebuild},
+        group=GROUP,
+    )
 
 
 def merge(
@@ -151,6 +157,61 @@ def verify(
     session.out.data(found, text=lambda: views.verification_text(found, session.out), names=[found.ref])
     if found.files == "damaged" or found.recipe == "different":
         raise typer.Exit(1)
+
+
+def rebuild(
+    session: Session,
+    replaced: Annotated[
+        str, typer.Option("--replace", metavar="OLD=NEW", help="The version to replace, and the one in its place.")
+    ],
+    ref: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="REF", help="This descendant only, and what lies between.", autocompletion=complete_refs
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be made, and make nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for all of it, or print the job's id.")] = True,
+) -> None:
+    """Make all that is made of a version anew from another one.
+
+    Runs the recipes of its descendants again, parents before children, as new versions that supersede
+    the old ones. What was trained on from it cannot be run again, and is named.
+
+    Example: adapterctl rebuild --replace translate:v3=translate:v4 --dry-run
+    """
+    old, equals, new = replaced.partition("=")
+    if not equals:
+        raise InvalidInput(f"--replace {replaced!r} names no new version", hint="--replace translate:v3=translate:v4")
+    asked = (parse_ref(old), parse_ref(new))
+    until = parse_ref(ref) if ref else None
+    registry = session.registry(readonly=dry_run)
+    planned = registry.rebuild(*asked, until=until, dry_run=True)
+    if dry_run:
+        names = [step.ref for step in planned.steps if step.action == "merge"]
+        session.out.data(planned, text=lambda: views.rebuild_text(planned, session.out), names=names)
+        return
+    if not yes:
+        session.out.say(views.rebuild_text(planned, session.out))
+        confirm("make these versions?", f"adapterctl rebuild --replace {replaced} --yes")
+    job = registry.rebuild(*asked, until=until).job
+    assert job is not None
+    if not wait:
+        session.out.say(f"queued; the first step is: adapterctl jobs wait {job.id}")
+        session.out.data(job, text=lambda: job.id, names=[job.id])
+        return
+    made = []
+    waiting = [job.id]
+    while waiting:
+        ended = follow(session, registry, waiting.pop(0))
+        made.append(ended.result["version_id"])
+        waiting += ended.result.get("jobs", ())
+    by_id = {version.id: version for version in registry.versions()}
+    found = [by_id[version_id] for version_id in made]
+    session.out.data(
+        found, text=lambda: views.versions_table(found, session.out), names=[version.ref for version in found]
+    )
 
 
 def _request(

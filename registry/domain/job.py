@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-JobKind = Literal["merge", "eval", "tune", "verify", "recall"]
+JobKind = Literal["merge", "eval", "tune", "verify", "recall", "rebuild"]
 
 
 class JobState(StrEnum):

@@ -130,6 +130,15 @@ class StageBody(Body):
     reason: Text = ""
 
 
+class RebuildBody(Body):
+    """Which version takes the place of which, in all that is made of it or in `until` alone."""
+
+    old: Ref
+    new: Ref
+    until: Ref | None = None
+    dry_run: bool = False
+
+
 class ReasonBody(Body):
     reason: Text
 

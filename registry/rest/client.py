@@ -29,6 +29,7 @@ from ..api import (
     MethodView,
     NewToken,
     PlanView,
+    RebuildView,
     RecallImpact,
     Registered,
     RetentionView,
@@ -227,6 +228,10 @@ class RemoteRegistry:
     def undo_recall(self, ref: Ref, *, reason: str) -> RecallImpact:
         _, body = self._call("DELETE", f"{_path(ref)}/recall", query={"reason": reason})
         return wire.from_json(body, RecallImpact)
+
+    def rebuild(self, old: Ref, new: Ref, *, until: Ref | None = None, dry_run: bool = False) -> RebuildView:
+        body = {"old": str(old), "new": str(new), "until": str(until) if until else None, "dry_run": dry_run}
+        return self._post("/v1/rebuilds", body, RebuildView)
 
     # jobs
 

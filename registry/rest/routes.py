@@ -34,6 +34,7 @@ from ..api import (
     MethodView,
     NewToken,
     PlanView,
+    RebuildView,
     RecallImpact,
     Registered,
     RetentionView,
@@ -460,6 +461,26 @@ def verify(body: bodies.VerifyBody, call: Merge) -> Response:
 def verification(job_id: str, call: Read) -> Response:
     """What a verification found; 409 while it runs."""
     return _reply(call.registry.verification(job_id))
+
+
+@router.post(
+    "/rebuilds",
+    status_code=202,
+    response_model=RebuildView,
+    responses={200: {"model": RebuildView, "description": "A dry run."}},
+)
+def rebuild(body: bodies.RebuildBody, call: Merge) -> Response:
+    """Make all that is made of a version anew from another one."""
+    old, new = parse_ref(body.old), parse_ref(body.new)
+    until = parse_ref(body.until) if body.until else None
+    planned = call.registry.rebuild(old, new, until=until, dry_run=True)
+    for step in planned.steps:
+        call.caller.check_change(parse_ref(step.ref).name)
+    if body.dry_run:
+        return _reply(planned)
+    queued = call.registry.rebuild(old, new, until=until)
+    assert queued.job is not None
+    return _accepted(queued, queued.job)
 
 
 # jobs

@@ -28,6 +28,7 @@ from ..api import (
     MethodView,
     NewToken,
     PlanView,
+    RebuildView,
     RecallImpact,
     Registered,
     RetentionView,
@@ -61,6 +62,7 @@ from . import (
     import_results,
     merge,
     pull,
+    rebuild,
     recall,
     register,
     schedule,
@@ -311,6 +313,12 @@ class LocalRegistry:
 
     def undo_recall(self, ref: Ref, *, reason: str) -> RecallImpact:
         return self._recall(ref, "undo", reason)
+
+    def rebuild(self, old: Ref, new: Ref, *, until: Ref | None = None, dry_run: bool = False) -> RebuildView:
+        self._check_stage(old, new, *([until] if until else []))
+        return rebuild.rebuild(
+            self.ledger, self.bell, old, new, until=until, dry_run=dry_run, actor=self.settings.actor
+        )
 
     def _recall(self, ref: Ref, action: RecallAction, reason: str) -> RecallImpact:
         version = resolve(self.ledger, ref)

@@ -267,6 +267,7 @@ class MergeHandler:
             edge_kind="merge",
             key=f"merge:{job.spec['adapter_id']}:{recipe.digest}",
             created_by=job.created_by,
+            supersedes=job.spec.get("supersedes"),
             job=(job.id, job.attempt),
             then=lambda version_id: self._then(job, version_id),
         )

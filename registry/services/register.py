@@ -143,6 +143,7 @@ def publish(
     edge_kind: EdgeKind,
     key: str,
     created_by: str,
+    supersedes: str | None = None,
     job: tuple[str, int] | None = None,
     then: Callable[[str], Sequence[NewJob]] = lambda version_id: (),
 ) -> AdapterVersion:
@@ -150,7 +151,8 @@ def publish(
 
     The live version of the same identity is returned where there is one; `job` ends with it all the same. `key` names
     that identity, so two processes with one key wait for each other, and a killed attempt is continued. The jobs that
-    `then` gives for the version's id are queued in the write that ends `job`.
+    `then` gives for the version's id are queued in the write that ends `job`. `supersedes` is the id of the version
+    whose place a new one takes.
     """
     version, _ = _find_or_create(
         ledger,
@@ -161,6 +163,7 @@ def publish(
         edge_kind=edge_kind,
         key=key,
         created_by=created_by,
+        supersedes=supersedes,
         job=job,
         then=then,
     )
@@ -183,6 +186,7 @@ def _find_or_create(
     edge_kind: EdgeKind,
     key: str,
     created_by: str,
+    supersedes: str | None = None,
     job: tuple[str, int] | None = None,
     then: Callable[[str], Sequence[NewJob]] = lambda version_id: (),
 ) -> tuple[AdapterVersion, bool]:
@@ -211,6 +215,8 @@ def _find_or_create(
             Edge(version_id, position, parent.version.id, edge_kind, parent.weight, spec.recipe_digest)
             for position, parent in enumerate(parents)
         ]
+        if supersedes is not None:
+            edges.append(Edge(version_id, len(edges), supersedes, "supersedes"))
         version = ledger.add_version(
             version_id,
             adapter_id,

@@ -314,6 +314,31 @@ def test_a_recall_hits_what_was_made_of_the_version_until_it_is_undone(registry:
     assert registry.version(ref(merged)).recall is None
 
 
+def test_a_family_is_rebuilt_over_another_version(registry: RegistryAPI, add: Add):
+    old, other = add(), add()
+    new = add(old.name)
+    middle = merge(registry, old, other)
+    top = merge(registry, middle, other)
+
+    planned = registry.rebuild(ref(old), ref(new), dry_run=True)
+    job = registry.rebuild(ref(old), ref(new)).job
+    *_, first = registry.follow(job.id, timeout_s=120)
+    *_, second = registry.follow(first.result["jobs"][0], timeout_s=120)
+
+    assert planned.job is None
+    assert [(step.ref, step.action) for step in planned.steps] == [(middle.ref, "merge"), (top.ref, "merge")]
+    assert second.result["jobs"] == []
+    rebuilt = registry.version(parse_ref(top.name))
+    assert rebuilt.id == second.result["version_id"]
+    assert [parent.ref for parent in rebuilt.parents] == [f"{middle.name}:v2", other.ref]
+    edges = registry.lineage(ref(rebuilt), direction="up").edges
+    assert {(edge.child, edge.parent) for edge in edges if edge.kind == "supersedes"} == {
+        (f"{middle.name}:v2", middle.ref),
+        (rebuilt.ref, top.ref),
+    }
+    assert registry.version(ref(middle)).parents[0].ref == old.ref
+
+
 # jobs
 
 

@@ -60,6 +60,7 @@ NEEDED = {
         "POST /v1/jobs/{job_id}/cancel",
         "POST /v1/jobs/{job_id}/retry",
         "POST /v1/merges",
+        "POST /v1/rebuilds",
         "POST /v1/suites",
         "POST /v1/tunes",
         "POST /v1/verifications",

@@ -22,7 +22,7 @@ from ...crashpoints import reached
 from ...domain.errors import Conflict, HasDescendants, InvalidInput, NotFound, Refused, StageMoved
 from ...domain.evals import REGISTERED, EvalReport
 from ...domain.job import Job, JobState, NewJob
-from ...domain.recall import Recall, RecallAction, Recalls
+from ...domain.recall import DESCENT, Recall, RecallAction, Recalls
 from ...domain.stage import GENESIS, ApprovalAction, MoveAction, StageAction, StageEvent
 from ...domain.verdict import record_digest
 from ...domain.version import (
@@ -328,7 +328,7 @@ class SqlLedger(JobRows):
 
     def parent_edges(self, version_ids: Sequence[str]) -> dict[str, tuple[Edge, ...]]:
         with self._db.read() as connection:
-            edges = edges_at(connection, edge.c.child_id, version_ids)
+            edges = [each for each in edges_at(connection, edge.c.child_id, version_ids) if each.kind in DESCENT]
         return {child_id: tuple(group) for child_id, group in groupby(edges, key=lambda each: each.child_id)}
 
     def edges_up(self, version_id: str, depth: int | None = None) -> list[Edge]:
@@ -689,7 +689,9 @@ def _check_finite(metrics: Mapping[str, float]) -> None:
 def _check_unneeded(connection: Connection, version_id: str, label: str) -> None:
     # children are enough: by this very rule, a removed child has no live descendant either
     children = select(edge.c.child_id).join(version, version.c.id == edge.c.child_id)
-    children = children.where(edge.c.parent_id == version_id, version.c.state == "live").distinct()
+    # what supersedes a version does not need it
+    children = children.where(edge.c.parent_id == version_id, edge.c.kind.in_(DESCENT), version.c.state == "live")
+    children = children.distinct()
     named = sorted(labels(connection, connection.execute(children).scalars().all()).values())
     if named:
         more = f" and {len(named) - 5} more" if len(named) > 5 else ""
