@@ -311,6 +311,15 @@ class Ledger(Protocol):
     def set_gate_file(self, digest: str, body: str, *, set_by: str) -> GateFile: ...
 
 
+@dataclass(frozen=True, slots=True)
+class SeenModel:
+    """A registered model as MLflow has it now: whose it says it is, and the version id that each number carries."""
+
+    name: str
+    adapter_id: str | None
+    versions: Mapping[int, str | None]
+
+
 class VersionStore(Protocol):
     """MLflow: the browsable record of versions, and the place where their bytes live once."""
 
@@ -345,6 +354,10 @@ class VersionStore(Protocol):
         ...
 
     def alias(self, name: str, alias: str) -> int | None: ...
+    def seen(self) -> list[SeenModel]:
+        """Every registered model with its versions, by name, whoever made it."""
+        ...
+
     def project_stage(self, name: str, stage: str, *, number: int | None, legacy: Mapping[int, str]) -> None:
         """Set the legacy stage of each version listed, then make alias `stage` point at `number` (None deletes it).
 

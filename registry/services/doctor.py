@@ -14,6 +14,7 @@ from ..domain.errors import AdapterctlError, NotFound
 from ..domain.job import JobState
 from ..ports import Ledger, VersionStore
 from ..settings import Settings
+from .drift import drift
 
 EVAL_PACKAGES = ("torch", "transformers", "peft", "lm_eval", "sacrebleu", "gguf")
 NETWORK_FILESYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p"})
@@ -31,7 +32,7 @@ def examine(settings: Settings, ledger: Ledger, open_versions: Callable[[], Vers
         _filesystem(settings.home),
         _space(settings.home),
         Check("ledger", "ok", f"registry {registry_id}, {len(ledger.versions())} versions"),
-        *_mlflow(ledger, open_versions),
+        *_mlflow(settings, ledger, open_versions),
         *_jobs(ledger),
         _evaluation(),
     ]
@@ -76,27 +77,14 @@ def _space(home: Path) -> Check:
     return Check("space", "ok", f"{free >> 30} GB free")
 
 
-def _mlflow(ledger: Ledger, open_versions: Callable[[], VersionStore]) -> Iterator[Check]:
+def _mlflow(settings: Settings, ledger: Ledger, open_versions: Callable[[], VersionStore]) -> Iterator[Check]:
     try:
         store = open_versions()
     except AdapterctlError as error:
         yield Check("mlflow", "error", error.message, error.hint)
         return
     yield Check("mlflow", "ok", f"mlflow {version('mlflow')}")
-    names = {ledger.adapter_id(name): name for name in ledger.adapter_names()}
-    for adapter_id, stages in ledger.stages().items():
-        name = names[adapter_id]
-        held = ledger.versions_by_id(list(stages.values()))
-        for stage, version_id in stages.items():
-            number, found = held[version_id].number, store.alias(name, stage)
-            if found != number:
-                there = f"v{found}" if found else "nothing"
-                yield Check(
-                    "stage",
-                    "error",
-                    f"{name}@{stage} is v{number} here, MLflow's alias points to {there}",
-                    f"`adapterctl promote {name}:v{number} --to {stage}` or `adapterctl adopt {name} --stage {stage}`",
-                )
+    yield from drift(ledger, store, settings.stages)
 
 
 def _jobs(ledger: Ledger) -> Iterator[Check]:

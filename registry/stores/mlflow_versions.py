@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from ..domain.digest import json_digest
 from ..domain.errors import NotFound, Refused
 from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion, Base, FileRecord, NewVersion, Placement
-from ..ports import Parent
+from ..ports import Parent, SeenModel
 from ..wire import from_json, to_builtins, to_json
 from .artifacts import files_are_gone, list_files, local_folder, move_into_place, own_folder
 from .mlflow_access import (
@@ -179,6 +179,26 @@ class MlflowVersions:
             if error.error_code in (MISSING, "INVALID_PARAMETER_VALUE"):  # the latter where only the alias is missing
                 return None
             raise
+
+    @in_our_words
+    def seen(self) -> list[SeenModel]:
+        versions: dict[str, dict[int, str | None]] = {}
+        for version in self._pages(self._client.search_model_versions):
+            versions.setdefault(version.name, {})[int(version.version)] = version.tags.get(VERSION_ID)
+        models = self._pages(self._client.search_registered_models)
+        return sorted(
+            (SeenModel(each.name, each.tags.get(ADAPTER_ID), versions.get(each.name, {})) for each in models),
+            key=lambda model: model.name,
+        )
+
+    def _pages(self, search: Callable[..., Any]) -> Iterator[Any]:
+        token = None
+        while True:
+            found = search(max_results=1000, page_token=token)
+            yield from found
+            token = found.token
+            if not token:
+                return
 
     @in_our_words
     def project_stage(self, name: str, stage: str, *, number: int | None, legacy: Mapping[int, str]) -> None:

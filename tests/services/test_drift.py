@@ -1,0 +1,53 @@
+"""What people do in MLflow behind our back, on the real one: every deed is seen by `doctor`, with the way out."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapterctl.registry.domain.refs import parse_ref
+from adapterctl.registry.services.local import LocalRegistry
+
+
+def told(registry: LocalRegistry) -> list[tuple[str, str]]:
+    names = {"deleted", "renamed", "replaced", "unknown", "strangers", "stage"}
+    checks = [check for check in registry.doctor() if check.name in names]
+    assert all(check.hint for check in checks)
+    return [(check.name, check.detail) for check in checks]
+
+
+@pytest.fixture
+def client(two_parents: LocalRegistry):
+    return two_parents.version_store._client
+
+
+def test_every_deed_behind_our_back_is_seen(two_parents: LocalRegistry, client):
+    assert told(two_parents) == []
+
+    client.create_registered_model("resnet")
+    client.create_model_version("chat", source="models:/chat/1")
+    client.set_registered_model_alias("chat", "production", "1")
+    client.rename_registered_model("translate", "translator")
+
+    assert sorted(told(two_parents)) == [
+        ("renamed", "the registered model translate is called translator in MLflow"),
+        ("stage", "chat@production is nothing here, MLflow's alias points to v1"),
+        ("strangers", "registered models that are not ours: resnet"),
+        ("unknown", "MLflow has chat version 2, which the ledger does not know"),
+    ]
+
+    two_parents.adopt("chat", stage="production", reason="moved by hand")
+    assert [event.action for event in two_parents.history("chat").events] == ["adopt"]
+    client.rename_registered_model("translator", "translate")
+    client.delete_registered_model("resnet")
+    client.delete_model_version("chat", "2")
+    assert told(two_parents) == []
+
+    two_parents.demote("chat", stage="production")
+    client.delete_model_version("chat", "1")
+    assert told(two_parents) == [("deleted", "chat:v1 is gone from MLflow")]
+    client.delete_registered_model("translate")
+    assert ("deleted", "the registered model translate is gone from MLflow, 1 versions are in the ledger") in told(
+        two_parents
+    )
+    two_parents.remove(parse_ref("translate:v1"), reason="gone anyway")
+    assert told(two_parents) == [("deleted", "chat:v1 is gone from MLflow")]
