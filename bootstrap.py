@@ -8,8 +8,10 @@ that are set: `server` means another machine, `database_url` a shared ledger, ne
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from .registry.domain.job import Job, NewJob
     from .registry.domain.suite import Suite
     from .registry.domain.version import AdapterVersion, FileRecord
-    from .registry.ports import VersionStore
+    from .registry.ports import Doorbell, VersionStore
     from .registry.rest.client import RemoteRegistry
     from .registry.rest.door import Door
     from .registry.services.local import LocalRegistry
@@ -64,7 +66,6 @@ def connect(settings: Settings | None = None, *, readonly: bool = False) -> Loca
     from .migrations import check_schema, migrate
     from .registry.services.local import LocalRegistry
     from .registry.stores.hub import hub_folder
-    from .registry.stores.spawn_bell import SpawnBell
     from .registry.stores.sql.access import SqlAccess
     from .registry.stores.sql.engine import Database, is_shared, sqlite_url
     from .registry.stores.sql.ledger import SqlLedger
@@ -89,13 +90,29 @@ def connect(settings: Settings | None = None, *, readonly: bool = False) -> Loca
     return LocalRegistry(
         settings,
         ledger,
-        SpawnBell(settings),
+        _bell(settings, ledger),
         SqlAccess(database),
         open_versions=stores.open_versions,
         folders=stores.folder,
         open_hub=hub_folder,
         made_on_demand=made_on_demand(),
     )
+
+
+def _bell(settings: Settings, ledger: SqlLedger) -> Doorbell:
+    """Where workers wait for a broker's messages nobody is started here."""
+    from .registry.services.fleet import queue_of
+    from .registry.stores.celery_bell import CeleryBell
+    from .registry.stores.spawn_bell import SpawnBell
+
+    if settings.broker_url and not settings.database_url:
+        raise Misconfigured(
+            "a broker wakes the workers of a shared registry, and this one is in a home",
+            hint="unset ADAPTERCTL_BROKER_URL, or set ADAPTERCTL_DATABASE_URL",
+        )
+    if settings.broker_url:
+        return CeleryBell(settings.broker_url, lambda job_id: queue_of(ledger, job_id))
+    return SpawnBell(settings)
 
 
 class OwnFiles:
@@ -230,6 +247,7 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
             home=settings.home,
             threads=settings.threads,
             then=then,
+            bell=registry.bell,
         )
 
     return {
@@ -256,6 +274,26 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
         ),
         "verify": VerifyHandler(ledger, folders=folders, home=settings.home, threads=settings.threads),
     }
+
+
+def log_to_stderr(*names: str) -> None:
+    """Let these loggers write one JSON object a line to stderr: the log of a server, and of a worker."""
+
+    class Lines(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            said = record.getMessage()
+            line = {"at": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname, "log": record.name}
+            line |= json.loads(said) if record.name == "adapterctl.http" else {"message": said}
+            if record.exc_info:
+                line["traceback"] = self.formatException(record.exc_info)
+            return json.dumps(line)
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines())
+    for name in names:
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.INFO)
 
 
 def warm_up() -> None:

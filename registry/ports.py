@@ -15,10 +15,11 @@ from typing import Any, Literal, Protocol
 
 from .domain.access import Caller, Scope, Token
 from .domain.evals import EvalReport
-from .domain.job import Job, JobEvent, JobState, LogPiece, NewJob, Progress
+from .domain.job import Job, JobEvent, JobState, LogPiece, NewJob, Progress, QueueDepth
 from .domain.recall import Recall, RecallAction, Recalls
 from .domain.stage import ApprovalAction, MoveAction, StageEvent
 from .domain.version import AdapterVersion, Base, Edge, NewVersion, Placement, VersionDetail
+from .domain.worker import Queue, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,10 @@ class Ledger(Protocol):
     @property
     def mlflow_uri(self) -> str:
         """The MLflow that the registry belongs to since it was made."""
+        ...
+
+    def close(self) -> None:
+        """Let go of all connections; new ones are made when they are needed."""
         ...
 
     def now(self) -> float:
@@ -182,8 +187,13 @@ class Ledger(Protocol):
         """Newest first; `before` is a job's id, for the page that follows it."""
         ...
 
-    def claim(self, owner: str, lease_s: float, *, kinds: Sequence[str] = ()) -> Job | None:
-        """Take the oldest queued job by one conditional UPDATE that raises `attempt`; None when there is none."""
+    def claim(
+        self, owner: str, lease_s: float, *, kinds: Sequence[str] = (), queues: Sequence[Queue] = ()
+    ) -> Job | None:
+        """Take the oldest queued job, of these kinds and queues where any are named; None when there is none.
+
+        One conditional UPDATE, which raises `attempt`.
+        """
         ...
 
     def renew(self, job_id: str, attempt: int, lease_s: float, progress: Progress | None = None) -> Job | None:
@@ -218,6 +228,18 @@ class Ledger(Protocol):
         """
         ...
 
+    def waiting(self, queues: Sequence[Queue], *, for_s: float, limit: int = 1) -> list[Job]:
+        """Jobs that have been queued there, and in no other state, for so long; the oldest first."""
+        ...
+
+    def move_queued(self, source: Queue, target: Queue) -> list[Job]:
+        """Let every job that waits in one queue wait in another; returns them."""
+        ...
+
+    def queue_depths(self) -> list[QueueDepth]:
+        """The live jobs, counted by queue and state."""
+        ...
+
     def record(self, job_id: str, kind: str, message: str) -> None: ...
     def events(self, job_id: str, after: int = 0) -> list[JobEvent]: ...
 
@@ -226,6 +248,20 @@ class Ledger(Protocol):
         ...
 
     def log(self, job_id: str, after: int = 0) -> list[LogPiece]: ...
+
+    # workers
+    def add_worker(self, worker_id: str, *, name: str, host: str, queues: Sequence[Queue], device: str) -> None:
+        """Introduce a worker, in place of a dead one of that name."""
+        ...
+
+    def see_worker(self, worker_id: str, *, draining: bool = False) -> bool:
+        """The worker is there, and from now on takes no more jobs where it is `draining`; False where none is known."""
+        ...
+
+    def remove_worker(self, worker_id: str) -> None: ...
+    def workers(self) -> list[Worker]:
+        """By name; dead ones too, for a day."""
+        ...
 
     # evaluations
     def reports(self, keys: Sequence[str]) -> dict[str, EvalReport]: ...
@@ -404,6 +440,9 @@ class Doorbell(Protocol):
     """Wakes whoever executes jobs. Carries a job id and nothing else; losing a ring loses nothing."""
 
     def ring(self, job_id: str) -> None: ...
+    def check(self) -> None:
+        """Raises `Unavailable` where a ring would not be heard."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

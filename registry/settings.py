@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .domain.errors import Misconfigured
+from .domain.worker import GPU_QUEUE
 
 PROJECT_FILE = "adapterctl.toml"
 #: Settings that lead away from the registry in a home.
@@ -36,6 +37,9 @@ class Settings:
     lease_s: float = 15.0
     idle_s: float = 10.0
     job_timeout_s: float = 3600.0
+    job_memory_mb: int = 0
+    ring_again_s: float = 10.0
+    gpu_queue: str = "prefer"
     base_paths: tuple[str, ...] = ()
     eval_device: str = "auto"
     actor: str = ""
@@ -75,7 +79,12 @@ def load_settings(
     if "home" in given:  # who names a folder on the spot means the registry in that folder
         values = {key: value for key, value in values.items() if key not in ELSEWHERE}
     values |= given
-    return Settings(**{key: _convert(key, value, "settings") for key, value in values.items()})
+    settings = Settings(**{key: _convert(key, value, "settings") for key, value in values.items()})
+    if settings.gpu_queue not in GPU_QUEUE:
+        raise Misconfigured(
+            f"gpu_queue is {settings.gpu_queue!r}, expected {', '.join(GPU_QUEUE)}", hint="see docs/settings.md"
+        )
+    return settings
 
 
 def user_config(env: Mapping[str, str] | None = None) -> Path:

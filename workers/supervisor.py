@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from typing import IO, Any, Literal
 from ..registry.crashpoints import reached
 from ..registry.domain.errors import AdapterctlError, Conflict, Unavailable
 from ..registry.domain.job import Job, JobState, Progress
+from ..registry.domain.worker import Queue
 from ..registry.ports import Ledger
 from ..registry.services.schedule import Done, JobHandler, Task
 from ..registry.settings import Settings, load_settings
@@ -74,11 +75,16 @@ class Supervisor:
         handlers: Mapping[str, JobHandler],
         settings: Settings,
         *,
+        queues: Sequence[Queue] = (),
+        dismissed: Callable[[], bool] = lambda: False,
         prepare: Callable[[], None] | None = None,
     ) -> None:
+        """`queues`: take jobs of these alone. `dismissed`: asked at each beat whether others told us to stop."""
         self._ledger = ledger
         self._handlers = handlers
         self._settings = settings
+        self._queues = queues
+        self._dismissed = dismissed
         self._prepare = prepare
         self.stopped = False
         self._pause_s = 0.0
@@ -106,6 +112,11 @@ class Supervisor:
                 return
             time.sleep(POLL_S)
 
+    def work_off(self) -> None:
+        """Work until nothing is queued for us, or we are dismissed."""
+        while not self._look_up() and self.run_next():
+            self._rest()
+
     def take_over(self) -> None:
         """Queue again what others claimed. Only for the holder of the supervisor's lock: the others are dead then."""
         self._ledger.reap(abandoned=True)
@@ -116,13 +127,13 @@ class Supervisor:
 
     def run_next(self) -> bool:
         """Claim one job and bring this attempt to its end; False where nothing is queued."""
-        job = self._ledger.claim(self._owner, self._settings.lease_s, kinds=tuple(self._handlers))
+        job = self._ledger.claim(self._owner, self._settings.lease_s, kinds=tuple(self._handlers), queues=self._queues)
         if job is None:
             return False
         reached("job.claimed")
         with (
             JobLog(self._settings.home, job, self._ledger) as log,
-            Lease(self._ledger, job, self._settings.lease_s) as lease,
+            Lease(self._ledger, job, self._settings.lease_s, self._look_up) as lease,
         ):
             outcome = self._attempt(job, lease, log)
             log.write(f"attempt {job.attempt} {outcome.kind} {outcome.error.get('message', '')}")
@@ -173,6 +184,9 @@ class Supervisor:
                 if time.monotonic() >= deadline:
                     child.kill()
                     return Outcome("failed", error=_timed_out(self._settings.job_timeout_s))
+                if 0 < self._settings.job_memory_mb < child.memory_mb():
+                    child.kill()
+                    return Outcome("failed", error=_too_large(self._settings.job_memory_mb))
                 log.ship(every_s=BEAT_S)
                 message = child.next_message(POLL_S)
                 if "progress" in message:
@@ -204,6 +218,12 @@ class Supervisor:
         elif outcome.kind == "crashed" and self._ledger.give_back(job.id, job.attempt, spent=True):
             self._ledger.record(job.id, "crashed", outcome.error["message"])
 
+    def _look_up(self) -> bool:
+        """Whether we are to stop, by a signal or by what others wrote."""
+        if not self.stopped and self._dismissed():
+            self.stop()
+        return self.stopped
+
     def _prepare_once(self) -> None:
         if self._prepare is not None:
             threading.Thread(target=self._prepare, daemon=True).start()
@@ -217,12 +237,13 @@ class Lease(threading.Thread):
     someone asked for it; else None. Refusal is final, and so is time: both are decided without asking anybody.
     """
 
-    def __init__(self, ledger: Ledger, job: Job, lease_s: float) -> None:
+    def __init__(self, ledger: Ledger, job: Job, lease_s: float, on_beat: Callable[[], object]) -> None:
         super().__init__(daemon=True)
         self.progress: Progress | None = None
         self._ledger = ledger
         self._job = job
         self._lease_s = lease_s
+        self._on_beat = on_beat
         self._until = time.monotonic() + lease_s
         self._refused = self._cancel = False
         self._over = threading.Event()
@@ -247,6 +268,7 @@ class Lease(threading.Thread):
             self._refused = True
             return
         self._until, self._cancel = asked + self._lease_s, job.cancel_requested
+        self._on_beat()
 
     def __enter__(self) -> Lease:
         self.start()
@@ -272,6 +294,14 @@ class Child:
             return self._messages.get(timeout=wait_s)
         except queue.Empty:
             return {}
+
+    def memory_mb(self) -> float:
+        """What the child holds in memory, as far as this system tells (Linux)."""
+        try:
+            pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        except (OSError, IndexError):  # it has ended, or there is no /proc
+            return 0.0
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def stop(self) -> None:
         """Ask the child to stop between two units of its work; insist after a while."""
@@ -393,6 +423,14 @@ def _timed_out(timeout_s: float) -> Mapping[str, str]:
         "code": "timed_out",
         "message": f"took longer than {timeout_s:g} s",
         "hint": "raise job_timeout_s (ADAPTERCTL_JOB_TIMEOUT_S), then adapterctl jobs retry",
+    }
+
+
+def _too_large(limit_mb: int) -> Mapping[str, str]:
+    return {
+        "code": "too_large",
+        "message": f"the process that computed took more than {limit_mb} MiB of memory",
+        "hint": "raise job_memory_mb (ADAPTERCTL_JOB_MEMORY_MB), then adapterctl jobs retry",
     }
 
 

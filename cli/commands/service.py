@@ -16,6 +16,7 @@ import typer
 from ...registry.domain.access import Scope
 from ...registry.domain.errors import InvalidInput
 from ...registry.domain.refs import parse_ref
+from ...registry.domain.worker import QUEUES
 from .. import parse, views
 from ..complete import complete_refs
 from ..connect import Session, add_verbs
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from ...registry.services.local import LocalRegistry
 
 GROUP = "Sharing"
+WORKER = "adapterctl.workers.celery_worker"
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def add_to(app: typer.Typer) -> None:
-    add_verbs(app, {"serve": serve, "login": login, "logout": logout}, group=GROUP)
+    add_verbs(app, {"serve": serve, "worker": worker, "login": login, "logout": logout}, group=GROUP)
     tokens = typer.Typer(help="Say who may use a served registry.", no_args_is_help=True, rich_markup_mode=None)
     add_verbs(tokens, {"create": create, "ls": ls, "revoke": revoke})
     app.add_typer(tokens, name="tokens", rich_help_panel=GROUP)
@@ -65,11 +68,11 @@ def run_server(session: Session, *, host: str, port: int, started: Callable[[Loc
     # deferred: seconds, and nothing else needs them
     import uvicorn
 
-    from ...bootstrap import application, connect
+    from ...bootstrap import application, connect, log_to_stderr
     from ...registry.rest.app import LOOPBACK, listen, own_names
 
     own = (*LOOPBACK, host) if host not in ("0.0.0.0", "::") else (*LOOPBACK, *own_names())
-    _log_to_stderr()
+    log_to_stderr("adapterctl", "uvicorn")
     registry = connect(session.settings())
     door = application(registry, hosts=own, loopback=host in LOOPBACK)
     _settle()
@@ -80,6 +83,34 @@ def run_server(session: Session, *, host: str, port: int, started: Callable[[Loc
     started(registry, f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}")
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run([listening])
+
+
+def worker(
+    session: Session,
+    queues: Annotated[str, typer.Option(metavar="QUEUES", help="Which jobs to take: cpu, gpu or cpu,gpu.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="What evaluates: auto, cpu, cuda or mps.")] = "auto",
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What others see.  [default: host and process]")
+    ] = None,
+) -> None:
+    """Work on the jobs of a shared registry.
+
+    Takes one job at a time, until SIGTERM or Ctrl-C: then the job that runs is given back, and another worker
+    takes it. Needs the addresses of the ledger, of MLflow and of the broker.
+
+    Example: adapterctl worker --queues gpu --device cuda
+    """
+    if session.home is not None:
+        raise InvalidInput("a worker belongs to a shared registry, --home names one in a folder", hint="leave it out")
+    words = queues.split(",")
+    if not words or set(words) - set(QUEUES):
+        raise InvalidInput(f"there are no queues {queues!r}", hint=f"known: {', '.join(QUEUES)}")
+    if device not in DEVICES:
+        raise InvalidInput(f"device {device!r} is unknown", hint=f"known: {', '.join(DEVICES)}")
+    named = ["--name", name] if name else []
+    command = [sys.executable, "-P", "-m", WORKER, "--queues", queues, "--device", device, *named]
+    # In place of this process, so that signals reach it; and the command line needs nothing of the workers' floor.
+    os.execv(sys.executable, command)
 
 
 def login(
@@ -166,29 +197,6 @@ def _settle() -> None:
     gc.freeze()
     # A thread that comes back from the disk still holds the ledger's write lock: it must not wait 5 ms for the others.
     sys.setswitchinterval(0.0005)
-
-
-def _log_to_stderr() -> None:
-    """One JSON object a line: requests, and what the server has to say."""
-    import logging  # deferred: only a server logs
-
-    class Lines(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            import json
-
-            said = record.getMessage()
-            line = {"at": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname, "log": record.name}
-            line |= json.loads(said) if record.name == "adapterctl.http" else {"message": said}
-            if record.exc_info:
-                line["traceback"] = self.formatException(record.exc_info)
-            return json.dumps(line)
-
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines())
-    for name in ("adapterctl", "uvicorn"):
-        log = logging.getLogger(name)
-        log.handlers, log.propagate = [handler], False
-        log.setLevel(logging.INFO)
 
 
 def _show(url: str) -> None:

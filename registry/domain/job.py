@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+from .worker import Queue
+
 JobKind = Literal["merge", "eval", "tune", "verify", "recall", "rebuild"]
 
 
@@ -48,6 +50,7 @@ class NewJob:
     spec: Mapping[str, Any]
     created_by: str
     max_attempts: int = DEFAULT_MAX_ATTEMPTS
+    queue: Queue = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +88,21 @@ class Job:
     progress: Progress | None = None
     error: Mapping[str, str] | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
+    queue: Queue = "cpu"
 
     @property
     def ended(self) -> bool:
         return self.state in ENDED
+
+
+@dataclass(frozen=True, slots=True)
+class QueueDepth:
+    """How many jobs of a queue are in a state, and how long the oldest of them has been waiting (0 once it runs)."""
+
+    queue: Queue
+    state: JobState
+    jobs: int
+    oldest_s: float
 
 
 @dataclass(frozen=True, slots=True)

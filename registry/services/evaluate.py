@@ -23,9 +23,11 @@ from ..domain.job import Job, NewJob
 from ..domain.refs import Ref
 from ..domain.suite import Suite
 from ..domain.version import AdapterVersion, Base
+from ..domain.worker import Queue
 from ..ports import Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
 from ..wire import from_builtins, from_json, to_builtins
+from .fleet import queue_for_gpu_work
 from .locate_base import locate_base
 from .resolve import resolve
 from .schedule import Done, Task, submit
@@ -64,7 +66,8 @@ def request_evaluation(
     locate(ledger, _one_base(versions), settings, made_on_demand)
     labels = ", ".join(version.label for version in versions)
     ids = [version.id for version in versions]
-    new = _new_job(ledger, ids, labels, chosen, limit=limit, actor=settings.actor)
+    queue = queue_for_gpu_work(ledger, settings)
+    new = _new_job(ledger, ids, labels, chosen, limit=limit, actor=settings.actor, queue=queue)
     return submit(ledger, bell, new)[0]
 
 
@@ -82,7 +85,8 @@ def evaluation_of_merge(
     base = parents[job.spec["parents"][0]].spec.base
     if not suites or not (given or _can_evaluate(ledger, base, settings, made_on_demand)):
         return []
-    return [_new_job(ledger, [version_id], job.spec["into"], suites, limit=None, actor=job.created_by)]
+    queue = queue_for_gpu_work(ledger, settings)
+    return [_new_job(ledger, [version_id], job.spec["into"], suites, limit=None, actor=job.created_by, queue=queue)]
 
 
 def check_installed() -> None:
@@ -118,7 +122,7 @@ def locate(ledger: Ledger, base: Base, settings: Settings, made_on_demand: Mappi
 
 def engine_facts(settings: Settings) -> dict[str, str]:
     """Settings and versions that a report depends on, read without importing anything."""
-    return {"device": _device(settings), "dtype": DTYPE, "batch_size": str(BATCH_SIZE), **_versions()}
+    return {"device": device_of(settings), "dtype": DTYPE, "batch_size": str(BATCH_SIZE), **_versions()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +301,14 @@ def import_reports(ledger: Ledger, reports: Sequence[EvalReport]) -> int:
 
 
 def _new_job(
-    ledger: Ledger, ids: Sequence[str], labels: str, suites: Sequence[Suite], *, limit: int | None, actor: str
+    ledger: Ledger,
+    ids: Sequence[str],
+    labels: str,
+    suites: Sequence[Suite],
+    *,
+    limit: int | None,
+    actor: str,
+    queue: Queue,
 ) -> NewJob:
     digests = [keep_suite(ledger, suite) for suite in suites]
     return NewJob(
@@ -306,6 +317,7 @@ def _new_job(
         title=f"evaluate {labels} on {', '.join(suite.name for suite in suites)}",
         spec={"refs": list(ids), "suites": digests, "limit": limit},
         created_by=actor,
+        queue=queue,
     )
 
 
@@ -338,9 +350,10 @@ def _one_base(versions: Sequence[AdapterVersion]) -> Base:
     return next(iter(bases.values()))
 
 
-def _device(settings: Settings) -> str:
+def device_of(settings: Settings) -> str:
+    """What evaluates on this machine: cpu, cuda or mps."""
     if settings.eval_device != "auto":
         return settings.eval_device
     # without importing torch: a build for CUDA, and the driver's control device
-    cuda = "+cpu" not in installed_version("torch") and Path("/dev/nvidiactl").exists()
+    cuda = find_spec("torch") and "+cpu" not in installed_version("torch") and Path("/dev/nvidiactl").exists()
     return "cuda" if cuda else "cpu"

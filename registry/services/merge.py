@@ -213,14 +213,16 @@ class MergeHandler:
         home: Path,
         threads: int,
         then: Callable[[Job, str], Sequence[NewJob]],
+        bell: Doorbell,
     ) -> None:
-        """`then` gives the jobs that follow a merge, for the id of its version: its evaluation."""
+        """`then` gives the jobs that follow a merge, for the id of its version; `bell` tells of them."""
         self._ledger = ledger
         self._open_versions = open_versions
         self._folders = folders
         self._home = home
         self._threads = threads
         self._then = then
+        self._bell = bell
 
     @contextmanager
     def begin(self, job: Job) -> Iterator[Task | Done]:
@@ -229,7 +231,7 @@ class MergeHandler:
         existing = self._ledger.live_version(job.spec["adapter_id"], recipe=recipe.digest)
         if existing is not None:
             _check_loss(self._ledger, existing, job.spec.get("max_loss"))
-            queued = [self._ledger.submit(new)[0].id for new in self._then(job, existing.id)]
+            queued = [schedule.submit(self._ledger, self._bell, new)[0].id for new in self._then(job, existing.id)]
             yield Done({"version_id": existing.id, "jobs": queued})
             return
         parents = job_parents(self._ledger, job)
@@ -271,6 +273,9 @@ class MergeHandler:
             job=(job.id, job.attempt),
             then=lambda version_id: self._then(job, version_id),
         )
+        ended = self._ledger.job(job.id)
+        for follower in ended.result.get("jobs", ()) if ended else ():
+            self._bell.ring(follower)
         return {"version_id": version.id}
 
 

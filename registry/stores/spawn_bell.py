@@ -34,6 +34,9 @@ class SpawnBell:
         self._forget_ended()
         self._started.append(self._spawn())
 
+    def check(self) -> None:
+        """Who rings starts whoever hears."""
+
     def _spawn(self) -> int:
         # Not `subprocess`: its Popen complains when the parent ends first, which here is the rule.
         log = self._settings.home / "jobs" / "supervisor.log"

@@ -10,12 +10,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import uuid6
-from sqlalchemy import ColumnElement, Connection, Row, bindparam, func, insert, literal, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, case, func, insert, literal, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from ... import wire
 from ...domain.errors import Conflict, NotFound
-from ...domain.job import DEFAULT_MAX_ATTEMPTS, ENDED, LIVE, Job, JobEvent, JobState, LogPiece, NewJob, Progress
+from ...domain.job import (
+    DEFAULT_MAX_ATTEMPTS,
+    ENDED,
+    LIVE,
+    Job,
+    JobEvent,
+    JobState,
+    LogPiece,
+    NewJob,
+    Progress,
+    QueueDepth,
+)
+from ...domain.worker import Queue
 from .engine import Database, Now, inserted
 from .tables import job, job_event, job_log
 
@@ -64,10 +76,14 @@ class JobRows:
         with self._db.read() as connection:
             return [_job(row) for row in connection.execute(query)]
 
-    def claim(self, owner: str, lease_s: float, *, kinds: Sequence[str] = ()) -> Job | None:
+    def claim(
+        self, owner: str, lease_s: float, *, kinds: Sequence[str] = (), queues: Sequence[Queue] = ()
+    ) -> Job | None:
         waiting = job.c.state == JobState.QUEUED
         if kinds:
             waiting &= job.c.kind.in_(kinds)
+        if queues:
+            waiting &= job.c.queue.in_(queues)
         with self._db.read() as connection:  # a worker that finds nothing disturbs no writer
             if connection.execute(select(job.c.id).where(waiting).limit(1)).first() is None:
                 return None
@@ -168,6 +184,31 @@ class JobRows:
             lost = [_job(row) for row in connection.execute(select(job).where(expired).with_for_update())]
             return [self._reap_one(connection, each) for each in lost]
 
+    def waiting(self, queues: Sequence[Queue], *, for_s: float, limit: int = 1) -> list[Job]:
+        old = (job.c.state == JobState.QUEUED) & job.c.queue.in_(queues) & (job.c.updated_at <= Now() - for_s)
+        query = select(job).where(old).order_by(job.c.created_at, job.c.id).limit(limit)
+        with self._db.read() as connection:
+            return [_job(row) for row in connection.execute(query)]
+
+    def move_queued(self, source: Queue, target: Queue) -> list[Job]:
+        queued = (job.c.state == JobState.QUEUED) & (job.c.queue == source)
+        with self._db.read() as connection:
+            if connection.execute(select(job.c.id).where(queued).limit(1)).first() is None:
+                return []
+        with self._db.write() as connection:
+            moved = connection.execute(update(job).where(queued).values(queue=target, updated_at=Now()).returning(job))
+            jobs = [_job(row) for row in moved]
+            for each in jobs:
+                _record(connection, each.id, "queued", f"for {target}: no worker serves {source}")
+            return jobs
+
+    def queue_depths(self) -> list[QueueDepth]:
+        age = func.max(case((job.c.state == JobState.QUEUED, Now() - job.c.updated_at), else_=0.0))
+        query = select(job.c.queue, job.c.state, func.count(), age).where(job.c.state.in_(LIVE))
+        with self._db.read() as connection:
+            rows = connection.execute(query.group_by(job.c.queue, job.c.state).order_by(job.c.queue, job.c.state))
+            return [QueueDepth(queue, JobState(state), count, oldest) for queue, state, count, oldest in rows]
+
     def record(self, job_id: str, kind: str, message: str) -> None:
         with self._db.write() as connection:
             # events are numbered under the lock of their job's row, which every move takes anyway
@@ -221,6 +262,7 @@ def queue_job(connection: Connection, new: NewJob) -> tuple[Job | None, bool]:
         "title": new.title,
         "spec": wire.to_json(new.spec),
         "max_attempts": new.max_attempts,
+        "queue": new.queue,
         "created_by": new.created_by,
     }
     created = inserted(connection, _QUEUE, row)
@@ -235,7 +277,10 @@ def queue_job(connection: Connection, new: NewJob) -> tuple[Job | None, bool]:
 _QUEUE = (
     insert(job)
     .values(
-        {name: bindparam(name) for name in ("id", "kind", "key", "title", "spec", "max_attempts", "created_by")}
+        {
+            name: bindparam(name)
+            for name in ("id", "kind", "key", "title", "spec", "max_attempts", "created_by", "queue")
+        }
         | {"state": JobState.QUEUED, "attempt": 0, "created_at": Now(), "updated_at": Now()}
         | {"cancel_requested": False, "result": "{}"}
     )
@@ -308,4 +353,5 @@ def _job(row: Row[Any]) -> Job:
         progress=None if row.progress is None else wire.from_json(row.progress, Progress),
         error=None if row.error is None else wire.from_json(row.error, dict),
         result=wire.from_json(row.result, dict),
+        queue=row.queue,
     )

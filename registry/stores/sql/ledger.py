@@ -58,12 +58,13 @@ from .tables import (
     version,
     version_detail,
 )
+from .workers import WorkerRows
 
 #: Details of versions that a process keeps at hand; those of a 7B adapter take half a megabyte.
 DETAILS_KEPT = 64
 
 
-class SqlLedger(JobRows):
+class SqlLedger(JobRows, WorkerRows):
     """`registry.ports.Ledger` on a database whose tables exist (see `migrations.migrate`)."""
 
     def __init__(self, database: Database) -> None:

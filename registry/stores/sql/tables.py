@@ -178,6 +178,7 @@ job = Table(
     Column("progress", Text),
     Column("error", Text),
     Column("result", Text, nullable=False),
+    Column("queue", Text, nullable=False, server_default="cpu"),
 )
 Index("ix_job_state_created_at_id", job.c.state, job.c.created_at, job.c.id)
 Index("ix_job_created_at_id", job.c.created_at, job.c.id)
@@ -302,6 +303,20 @@ job_log = Table(
     Column("seq", Integer, nullable=False),
     Column("text", Text, nullable=False),
     PrimaryKeyConstraint("job_id", "seq"),
+)
+
+# Processes that work on jobs of a shared registry; each renews its row.
+worker = Table(
+    "worker",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("queues", Text, nullable=False),
+    Column("device", Text, nullable=False),
+    Column("started_at", Float, nullable=False),
+    Column("seen_at", Float, nullable=False),
+    Column("draining", Boolean, nullable=False),
 )
 
 token = Table(
