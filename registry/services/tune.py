@@ -29,6 +29,7 @@ from ..ports import Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
 from ..wire import from_builtins, to_builtins
 from .evaluate import EXTRA, check_installed, engine_facts, locate
+from .fleet import queue_for_gpu_work
 from .merge import job_parents, new_merge, preflight
 from .pictures import pareto_picture, trials_picture, weights_picture
 from .schedule import Done, Task, submit
@@ -79,7 +80,14 @@ def request_tune(
         "keep": request.keep,
     }
     names = " ".join(parent.label for parent in parents)
-    new = NewJob(kind="tune", key=json_digest(spec), title=f"tune {names}", spec=spec, created_by=settings.actor)
+    new = NewJob(
+        kind="tune",
+        key=json_digest(spec),
+        title=f"tune {names}",
+        spec=spec,
+        created_by=settings.actor,
+        queue=queue_for_gpu_work(ledger, settings),
+    )
     return submit(ledger, bell, new)[0]
 
 
