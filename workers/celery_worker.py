@@ -22,7 +22,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uuid6
-
 from celery import signals
 from celery.worker import state
 

