@@ -36,6 +36,18 @@ _FORMS = (
     "&lt;script&gt;{}&lt;/script&gt;",
     "&#60;script&#62;{}&#60;/script&#62;",
     "\u2028{}\u2029",
+    # what Markdown, Mermaid and DOT would read
+    "[a](javascript:{})",
+    "![a](x' onerror='{})",
+    "![a](http://evil.example/x.png)<!--{}-->",
+    "```\n<script>{}</script>\n```",
+    '"];click a href "javascript:{}"',
+    "|a|<b onclick={}>|",
+    'x" URL="javascript:{}',
+    "%%{{init: {{'securityLevel':'loose'}}}}%%{}",
+    "<http://evil.example/{}>",
+    "<details open ontoggle={}>",
+    "[a]: javascript:{} 'a'",
 )
 _OTHERS = (
     "</svg>", "<?xml version='1.0'?>", "<!DOCTYPE x [<!ENTITY e SYSTEM 'file:///etc/passwd'>]>&e;", "&e;", "&", "<",

@@ -1,0 +1,159 @@
+"""Lineage in a served registry, by clicks alone: on MLflow's stock pages and on ours; and hostile text in both."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import write_tiny_adapter
+
+from adapterctl.bootstrap import connect
+from adapterctl.registry.domain.refs import Ref
+from adapterctl.registry.settings import Settings
+from adapterctl.registry.stores.mlflow_pages import escape
+
+
+@pytest.fixture(scope="module")
+def served(
+    tmp_path_factory: pytest.TempPathFactory, ledger_schema: Path, mlflow_schema: Path, payloads: Sequence[str]
+) -> Iterator[str]:
+    """The address of a registry with root:v1 -> middle:v1 -> leaf:v1; `hostile` is described by every payload."""
+    import mlflow  # deferred: seconds
+
+    home = tmp_path_factory.mktemp("served")
+    (home / "registry.db").write_bytes(ledger_schema.read_bytes())
+    (home / "mlflow.db").write_bytes(mlflow_schema.read_bytes())
+    registry = connect(Settings(home=home, actor="ada"))
+    with closing(registry.ledger):
+        parent = None
+        for seed, name in enumerate(("root", "middle", "leaf")):
+            folder = write_tiny_adapter(home / name, seed=seed)
+            registry.register(str(folder), name=name, trained_from=parent, metrics={"bleu": 0.1 * seed})
+            parent = Ref(name)
+        uri = registry.version_store.uri
+        client = mlflow.MlflowClient(uri, uri)
+        client.create_registered_model("hostile", description="\n\n".join(escape(each) for each in payloads))
+    command = [sys.executable, "-m", "adapterctl", "--home", str(home), "-o", "json", "serve", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            yield json.loads(server.stdout.readline())["url"]
+        finally:
+            server.terminate()
+
+
+@pytest.fixture
+def visit(chromium: Any, served: str) -> Iterator[Callable[[str], Any]]:
+    """Open a page of the server. After the test: no error of a page, no dialog."""
+    told: list[str] = []
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+
+    def go(path: str) -> Any:
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: told.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (told.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        if path.startswith("/adapters"):
+            page.on("console", lambda message: told.append(f"console: {message.text}"))
+        page.goto(served + path)
+        return page
+
+    yield go
+    context.close()
+    assert told == []
+
+
+def follow(page: Any, name: str) -> Any:
+    """Click on a link of MLflow's page; those in a description open a tab of their own."""
+    with page.expect_popup() as opened:
+        page.get_by_role("link", name=name, exact=True).first.click()
+    opened.value.wait_for_url("**/versions/1*")
+    return opened.value
+
+
+def test_stock_pages_lead_from_child_to_grandparent_and_from_root_to_grandchild(visit: Callable):
+    leaf = visit("/#/models/leaf/versions/1")
+    grandparent = follow(follow(leaf, "middle:v1"), "root:v1")
+    grandchild = follow(follow(grandparent, "middle:v1"), "leaf:v1")
+
+    assert grandparent.url.endswith("#/models/root/versions/1")
+    assert grandchild.url.endswith("#/models/leaf/versions/1")
+
+
+def test_a_stock_page_shows_the_picture_which_leads_to_our_page_and_back(visit: Callable):
+    stock = visit("/#/models/middle/versions/1")
+    picture = stock.locator("img[src*='lineage.svg']")
+    picture.wait_for()
+    stock.wait_for_function("document.querySelector(\"img[src*='lineage.svg']\").naturalWidth > 0")
+
+    with stock.expect_popup() as opened:
+        picture.click()
+    ours = opened.value
+    ours.wait_for_selector("h1")
+    ours.click("[data-ref='root:v1']")
+    ours.click("#card >> text=In MLflow")
+    ours.wait_for_url("**/#/models/root/versions/1")
+
+    assert ours.get_by_role("heading", name="Version 1").inner_text() == "Version 1"
+
+
+def test_our_pages_lead_both_ways_by_clicks(visit: Callable):
+    page = visit("/adapters/leaf/v1")
+    page.click("[data-ref='root:v1']")
+    page.click("#card >> text=Its own page")
+    page.wait_for_url("**/adapters/root/v1")
+    up = page.inner_text("h1")
+    page.get_by_role("navigation").get_by_role("link", name="leaf:v1").click()
+    page.wait_for_url("**/adapters/leaf/v1")
+
+    assert up == "Lineage of root:v1"
+    assert page.inner_text("h1") == "Lineage of leaf:v1"
+
+
+def test_what_is_chosen_is_in_the_address_and_keys_open_pages(visit: Callable):
+    page = visit("/adapters/middle/v1")
+
+    page.select_option("[name=direction]", "up")
+    page.wait_for_url("**direction=up**")
+    page.select_option("[name=metric]", "bleu")
+    page.wait_for_url("**metric=bleu**")
+    shown = page.eval_on_selector_all(".node[data-ref]", "nodes => nodes.map(node => node.dataset.ref)")
+    page.focus("[data-ref='root:v1']")
+    page.keyboard.press("o")
+    page.wait_for_url("**/adapters/root/v1")
+
+    assert sorted(shown) == ["middle:v1", "root:v1"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("query", ["", "?metric=bleu"])
+def test_our_page_can_be_read_heard_and_used_without_a_mouse(visit: Callable, scheme: str, query: str):
+    page = visit(f"/adapters/middle/v1{query}")
+    page.emulate_media(color_scheme=scheme)
+    page.focus("[data-ref='middle:v1']")
+
+    assert page.evaluate(Path(__file__).with_name("accessible.js").read_text()) == []
+
+
+def test_two_hundred_hostile_texts_are_text_where_mlflow_renders_them(visit: Callable, payloads: Sequence[str]):
+    page = visit("/#/models/hostile")
+    page.get_by_text("window.hit=1", exact=False).first.wait_for()
+    page.wait_for_timeout(500)
+
+    assert len(payloads) >= 200
+    assert page.evaluate("window.hit ?? null") is None
+    assert page.title() != "hit"
+    # nothing of it became an element: neither one that runs or loads, nor a link
+    assert (
+        page.evaluate("document.querySelectorAll('iframe, foreignObject, [onerror], [onload], [onfocus]').length") == 0
+    )
+    assert (
+        page.evaluate("[...document.querySelectorAll('a')].filter(a => /^(javascript|data):/i.test(a.href)).length")
+        == 0
+    )
+    assert page.evaluate("[...document.images].filter(image => /evil/.test(image.src)).length") == 0
