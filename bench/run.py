@@ -21,6 +21,7 @@ from pathlib import Path
 import commands  # these modules register their benchmarks
 import lineage
 import merges
+import pages
 import service
 from measure import BENCHMARKS, Benchmark, Figure
 
@@ -28,7 +29,7 @@ from adapterctl.workers.receipt import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, PAGE = ROOT / "build" / "bench.json", ROOT / "docs" / "benchmarks.md"
-MODULES = (merges, lineage, commands, service)
+MODULES = (merges, lineage, pages, commands, service)
 PACKAGES = ("numpy", "torch", "peft", "transformers", "mlflow")
 
 
