@@ -180,7 +180,7 @@ def _prove_module(
         sigma=spectrum(parents),
         with_child=-products[-1, :-1],  # the child stands at coefficient -1 in the stack
         kept=retained(grams),
-        meeting=meet(parents),
+        meeting=meet(parents, [part.weight for part in module.parts]),
     )
 
 
@@ -362,8 +362,8 @@ def _parents(plan: MergePlan, proofs: Sequence[Proof], norm: float) -> list[dict
 
 def _pairs(plan: MergePlan, proofs: Sequence[Proof]) -> list[dict[str, Any]]:
     """`Pair` of every two parents as JSON, each called by its digest."""
-    weights, digests = [p.weight for p in plan.recipe.parents], [p.digest for p in plan.recipe.parents]
-    rows = [asdict(pair) for pair in pairs([proof.meeting for proof in proofs], weights, digests)]
+    digests = [parent.digest for parent in plan.recipe.parents]
+    rows = [asdict(pair) for pair in pairs([proof.meeting for proof in proofs], digests)]
     return [{key: _short(v) if isinstance(v, float) else v for key, v in row.items()} for row in rows]
 
 

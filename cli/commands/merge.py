@@ -32,6 +32,10 @@ Into = Annotated[
     ),
 ]
 Weights = Annotated[str | None, typer.Option(metavar="W,W,...", help="Weights of all parents, in order.")]
+LayerWeights = Annotated[
+    list[str] | None,
+    typer.Option(metavar="P=W,W", help="Weights in modules P, as in layers.0-15=1,0.2; may be repeated."),
+]
 Method = Annotated[str, typer.Option(metavar="NAME", help="See `adapterctl methods`.")]
 Rank = Annotated[
     int | None, typer.Option(min=1, metavar="R", help="Rank of the result, where the method has a choice.")
@@ -63,6 +67,7 @@ def merge(
     method: Method = "sum",
     rank: Rank = None,
     weights: Weights = None,
+    layer_weights: LayerWeights = None,
     density: Density = None,
     option: MethodOption = None,
     seed: Seed = None,
@@ -81,7 +86,9 @@ def merge(
     Example: adapterctl merge translate:v3 chat:v5=0.6 --into assistant
     """
     timeout_s = parse.duration_s(timeout)
-    request = _request(parents, into, method, rank, weights, density, option, seed, dtype, suite, max_loss)
+    request = _request(
+        parents, into, method, rank, weights, layer_weights, density, option, seed, dtype, suite, max_loss
+    )
     if dry_run:
         _show_plan(session, request)
         return
@@ -107,6 +114,7 @@ def plan(
     method: Method = "sum",
     rank: Rank = None,
     weights: Weights = None,
+    layer_weights: LayerWeights = None,
     density: Density = None,
     option: MethodOption = None,
     seed: Seed = None,
@@ -118,7 +126,9 @@ def plan(
 
     Example: adapterctl plan translate:v3 chat:v5
     """
-    _show_plan(session, _request(parents, into, method, rank, weights, density, option, seed, dtype, None, None))
+    _show_plan(
+        session, _request(parents, into, method, rank, weights, layer_weights, density, option, seed, dtype, None, None)
+    )
 
 
 def methods(
@@ -220,6 +230,7 @@ def _request(
     method: str,
     rank: int | None,
     weights: str | None,
+    layer_weights: list[str] | None,
     density: float | None,
     option: list[str] | None,
     seed: int | None,
@@ -227,7 +238,7 @@ def _request(
     suite: list[str] | None,
     max_loss: float | None,
 ) -> MergeRequest:
-    from ...registry.domain.recipe import MergeRequest  # deferred: help needs no recipes
+    from ...registry.domain.recipe import MergeRequest, parse_layer_weights  # deferred: help needs no recipes
 
     options: dict[str, OptionValue] = parse.options(option or ())
     if density is not None:
@@ -244,6 +255,7 @@ def _request(
         options=options,
         suites=tuple(suite or ()),
         max_loss=max_loss,
+        layers=tuple(map(parse_layer_weights, layer_weights or ())),
     )
 
 

@@ -170,6 +170,7 @@ def _module_plan(name: str, shares: Sequence[tuple[int, LoraModule]], recipe: Re
     first = shares[0][1]
     stem = f"base_model.model.{name}"
     embedding = first.kind == "embedding"
+    weights = recipe.weights_in(name)
     return ModulePlan(
         name=name,
         kind=first.kind,
@@ -177,9 +178,7 @@ def _module_plan(name: str, shares: Sequence[tuple[int, LoraModule]], recipe: Re
         b_key=f"{stem}.lora_embedding_B" if embedding else f"{stem}.lora_B.weight",
         a_shape=(recipe.rank, *first.a.shape[1:]),
         b_shape=(first.d_out, recipe.rank, *first.b.shape[2:]),
-        parts=tuple(
-            Part(parent, m.rank, recipe.parents[parent].weight, m.scaling, m.a, m.b, m.bias) for parent, m in shares
-        ),
+        parts=tuple(Part(parent, m.rank, weights[parent], m.scaling, m.a, m.b, m.bias) for parent, m in shares),
         # PEFT gives every module a bias or none
         bias_key=f"{stem}.lora_B.bias" if with_bias else None,
     )

@@ -7,17 +7,64 @@ output changes. The SHA-256 of its canonical JSON is the *recipe digest*.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .digest import json_digest
+from .errors import InvalidInput
 from .refs import ParentRef
 
 #: `sum` keeps the exact factors (`cat`) up to this rank and compresses (`svd`) to it beyond.
 SUM_RANK_LIMIT = 64
 
 OptionValue = float | int | str | bool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Weights of all parents, in order, in the modules that `pattern` selects; written `PATTERN=W,W,...`.
+
+    A pattern is a run of parts of a module's path: `layers.3`, `q_proj`, `layers.0-15.mlp`; `*` is any one part, `0-15`
+    a number from 0 to 15. It selects every module whose path holds such a run.
+    """
+
+    pattern: str
+    weights: tuple[float, ...]
+
+    def selects(self, module: str) -> bool:
+        path, wanted = module.split("."), self.pattern.split(".")
+        return any(
+            all(_is_part(one, part) for one, part in zip(wanted, path[start:], strict=False))
+            for start in range(len(path) - len(wanted) + 1)
+        )
+
+    def __str__(self) -> str:
+        return f"{self.pattern}={','.join(map(repr, self.weights))}"
+
+
+def parse_layer_weights(text: str) -> LayerWeights:
+    """Read `layers.0-15=0.7,0.3`."""
+    pattern, _, weights = text.rpartition("=")
+    try:
+        values = tuple(float(weight) for weight in weights.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(map(math.isfinite, values)) or not all(pattern.split(".")):
+        raise InvalidInput(
+            f"layer weights {text[:80]!r} are not PATTERN=W,W,...",
+            hint="write parts of module names and a weight for every parent, such as layers.0-15=0.7,0.3",
+        )
+    return LayerWeights(pattern, values)
+
+
+def _is_part(wanted: str, part: str) -> bool:
+    if wanted in {"*", part}:
+        return True
+    first, _, last = wanted.partition("-")
+    numbers = all(text.isascii() and text.isdigit() and len(text) < 10 for text in (first, last, part))
+    return numbers and int(first) <= int(part) <= int(last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +83,7 @@ class MergeRequest:
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     suites: tuple[str, ...] = ()
     max_loss: float | None = None
+    layers: tuple[LayerWeights, ...] = ()
 
     @property
     def target(self) -> str:
@@ -51,7 +99,10 @@ class RecipeParent:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The pinned form. `rank` is the output rank of every module, `dtype` a safetensors dtype name."""
+    """The pinned form. `rank` is the output rank of every module, `dtype` a safetensors dtype name.
+
+    The first of `layers` that selects a module decides its weights; where none does, those of the parents hold.
+    """
 
     method: str
     method_rev: int
@@ -60,10 +111,19 @@ class Recipe:
     dtype: str
     seed: int | None = None
     options: Mapping[str, OptionValue] = field(default_factory=dict)
+    layers: tuple[LayerWeights, ...] = ()
+
+    def weights_in(self, module: str) -> tuple[float, ...]:
+        """Weight of each parent in this module."""
+        chosen = next((layer.weights for layer in self.layers if layer.selects(module)), None)
+        return chosen or tuple(parent.weight for parent in self.parents)
 
     def to_json(self) -> dict[str, Any]:
         """The canonical object: what is digested, stored, and written into the header of the merged file."""
+        # a recipe without layers has no such field, so that it has the digest that it always had
+        layers = {"layers": [{"pattern": x.pattern, "weights": list(x.weights)} for x in self.layers]}
         return {
+            **(layers if self.layers else {}),
             "v": 1,
             "method": self.method,
             "method_rev": self.method_rev,
@@ -89,4 +149,5 @@ def recipe_from_json(value: Mapping[str, Any]) -> Recipe:
         dtype=value["dtype"],
         seed=value["seed"],
         options=dict(value["options"]),
+        layers=tuple(LayerWeights(x["pattern"], tuple(map(float, x["weights"]))) for x in value.get("layers", ())),
     )

@@ -53,14 +53,13 @@ def forecast(
         for module in plan.modules:
             grams = load_stack(module.parts, readers).grams()
             energy[: grams.rank] += spectrum(grams) ** 2
-            meetings.append(meet(grams))
+            meetings.append(meet(grams, [part.weight for part in module.parts]))
             for name in errors:
                 errors[name] += _error_squared(name, *others[name], module, grams, plan, readers)
-    weights = [parent.weight for parent in plan.recipe.parents]
     total = float(energy.sum())
     losses = {name: math.sqrt(error / total) if total > 0 else 0.0 for name, error in errors.items()}
     ranks = {name: rank for name, (rank, _) in others.items()}
-    return _forecasts(energy, plan, ranks, losses), pairs(meetings, weights, labels)
+    return _forecasts(energy, plan, ranks, losses), pairs(meetings, labels)
 
 
 def compare(first: AdapterFacts, first_file: Path, second: AdapterFacts, second_file: Path) -> tuple[float, float]:

@@ -213,7 +213,7 @@ def resolve(request: MergeRequest, facts: Sequence[AdapterFacts], digests: Seque
     """
     spec = find_method(request.method)
     problems = [*_weight_problems(request), *_rank_problems(request), *_option_problems(spec, request)]
-    problems += _parent_problems(spec, request, facts)
+    problems += [*_parent_problems(spec, request, facts), *_layer_problems(request, facts)]
     dtype = _dtype(request.dtype, facts, problems)
     raise_all(InvalidInput, "this merge cannot be planned:", problems)
 
@@ -239,6 +239,7 @@ def resolve(request: MergeRequest, facts: Sequence[AdapterFacts], digests: Seque
         dtype=dtype,
         seed=(request.seed or 0) if spec.seeded else None,
         options={option.name: _typed(option, request.options) for option in spec.options},
+        layers=request.layers,
     )
 
 
@@ -277,6 +278,20 @@ def _weight_problems(request: MergeRequest) -> list[Problem]:
         for parent in request.parents
         if not math.isfinite(parent.weight) or parent.weight == 0
     ]
+    return problems
+
+
+def _layer_problems(request: MergeRequest, facts: Sequence[AdapterFacts]) -> list[Problem]:
+    problems = []
+    modules = {module.name for adapter in facts for module in adapter.modules}
+    count = len(request.parents)
+    for layer in request.layers:
+        if len(layer.weights) != count or not any(layer.weights):
+            text = f"{layer} needs {count} weights, one for each parent and not all of them 0"
+            problems.append(Problem("bad_layer_weights", text, "a parent that has no say there gets 0"))
+        if not any(layer.selects(name) for name in modules):
+            text = f"{layer.pattern} selects no module of these parents"
+            problems.append(Problem("no_such_layer", text, f"a module is called {min(modules)}"))
     return problems
 
 

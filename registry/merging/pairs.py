@@ -14,7 +14,9 @@ from .grams import Array, Grams, block_products, overlaps
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """The parents of one module: products of their weighted deltas, overlap of their row and column spaces; (n, n)."""
+    """The parents of one module: products of their deltas at the sizes of their weights, without the signs, which say
+    nothing about the adapters; overlap of their row and column spaces; all (n, n).
+    """
 
     parents: tuple[int, ...]
     products: Array
@@ -22,16 +24,16 @@ class Meeting:
     columns: Array
 
 
-def meet(grams: Grams) -> Meeting:
-    parents = tuple(block.parent for block in grams.blocks)
-    return Meeting(parents, block_products(grams), overlaps(grams.a, grams.blocks), overlaps(grams.b, grams.blocks))
+def meet(grams: Grams, weights: Sequence[float]) -> Meeting:
+    """`weights` of the parents that have the module, as in `grams.blocks`."""
+    parents, signs = tuple(block.parent for block in grams.blocks), np.sign(weights)
+    products = block_products(grams) * np.outer(signs, signs)
+    return Meeting(parents, products, overlaps(grams.a, grams.blocks), overlaps(grams.b, grams.blocks))
 
 
-def pairs(meetings: Sequence[Meeting], weights: Sequence[float], labels: Sequence[str]) -> tuple[Pair, ...]:
-    """One `Pair` for every two parents over all modules. The signs of the weights are taken out of the cosine, for it
-    describes the adapters; the norms are those at their weights.
-    """
-    count = len(weights)
+def pairs(meetings: Sequence[Meeting], labels: Sequence[str]) -> tuple[Pair, ...]:
+    """One `Pair` for every two parents over all modules; the norms are those at their weights."""
+    count = len(labels)
     products, rows, columns, shared = (np.zeros((count, count)) for _ in range(4))
     for meeting in meetings:
         place = np.ix_(meeting.parents, meeting.parents)
@@ -40,13 +42,12 @@ def pairs(meetings: Sequence[Meeting], weights: Sequence[float], labels: Sequenc
         columns[place] += meeting.columns
         shared[place] += 1
     norms = np.sqrt(np.maximum(products.diagonal(), 0.0))
-    signs = np.sign(weights)
     return tuple(
         Pair(
             first=labels[i],
             second=labels[j],
             shared_modules=int(shared[i, j]),
-            cosine=_ratio(products[i, j] * signs[i] * signs[j], norms[i] * norms[j]),
+            cosine=_ratio(products[i, j], norms[i] * norms[j]),
             row_overlap=_ratio(rows[i, j], shared[i, j]),
             column_overlap=_ratio(columns[i, j], shared[i, j]),
             norm_ratio=_ratio(norms[i], norms[j]),

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..domain.access import EVERY_NAME, Scope
-from ..domain.recipe import MergeRequest
+from ..domain.recipe import MergeRequest, parse_layer_weights
 from ..domain.refs import check_name, parse_parent, parse_ref
 from ..domain.tuning import DEFAULT_BUDGET, TuneRequest
 
@@ -52,6 +52,9 @@ class MergeBody(Body):
     options: dict[Short, float | int | bool | Short] = {}
     suites: Annotated[list[SuiteDigest], Field(max_length=32)] = []
     max_loss: Finite | None = None
+    layers: Annotated[
+        list[Annotated[str, Field(max_length=2000, examples=["layers.0-15=0.7,0.3"])]], Field(max_length=1000)
+    ] = []
 
     def request(self) -> MergeRequest:
         """Raises `InvalidInput` for a reference that cannot be read."""
@@ -65,6 +68,7 @@ class MergeBody(Body):
             options=self.options,
             suites=tuple(self.suites),
             max_loss=self.max_loss,
+            layers=tuple(map(parse_layer_weights, self.layers)),
         )
 
 

@@ -401,6 +401,7 @@ class RemoteRegistry:
             "options": request.options,
             "suites": [self._keep_suite(suite) for suite in request.suites],
             "max_loss": request.max_loss,
+            "layers": [str(layer) for layer in request.layers],
         }
 
     def _keep_suite(self, suite: str) -> str:

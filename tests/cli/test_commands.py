@@ -186,6 +186,7 @@ def test_register_refuses_a_folder_that_is_no_adapter(run: Run, tmp_path: Path):
         ["register", "folder", "--name", "x", "--metric", "bleu"],
         ["register", "folder", "--name", "x", "--batch", "file"],
         ["merge", "a", "b", "--weights", "1"],
+        ["merge", "a", "b", "--layer-weights", "q_proj"],
         ["merge", "a", "b", "--timeout", "soon"],
         ["lineage", "a", "--up", "--down"],
         ["history", "a", "--head", "file"],

@@ -12,7 +12,7 @@ from tiny import write_tiny_adapter
 from tiny_merge import facts_of
 
 from adapterctl.registry.domain.errors import InvalidInput, Misconfigured, NotFound, Refused
-from adapterctl.registry.domain.recipe import MergeRequest, Recipe
+from adapterctl.registry.domain.recipe import LayerWeights, MergeRequest, Recipe
 from adapterctl.registry.domain.refs import parse_parent
 from adapterctl.registry.merging import method as method_module
 from adapterctl.registry.merging.grams import Grams, Maps
@@ -129,6 +129,27 @@ def test_every_problem_of_a_request_is_told_at_once(resolved: Any):
         "unknown_option",
         "bad_max_loss",
     }
+
+
+def test_weights_by_layer_are_in_the_recipe(resolved: Any):
+    layers = (LayerWeights("layers.0", (0.0, 2.0)),)
+
+    assert resolved(layers=layers).layers == layers
+
+
+@pytest.mark.parametrize(
+    ("layer", "code"),
+    [
+        (LayerWeights("layers.0", (1.0,)), "bad_layer_weights"),
+        (LayerWeights("layers.0", (0.0, 0.0)), "bad_layer_weights"),
+        (LayerWeights("layers.77", (1.0, 2.0)), "no_such_layer"),
+    ],
+)
+def test_weights_by_layer_are_held_against_the_parents(resolved: Any, layer: LayerWeights, code: str):
+    with pytest.raises(InvalidInput) as refused:
+        resolved(layers=(layer,))
+
+    assert [problem.code for problem in refused.value.problems] == [code]
 
 
 def test_one_parent_is_no_merge(tmp_path: Path):

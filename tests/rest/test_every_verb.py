@@ -6,6 +6,7 @@ import ast
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from adapterctl.registry.domain.errors import (
     WaitTimedOut,
 )
 from adapterctl.registry.domain.job import JobState
-from adapterctl.registry.domain.recipe import MergeRequest
+from adapterctl.registry.domain.recipe import LayerWeights, MergeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.domain.stage import Head
 from adapterctl.registry.domain.tuning import TuneRequest
@@ -223,6 +224,17 @@ def test_a_plan_says_what_a_merge_would_give(registry: RegistryAPI, add: Add):
     assert [parent.ref for parent in plan.parents] == [one.ref, two.ref]
     assert (plan.method, plan.rank, plan.exists) == ("cat", 8, None)
     assert plan.forecasts
+
+
+def test_weights_by_layer_make_another_recipe(registry: RegistryAPI, add: Add):
+    request = MergeRequest(tuple(parse_parent(each.ref) for each in (add(), add())))
+    layers = (LayerWeights("layers.0", (0.1, 1e-9)), LayerWeights("q_proj", (1.0, 0.0)))
+
+    digests = {registry.plan(replace(request, layers=chosen)).recipe_digest for chosen in ((), layers, layers[::-1])}
+
+    assert len(digests) == 3
+    with pytest.raises(InvalidInput, match=r"layers\.77 selects no module"):
+        registry.plan(replace(request, layers=(LayerWeights("layers.77", (1.0, 1.0)),)))
 
 
 def test_parents_that_do_not_fit_are_refused_with_every_reason(registry: RegistryAPI, add: Add):

@@ -14,8 +14,9 @@ from tiny_merge import WEIGHTS, deltas, distance, exact_sum, facts_of, plan_of, 
 
 from adapterctl.registry.domain.errors import Corrupt, JobCancelled, Refused
 from adapterctl.registry.domain.header import read_header
-from adapterctl.registry.domain.recipe import recipe_from_json
-from adapterctl.workers import engine
+from adapterctl.registry.domain.plan import build_plan
+from adapterctl.registry.domain.recipe import LayerWeights, recipe_from_json
+from adapterctl.workers import engine, receipt
 
 
 @pytest.fixture
@@ -182,3 +183,24 @@ def test_a_recipe_of_another_revision_of_the_method_is_refused(parents: list[Pat
 
     with pytest.raises(Refused, match="names revision 99 of cat, this adapterctl has revision 1"):
         engine.merge(older, files_of(parents), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_weights_by_layer_hold_in_their_modules_only(parents: list[Path], tmp_path: Path, method: str):
+    plan = plan_of(parents, weights=(1.0, 0.5), method=method, rank=None)
+    layers = (LayerWeights("layers.1", (0.0, 2.0)), LayerWeights("q_proj", (-1.0, 1.0)))
+    recipe = replace(plan.recipe, layers=layers, rank=sum(facts_of(parent).max_rank for parent in parents))
+    plan, out = build_plan(recipe, [facts_of(parent) for parent in parents]), tmp_path / "out"
+    out.mkdir()
+
+    outcomes = engine.merge(plan, files_of(parents), out)
+    proof, _ = receipt.prove(plan, files_of(parents), out, outcomes)
+
+    first, second, made = deltas(parents[0]), deltas(parents[1]), deltas(out)
+    expected = {}
+    for name in made:
+        weights = (0.0, 2.0) if "layers.1" in name else (-1.0, 1.0) if "q_proj" in name else (1.0, 0.5)
+        expected[name] = weights[0] * first[name] + weights[1] * second[name]
+    assert distance(made, expected) <= 1e-6
+    assert proof["loss"] <= 1e-6
+    assert recipe_from_json(json.loads(read_header(out / WEIGHTS).metadata["adapterctl.recipe"])) == recipe
