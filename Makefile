@@ -6,9 +6,9 @@ TORCH_ARGS ?=
 # More options of pytest or of the benchmark, e.g. `make test ARGS='-k refs'`, `make bench ONLY=cat_vs_copy`.
 ARGS ?=
 ONLY ?=
-# Of chaos and soak: which seeds, on which database, how many merges under how many faults; for how long.
+# Of chaos and soak: which seeds, in which form (sqlite, postgres, celery), how many merges under how many faults; for how long.
 SEEDS ?= 1
-DATABASE ?= both
+DATABASE ?= all
 JOBS ?= 60
 FAULTS ?= 30
 HOURS ?= 2
@@ -53,7 +53,7 @@ format: $(DEV) ## let ruff mend and format
 bench: $(RUN) ## measure; ONLY=key,key runs some
 	$(BIN)/python bench/run.py $(if $(ONLY),--only $(ONLY))
 
-chaos: $(DEV) ## kill processes while merges run, and count what is lost or doubled; SEEDS=1-4 DATABASE=postgres
+chaos: $(DEV) ## kill processes while merges run, and count what is lost or doubled; SEEDS=1-4 DATABASE=celery
 	$(CHAOS)/run.py --seeds $(SEEDS) --database $(DATABASE) --jobs $(JOBS) --faults $(FAULTS) \
 		$(if $(ONLY),--only $(ONLY)) $(ARGS)
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psycopg
-from scene import CHILD, LEASE_S, SUPERVISOR, Scene
+from scene import LEASE_S, Scene
 
 from adapterctl.registry.crashpoints import CRASH_POINTS
 
@@ -94,17 +94,17 @@ class Injector:
 
 
 def kill_child(by: Injector) -> bool:
-    return by.strike(by.scene.processes(CHILD), signal.SIGKILL)
+    return by.strike(by.scene.children(), signal.SIGKILL)
 
 
 def kill_supervisor(by: Injector) -> bool:
-    return by.strike(by.scene.processes(SUPERVISOR), signal.SIGKILL)
+    return by.strike(by.scene.supervisors(), signal.SIGKILL)
 
 
 def kill_both(by: Injector) -> bool:
     """A supervisor and every child, as when a machine's memory is gone."""
-    children = by.scene.processes(CHILD)
-    if not by.strike(by.scene.processes(SUPERVISOR), signal.SIGKILL):
+    children = by.scene.children()
+    if not by.strike(by.scene.supervisors(), signal.SIGKILL):
         return False
     for pid in children:
         with suppress(ProcessLookupError):
@@ -121,23 +121,46 @@ def kill_at_a_point(by: Injector) -> bool:
         "ADAPTERCTL_CRASH_AT": point,
         "ADAPTERCTL_CRASH_ONCE": str(by.scene.room / f"died-{time.monotonic_ns()}"),
     }
-    for pid in by.scene.processes(SUPERVISOR):  # politely: it gives its job back, the next one is armed
+    for pid in by.scene.main_processes() or by.scene.supervisors():  # it gives its job back, the next one is armed
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     return True
 
 
 def terminate_supervisor(by: Injector) -> bool:
-    return by.strike(by.scene.processes(SUPERVISOR), signal.SIGTERM)
+    return by.strike(by.scene.main_processes() or by.scene.supervisors(), signal.SIGTERM)
+
+
+def kill_main_process(by: Injector) -> bool:
+    """The pool process lives on for a moment, and must not go on working for long."""
+    return by.strike(by.scene.main_processes(), signal.SIGKILL)
+
+
+def kill_broker(by: Injector) -> bool:
+    """Every message is gone with it; it comes back empty, after a while."""
+    broker = by.scene.broker
+    if broker is None or broker.process.poll() is not None:
+        return False
+    broker.stop()
+    by.later(by.dice.uniform(0.5, 4.0), broker.start)
+    return True
+
+
+def empty_broker(by: Injector) -> bool:
+    broker = by.scene.broker
+    if broker is None or broker.process.poll() is not None:
+        return False
+    broker.client().flushall()
+    return True
 
 
 def stop_supervisor(by: Injector) -> bool:
     """Past the lease: when it goes on, it is a zombie."""
-    return by.stop_for(by.scene.processes(SUPERVISOR), LEASE_S + by.dice.uniform(0.5, 2.0))
+    return by.stop_for(by.scene.supervisors(), LEASE_S + by.dice.uniform(0.5, 2.0))
 
 
 def stop_child(by: Injector) -> bool:
-    return by.stop_for(by.scene.processes(CHILD), by.dice.uniform(0.5, 2.0))
+    return by.stop_for(by.scene.children(), by.dice.uniform(0.5, 2.0))
 
 
 def kill_client(by: Injector) -> bool:
@@ -166,7 +189,7 @@ def fill_disk(by: Injector) -> bool:
 def forbid_long_files(by: Injector) -> bool:
     """Where no small disk can be made: what a supervisor writes beyond 64 KiB of a file is refused."""
     changed = []
-    for pid in by.scene.processes(SUPERVISOR):
+    for pid in by.scene.supervisors():
         with suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
             changed.append(pid)
@@ -227,6 +250,10 @@ def step_database_clock(by: Injector) -> bool:
     return True
 
 
+def with_broker(scene: Scene) -> bool:
+    return scene.broker is not None
+
+
 def always(scene: Scene) -> bool:
     return True
 
@@ -239,6 +266,9 @@ FAULTS: Mapping[str, tuple[int, Callable[[Scene], bool], Fault]] = {
     "kill at a named point": (18, always, kill_at_a_point),
     "terminate supervisor": (4, always, terminate_supervisor),
     "stop supervisor past its lease": (8, always, stop_supervisor),
+    "kill worker's main process": (8, with_broker, kill_main_process),
+    "Redis killed": (6, with_broker, kill_broker),
+    "Redis emptied (FLUSHALL)": (6, with_broker, empty_broker),
     "stop child": (3, always, stop_child),
     "kill client": (8, always, kill_client),
     "kill server": (3, lambda scene: scene.server is not None, kill_server),

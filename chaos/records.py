@@ -18,6 +18,7 @@ from adapterctl import __version__
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "proofs"
 LINES, PAGE = FOLDER / "chaos.jsonl", FOLDER / "README.md"
+FORMS = ("sqlite", "postgres", "celery")
 PACKAGES = ("mlflow", "sqlalchemy", "celery", "psycopg")
 
 
@@ -115,9 +116,9 @@ def _faults(pieces: Sequence[Mapping[str, Any]]) -> list[str]:
     for line in pieces:
         for kind, count in line["faults"].items():
             by_kind.setdefault(kind, Counter())[line["database"]] += count
-    rows = ["", "## Faults by kind", "", "| fault | sqlite | postgres | all |", "|---|---|---|---|"]
+    rows = ["", "## Faults by kind", "", "| fault | sqlite | postgres | celery | all |", "|---|---|---|---|---|"]
     for kind, counts in sorted(by_kind.items(), key=lambda item: -item[1].total()):
-        rows.append(f"| {kind} | {counts['sqlite']} | {counts['postgres']} | {counts.total()} |")
+        rows.append(f"| {kind} | {' | '.join(str(counts[form]) for form in FORMS)} | {counts.total()} |")
     died = sum(line["died_at_points"] for line in pieces)
     rows += [
         "",

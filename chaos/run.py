@@ -1,6 +1,6 @@
 """Chaos, for those who do not believe it: `make chaos SEEDS=1-4` kills processes while merges run, and counts.
 
-    python chaos/run.py [--seeds 1-4] [--database sqlite|postgres|both] [--jobs 60] [--faults 30] [--again]
+    python chaos/run.py [--seeds 1-4] [--database sqlite|postgres|celery|all] [--jobs 60] [--faults 30] [--again]
 
 A seed on a database is one piece: it ends within 20 minutes, appends one line to docs/proofs/chaos.jsonl, and the table
 in docs/proofs/README.md is written anew. A piece whose line is there already is left out (unless `--again`), so a long
@@ -23,7 +23,7 @@ from scene import Scene, end_properly, open_scene
 from teeth import show_teeth
 from verdict import KINDS
 
-DATABASES = ("sqlite", "postgres")
+DATABASES = ("sqlite", "postgres", "celery")
 #: The contests by name, as they are recorded; each takes its size from the command line.
 CONTESTS: Mapping[str, Callable[[Scene, argparse.Namespace], Outcome]] = {
     "promote": lambda scene, asked: contests.promote(scene, promoters=asked.promoters, rounds=asked.rounds),
@@ -36,7 +36,7 @@ CONTESTS: Mapping[str, Callable[[Scene, argparse.Namespace], Outcome]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="1", help="1, 1-4 or 1,3,5")
-    parser.add_argument("--database", choices=(*DATABASES, "both"), default="both")
+    parser.add_argument("--database", choices=(*DATABASES, "all"), default="all")
     parser.add_argument("--jobs", type=int, default=60)
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--clients", type=int, default=3)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--real", type=int, default=200, help="jobs of it that are really done")
     end_properly()
     asked = parser.parse_args(arguments)
-    databases = DATABASES if asked.database == "both" else (asked.database,)
+    databases = DATABASES if asked.database == "all" else (asked.database,)
     if names := [name for name in asked.only.split(",") if name]:
         return max(_contest(name, asked, database) for name in names for database in databases)
     return _pieces(asked, databases)

@@ -1,9 +1,10 @@
 """The registry that chaos is let loose on: real processes on a real database, in folders of their own.
 
-Two forms. `sqlite`: one home, whose supervisor is started by whoever asks for work. `postgres`: ledger and MLflow on a
-PostgreSQL server, and two machines, each with a home and a supervisor. In both, clients work in the registry directly
-and one goes through `adapterctl serve`. Everything here may be killed at any time; `tend` does what people and process
-managers do then: start it again, and ring.
+Three forms. `sqlite`: one home, whose supervisor is started by whoever asks for work. `postgres`: ledger and MLflow on a
+PostgreSQL server, and two machines, each with a home and a supervisor. `celery`: the same with a Redis, and a Celery
+worker (`adapterctl worker`) on each machine. In all of them clients work in the registry directly, and one goes through
+`adapterctl serve`. Everything here may be killed at any time; `tend` does what people and process managers do then:
+start it again, and ring.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from functools import cache, cached_property
 from mmap import mmap
 from pathlib import Path
 
+from broker import Broker, running_broker
 from forks import in_child
 from model import Model
 from postgres import PostgresServer, postgres_server
@@ -47,6 +49,7 @@ PAUSE_S = 0.3
 #: The filesystem of the homes, where one of its own can be made: small enough to be filled.
 DISK_MB = 192
 SUPERVISOR, CHILD = "adapterctl.workers.supervisor", "adapterctl.workers.runner"
+WORKER = "adapterctl.workers.celery_worker"
 
 
 class Clock:
@@ -105,16 +108,19 @@ class Scene:
         machines: Sequence[Settings],
         *,
         postgres: PostgresServer | None,
+        broker: Broker | None,
         disk: Path | None,
         clocks: Mapping[str, Clock],
     ) -> None:
         self.room = room
         self.machines = machines
         self.postgres = postgres
+        self.broker = broker
         self.disk = disk
         self.clocks = clocks
         self.clients: list[Client] = []
         self.server: subprocess.Popen[bytes] | None = None
+        self.workers: list[subprocess.Popen[bytes] | None] = [None for _ in machines] if broker else []
         self.armed: dict[str, str] = {}
         self._serves = False
         self._port = _free_port()
@@ -162,7 +168,10 @@ class Scene:
             self.server = self._start("server", command, self._environment(self.machines[-1]))
         if self.postgres is not None and self.postgres.process.poll() is not None:
             self.postgres.process = self.postgres.start()
-        if time.monotonic() - self._rung_at >= RING_EVERY_S:
+        for number, worker in enumerate(self.workers):
+            if worker is None or worker.poll() is not None:
+                self.workers[number] = self._start_worker(self.machines[number])
+        if self.broker is None and time.monotonic() - self._rung_at >= RING_EVERY_S:
             self.ring()
 
     def ring(self) -> None:
@@ -175,21 +184,29 @@ class Scene:
                 if bell.started > before:  # it took the environment with it
                     self.armed = {}
 
-    def processes(self, program: str) -> list[int]:
-        """The live processes of this scene that run a program of ours; a child is ours by its parent."""
-        found = [(pid, words) for pid, words in _all_processes() if program in words or SUPERVISOR in words]
-        supervisors = [pid for pid, words in found if SUPERVISOR in words and self._is_ours(pid, words)]
-        if program == SUPERVISOR:
-            return supervisors
-        return [pid for pid, words in found if program in words and _parent(pid) in supervisors]
+    def supervisors(self) -> list[int]:
+        """The live processes that supervise; of a Celery worker that is its pool process."""
+        program = WORKER if self.broker is not None else SUPERVISOR
+        return [pid for pid in self._running(program) if pid not in self.main_processes()]
+
+    def main_processes(self) -> list[int]:
+        """Of the Celery workers that live."""
+        return [worker.pid for worker in self.workers if worker is not None and worker.poll() is None]
+
+    def children(self) -> list[int]:
+        """Those that compute; a child is ours by its parent."""
+        ours = self.supervisors()
+        return [pid for pid, words in _all_processes() if CHILD in words and _parent(pid) in ours]
 
     def end(self) -> None:
         """Let supervisors give back what they hold and leave; end the rest."""
         for client in self.clients:
             _end(client.process)
         _end(self.server)
+        for worker in self.workers:
+            _end(worker)
         deadline = time.monotonic() + 30
-        while (left := self.processes(SUPERVISOR)) and time.monotonic() < deadline:
+        while (left := self.supervisors()) and time.monotonic() < deadline:
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
@@ -199,15 +216,24 @@ class Scene:
             time.sleep(0.2)
 
     def kill_all(self) -> None:
-        for pid in (*self.processes(SUPERVISOR), *self.processes(CHILD)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for process in (self.server, *(client.process for client in self.clients)):
+        for process in (self.server, *self.workers, *(client.process for client in self.clients)):
             if process is not None:
                 process.kill()
                 process.wait()
+        for pid in (*self.children(), *self.supervisors()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for bell in self._bells:
             bell.forget_ended()
+
+    def _start_worker(self, machine: Settings) -> subprocess.Popen[bytes]:
+        assert self.broker is not None
+        environment = self._environment(replace(machine, broker_url=self.broker.worker_url)) | self.armed
+        self.armed = {}
+        return self._start("worker", ["-P", "-m", "adapterctl", "worker", "--queues", "cpu"], environment)
+
+    def _running(self, program: str) -> list[int]:
+        return [pid for pid, words in _all_processes() if program in words and self._is_ours(pid, words)]
 
     def _start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         with (self.room / f"{name}.log").open("ab") as log:
@@ -250,9 +276,9 @@ def open_scene(database: str, room: Path) -> Iterator[Scene]:
         common = Settings(
             home=root / "one", threads=1, lease_s=LEASE_S, idle_s=10.0, job_timeout_s=120.0, actor="chaos"
         )
-        postgres = None
+        postgres = broker = None
         machines = [common]
-        if database == "postgres":
+        if database != "sqlite":
             if library:
                 clocks["database"] = Clock(room, "database", library)
                 _open_to_others(room, library)
@@ -268,13 +294,16 @@ def open_scene(database: str, room: Path) -> Iterator[Scene]:
                 mlflow_uri=postgres.url("mlflow"),
                 artifacts=(root / "artifacts").as_uri(),
             )
+            if database == "celery":
+                broker = stack.enter_context(running_broker())
+                shared = replace(shared, broker_url=broker.url, ring_again_s=2.0)
             machines = [shared, replace(shared, home=root / "two")]
         for machine in machines:
             machine.home.mkdir()
         if database == "sqlite":
             for name in ("registry.db", "mlflow.db"):
                 shutil.copy(_schemas() / name, common.home)
-        scene = Scene(room, machines, postgres=postgres, disk=disk, clocks=clocks)
+        scene = Scene(room, machines, postgres=postgres, broker=broker, disk=disk, clocks=clocks)
         stack.callback(scene.kill_all)
         yield scene
 

@@ -26,7 +26,7 @@ from faults import Injector
 from model import make_model, make_parents, share_out
 from piece import come_to_rest, pronounce
 from run import DATABASES
-from scene import SUPERVISOR, Scene, end_properly, open_scene
+from scene import Scene, end_properly, open_scene
 
 from adapterctl.bootstrap import remote
 from adapterctl.registry.api import RegistryAPI
@@ -136,7 +136,7 @@ def _ask(registry: RegistryAPI, dice: random.Random) -> str:
 
 def _watched(scene: Scene) -> list[tuple[str, int]]:
     server = [("server", scene.server.pid)] if scene.server is not None else []
-    return [*server, *(("supervisor", pid) for pid in scene.processes(SUPERVISOR))]
+    return [*server, *(("supervisor", pid) for pid in scene.supervisors())]
 
 
 def _resident_mb(pid: int) -> float:
