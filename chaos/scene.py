@@ -1,7 +1,7 @@
 """The registry that chaos is let loose on: real processes on a real database, in folders of their own.
 
-Three forms. `sqlite`: one home, whose supervisor is started by whoever asks for work. `postgres`: ledger and MLflow on a
-PostgreSQL server, and two machines, each with a home and a supervisor. `celery`: the same with a Redis, and a Celery
+Three forms. `sqlite`: one home, whose supervisor is started by whoever asks for work. `postgres`: ledger and MLflow on
+a PostgreSQL server, and two machines, each with a home and a supervisor. `celery`: the same with a Redis, and a Celery
 worker (`adapterctl worker`) on each machine. In all of them clients work in the registry directly, and one goes through
 `adapterctl serve`. Everything here may be killed at any time; `tend` does what people and process managers do then:
 start it again, and ring.

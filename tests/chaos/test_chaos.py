@@ -22,7 +22,7 @@ def chaos(*arguments: str, room: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+@pytest.mark.parametrize("database", ["sqlite", "celery"])
 def test_merges_under_faults_are_neither_lost_nor_doubled(database: str, tmp_path: Path):
     small = ("--jobs", "8", "--faults", "4", "--clients", "2", "--not-served")
 
