@@ -31,6 +31,9 @@ class Silent:
     def ring(self, job_id: str) -> None:
         return
 
+    def check(self) -> None:
+        return
+
 
 class Fork:
     """A process that runs `function`, and what it returned (anything that JSON can carry)."""
