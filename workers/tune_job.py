@@ -73,7 +73,7 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
     plan = from_builtins(task["plan"], TunePlan)
     with Journal(Path(task["journal"]), plan.digest) as journal:
         bench = Bench(plan, emit, should_stop, threads=task.get("threads") or threads_of())
-        finding = _Search(plan, journal, bench).run()
+        finding = Search(plan, journal, bench).run()
         bench.close()
     return {"finding": to_builtins(finding)}
 
@@ -172,7 +172,7 @@ def _frozen(trial: Trial, space: Mapping[str, Any]) -> Any:
     )
 
 
-class _Search:
+class Search:
     """One search over its journal; the bench does the looking."""
 
     def __init__(self, plan: TunePlan, journal: Journal, bench: Bench) -> None:
@@ -309,11 +309,11 @@ class Bench:
     def reference(self, subject: int) -> AbstractContextManager[None]:
         """The base (-1) or a parent, as it is."""
         folder = self._plan.parents[subject].folder if subject >= 0 else None
-        return self._engine.subject(Path(folder) if folder else None)
+        return self.engine.subject(Path(folder) if folder else None)
 
     def candidate(self, kind: int, weights: Sequence[float]) -> AbstractContextManager[None]:
         """The merge of the parents by this kind and these weights, made in memory."""
-        return self._engine.candidate(self._slot, self._tensors(self._plan.kinds[kind], weights))
+        return self.engine.candidate(self._slot, self._tensors(self._plan.kinds[kind], weights))
 
     def look(self, subject: AbstractContextManager[None], place: int, rows: Sequence[Row], stage: str) -> Samples:
         with subject:
@@ -323,20 +323,20 @@ class Bench:
         """Statistics of the active subject on rows of a task."""
         self._stage = stage
         self._tell()
-        samples = self._engine.answer(self._plan.tasks[place].task, rows).samples
+        samples = self.engine.answer(self._plan.tasks[place].task, rows).samples
         self.used += len(rows)
         return samples
 
     def check(self) -> None:
         """Raise `Corrupt` where all the swapping changed the base."""
-        if "_engine" in self.__dict__:
-            self._engine.check_base()
+        if "engine" in self.__dict__:
+            self.engine.check_base()
 
     def close(self) -> None:
         self._open.close()
 
     @cached_property
-    def _engine(self) -> Engine:
+    def engine(self) -> Engine:
         from .eval_engine import Engine  # deferred: torch and the rest, unless the journal is complete
 
         return Engine(
@@ -366,7 +366,7 @@ class Bench:
         return self._loaded[dtype]
 
     def _tensors(self, plan: MergePlan, weights: Sequence[float]) -> dict[str, torch.Tensor]:
-        import torch  # deferred: see _engine
+        import torch  # deferred: see engine
 
         method, rounded = find_method(plan.recipe.method), getattr(torch, _TORCH[plan.recipe.dtype])
         stacks = self._stacks(arithmetic(method, plan.recipe.dtype))

@@ -85,7 +85,7 @@ def test_a_candidate_has_the_figures_of_the_file_that_a_merge_would_write(
 
     bench.look(bench.candidate(0, (0.3, 0.1)), 0, rows, "another one first")
     made = bench.look(bench.candidate(0, weights), 0, rows, "in memory")
-    stored = bench.look(bench._engine.subject(tmp_path), 0, rows, "from its file")
+    stored = bench.look(bench.engine.subject(tmp_path), 0, rows, "from its file")
     bench.close()
 
     assert made == stored
