@@ -230,6 +230,7 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
     # lease builds in that moment meets a module that is half there: the thread died, and the job with it.
     import sqlalchemy.orm  # noqa: F401
 
+    from .registry.services.beside import beside
     from .registry.services.evaluate import EvalHandler, evaluation_of_merge
     from .registry.services.merge import MergeHandler
     from .registry.services.rebuild import RebuildHandler, following
@@ -262,6 +263,7 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
             settings,
             open_versions=lambda: registry.version_store,
             folders=folders,
+            beside=lambda version, suite: beside(ledger, version, suite),
             made_on_demand=registry.made_on_demand,
         ),
         "recall": RecallHandler(ledger, open_versions=lambda: registry.version_store),

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,7 @@ def _search(plan: TunePlan, bench: Bench, seed: int) -> Finding:
     return finding
 
 
-def _rows(
-    plan: TunePlan, bench: Bench, store: Store, findings: Mapping[int, Finding], answers: int
-) -> dict[str, Row]:
+def _rows(plan: TunePlan, bench: Bench, store: Store, findings: Mapping[int, Finding], answers: int) -> dict[str, Row]:
     """Base, parents, the article's ten, the winners."""
     subjects: dict[str, Any] = {"base": lambda: bench.reference(-1)}
     for i, task in enumerate(TASKS):
@@ -161,22 +160,24 @@ def _rows(
     rows = {}
     for name in [*TASKS, *(each for each in subjects if each not in TASKS)]:
         heldout = tuple(
-            store.get(f"{name} | {task.suite}", lambda: bench.look(subjects[name](), place, task.heldout, name))
+            store.get(f"{name} | {task.suite}", partial(_look, bench, subjects[name], place, task, name))
             for place, task in enumerate(plan.tasks)
         )
         if name in TASKS:
             parents[TASKS.index(name)] = heldout[TASKS.index(name)]
         told = tuple(
-            store.get(f"{name} | {task.suite} | answers", lambda: _answers(bench, subjects[name], task, answers))
+            store.get(f"{name} | {task.suite} | answers", partial(_answers, bench, subjects[name], task, answers))
             for task in plan.tasks
         )
         rows[name] = Row(name, heldout, (), told)
     return {
-        name: replace(
-            row, kept=tuple(share(t.metric, parents[p], row.heldout[p]) for p, t in enumerate(plan.tasks))
-        )
+        name: replace(row, kept=tuple(share(t.metric, parents[p], row.heldout[p]) for p, t in enumerate(plan.tasks)))
         for name, row in sorted(rows.items(), key=lambda item: list(subjects).index(item[0]))
     }
+
+
+def _look(bench: Bench, subject: Any, place: int, task: TuneTask, name: str) -> Samples:
+    return bench.look(subject(), place, task.heldout, name)
 
 
 def _answers(bench: Bench, subject: Any, task: TuneTask, count: int) -> dict[str, float]:
@@ -197,9 +198,7 @@ def difference(one: Row, other: Row, parents: Sequence[Samples], plan: TunePlan)
     found = []
     for draw in range(DRAWS + 1):
         worst = []
-        picks = [
-            range(len(p)) if draw == 0 else rng.choices(range(len(p)), k=len(p)) for p in parents
-        ]
+        picks = [range(len(p)) if draw == 0 else rng.choices(range(len(p)), k=len(p)) for p in parents]
         for row in (one, other):
             shares = [
                 share(t.metric, [parents[p][i] for i in picks[p]], [row.heldout[p][i] for i in picks[p]])
@@ -406,7 +405,9 @@ def _pareto(rows: Mapping[str, Row], findings: Mapping[int, Finding]) -> None:
     trials = [trial for finding in findings.values() for trial in finding.trials if trial.complete]
     axes.scatter(*zip(*(t.shares for t in trials), strict=True), s=12, color=FAINT, label="candidates, tuning samples")
     ten = {name: row for name, row in rows.items() if name.startswith(METHODS)}
-    axes.scatter(*zip(*(row.kept for row in ten.values()), strict=True), s=36, color=BLUE, label="the article's ten, held out")
+    axes.scatter(
+        *zip(*(row.kept for row in ten.values()), strict=True), s=36, color=BLUE, label="the article's ten, held out"
+    )
     for name, row in ten.items():
         if name.startswith("cat"):
             axes.annotate(name.removeprefix("cat "), row.kept, xytext=(5, 4), textcoords="offset points", fontsize=8)

@@ -240,7 +240,8 @@ class RetentionRow:
 
     `retention` is child / parent (parent / child where lower is better); `gain_kept` is
     (child - base) / (parent - base), None where the parent does not beat the base beyond its interval. `primary` says
-    that the task goes by this metric, `here` that this registry computed all of the figures.
+    that the task goes by this metric, `here` that this registry computed all of the figures; `switched` is
+    the share of answers that read more like another parent's than like the owner's, where answers are there.
     """
 
     suite: str
@@ -257,6 +258,7 @@ class RetentionRow:
     note: str = ""
     primary: bool = False
     here: bool = True
+    switched: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

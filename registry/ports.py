@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -42,6 +42,14 @@ class GateFile:
     body: str
     set_by: str
     at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A child's evaluation beside those of base and parents: answers in columns, and pictures by file name."""
+
+    answers: Sequence[Mapping[str, str]] = ()
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Ledger(Protocol):
@@ -409,7 +417,9 @@ class VersionStore(Protocol):
         """Let the page of a version lead to what was made of it: its newest children, of `count` in all."""
         ...
 
-    def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None: ...
+    def log_report(
+        self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str, beside: Beside | None = None
+    ) -> None: ...
     def log_search(
         self,
         key: str,

@@ -175,6 +175,22 @@ def behaviour_note(parent: Mapping[str, float], child: Mapping[str, float]) -> s
     return "; ".join(findings)
 
 
+def switched(child: Sequence[str], own: Sequence[str], others: Sequence[Sequence[str]]) -> float | None:
+    """Share of a child's answers that read more like another parent's than like those of the parent whose task it is:
+    a merge that does not switch to the task. By chrF; None where the parents' answers nowhere differ.
+    """
+    verdicts = []
+    for place, answer in enumerate(child):
+        rivals = [other[place] for other in others if other[place].strip() != own[place].strip()]
+        if rivals:
+            verdicts.append(max(_likeness(answer, rival) for rival in rivals) > _likeness(answer, own[place]))
+    return sum(verdicts) / len(verdicts) if verdicts else None
+
+
+def _likeness(answer: str, other: str) -> float:
+    return MEASURES["chrf"].score([answer_statistics(answer, other, ended=True)]) if other.strip() else 0.0
+
+
 def answer_statistics(answer: str, reference: str, *, ended: bool) -> dict[str, float]:
     """What the metrics of generated text need of one sample; `ended` says whether the model stopped by itself."""
     chars, ref_chars = len(answer.strip()), len(reference.strip())

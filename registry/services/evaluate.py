@@ -24,7 +24,7 @@ from ..domain.refs import Ref
 from ..domain.suite import Suite
 from ..domain.version import AdapterVersion, Base
 from ..domain.worker import Queue
-from ..ports import Doorbell, Folders, Ledger, VersionStore
+from ..ports import Beside, Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
 from ..wire import from_builtins, from_json, to_builtins
 from .fleet import queue_for_gpu_work
@@ -157,10 +157,13 @@ class EvalHandler:
         *,
         open_versions: Callable[[], VersionStore],
         folders: Folders,
+        beside: Callable[[AdapterVersion, Suite], Beside],
         made_on_demand: Mapping[str, str] | None = None,
     ) -> None:
+        """`beside` gives what an evaluation of a merge shows of its parents, once their reports are there too."""
         self._ledger = ledger
         self._settings = settings
+        self._beside = beside
         self._open_versions = open_versions
         self._folders = folders
         self._made_on_demand = made_on_demand
@@ -247,7 +250,9 @@ class EvalHandler:
 
     def _show(self, version: AdapterVersion, report: EvalReport, suite: Suite) -> None:
         show_metrics(self._ledger, version, report)
-        self._open_versions().log_report(version, report, dataset_digest=suite.data_digest)
+        self._open_versions().log_report(
+            version, report, dataset_digest=suite.data_digest, beside=self._beside(version, suite)
+        )
 
 
 def show_metrics(ledger: Ledger, version: AdapterVersion, report: EvalReport) -> None:

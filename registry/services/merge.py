@@ -18,6 +18,7 @@ from ..domain.digest import json_digest
 from ..domain.errors import IncompatibleParents, InvalidInput, LossTooHigh, Problem, raise_all
 from ..domain.job import Job, NewJob
 from ..domain.plan import MergePlan, build_plan, check_parents, parent_warnings
+from ..domain.prompts import prompt_form, prompt_warnings, tokenizer_warnings
 from ..domain.recipe import MergeRequest, Recipe, recipe_from_json
 from ..domain.refs import check_name
 from ..domain.suite import Suite
@@ -30,7 +31,7 @@ from .register import WEIGHTS_FILE, publish
 from .resolve import resolve
 from .schedule import Done, Task
 from .staging import stage_folder
-from .suites import find_suite
+from .suites import find_suite, suites_of
 from .views import recall_views, version_view
 
 
@@ -96,10 +97,10 @@ def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, acto
         check_not_recalled(ledger, existing, "merge with another recipe")
         _check_loss(ledger, existing, request.max_loss)
         if not suites:
-            return _submitted(ready, version=existing, ledger=ledger)
+            return _submitted(ledger, ready, version=existing)
     new = new_merge(ready, adapter_id, suites, max_loss=request.max_loss, actor=actor)
     job, created = schedule.submit(ledger, bell, new)
-    return _submitted(ready, job=job, deduplicated=not created)
+    return _submitted(ledger, ready, job=job, deduplicated=not created)
 
 
 def new_merge(
@@ -152,7 +153,7 @@ def plan_merge(ledger: Ledger, folders: Folders, request: MergeRequest) -> PlanV
         parents=ready.parent_views,
         forecasts=forecasts,
         pairs=pairs,
-        warnings=ready.warnings,
+        warnings=_warnings(ledger, ready),
         exists=existing.label if existing else None,
     )
 
@@ -354,12 +355,12 @@ def _joint_license(parents: Sequence[AdapterVersion]) -> str | None:
 
 
 def _submitted(
+    ledger: Ledger,
     ready: Preflight,
     *,
     job: Job | None = None,
     version: AdapterVersion | None = None,
     deduplicated: bool = True,
-    ledger: Ledger | None = None,
 ) -> Submitted:
     return Submitted(
         into=ready.into,
@@ -368,7 +369,14 @@ def _submitted(
         rank=ready.recipe.rank,
         parents=ready.parent_views,
         job=job,
-        version=version_view(ledger, version) if ledger and version else None,
+        version=version_view(ledger, version) if version else None,
         deduplicated=deduplicated,
-        warnings=ready.warnings,
+        warnings=_warnings(ledger, ready),
     )
+
+
+def _warnings(ledger: Ledger, ready: Preflight) -> tuple[str, ...]:
+    """What is odd about these parents but no reason to refuse: their modules, their prompts, their tokenizers."""
+    tags = [parent.spec.tags for parent in ready.parents]
+    forms = [prompt_form(parent.spec.tags, suites_of(ledger, parent)) for parent in ready.parents]
+    return (*ready.warnings, *prompt_warnings(ready.labels, forms), *tokenizer_warnings(ready.labels, tags))

@@ -10,12 +10,17 @@ from dataclasses import dataclass, replace
 
 from ..api import RetentionRow, RetentionView
 from ..domain.eval_plan import BASE
-from ..domain.evals import CONFIDENCE, MEASURES, EvalReport, Metric, TaskResult, behaviour_note, kept
+from ..domain.evals import CONFIDENCE, MEASURES, EvalReport, Metric, TaskResult, behaviour_note, kept, switched
+from ..domain.suite import Suite
 from ..domain.version import AdapterVersion
 from ..ports import Ledger
 from .evaluate import is_imported, parents_of
 from .suites import suites_of
 
+#: So many answers stand side by side.
+SHOWN = 20
+#: More answers than these in another parent's manner are told.
+SWITCHED = 0.1
 #: What must be equal before two reports on one suite are compared.
 Setting = tuple[tuple[int, ...], str, str]
 
@@ -34,9 +39,8 @@ def retention_view(ledger: Ledger, version: AdapterVersion, *, confidence: float
     parents = parents_of(ledger, version)
     if not parents:
         return RetentionView(version.label, ())
-    base_id = version.spec.base.id
-    subjects = [BASE, *(parent.spec.content_digest for parent in parents), version.spec.content_digest]
-    reports = {subject: _by_suite(ledger.reports_for(subject, base_id)) for subject in dict.fromkeys(subjects)}
+    subjects = _subjects(version, parents)
+    reports = _reports(ledger, version, subjects)
     owners, names = _suite_owners(ledger, version, parents)
     for digest, found in reports[version.spec.content_digest].items():
         names.setdefault(digest, next(iter(found.values())).suite)
@@ -56,6 +60,40 @@ def retention_view(ledger: Ledger, version: AdapterVersion, *, confidence: float
                 imported.setdefault(report.engine["source"], []).append(labels[report.subject])
     notes = (f"{', '.join(dict.fromkeys(found))}: {source}" for source, found in imported.items())
     return RetentionView(version.label, tuple(rows), tuple(missing), tuple(notes))
+
+
+def side_by_side(ledger: Ledger, version: AdapterVersion, suite: Suite) -> list[dict[str, str]]:
+    """The first answers of base, parents and child to the same prompts, a column each; empty where none were made."""
+    parents = parents_of(ledger, version)
+    subjects = _subjects(version, parents)
+    reports = _reports(ledger, version, subjects)
+    compared = _compare([reports[subject].get(suite.digest, {}) for subject in subjects]) if parents else None
+    if compared is None:
+        return []
+    labels = [BASE, *(parent.label for parent in parents), version.label]
+    columns = dict(zip(labels, (compared.base, *compared.parents, compared.child), strict=True))
+    rows = {(task.name, row.id): row for task in suite.tasks for row in task.rows}
+    answers = [{(o["task"], o["id"]): str(o["output"]) for o in report.outputs} for report in columns.values()]
+    shown = [key for key in answers[-1] if key in rows and all(key in each for each in answers)][:SHOWN]
+    return [
+        {
+            "prompt": rows[key].prompt,
+            "expected": rows[key].target,
+            **{label: each[key] for label, each in zip(columns, answers, strict=True)},
+        }
+        for key in shown
+    ]
+
+
+def _subjects(version: AdapterVersion, parents: Sequence[AdapterVersion]) -> list[str]:
+    return [BASE, *(parent.spec.content_digest for parent in parents), version.spec.content_digest]
+
+
+def _reports(
+    ledger: Ledger, version: AdapterVersion, subjects: Sequence[str]
+) -> dict[str, dict[str, dict[Setting, EvalReport]]]:
+    base_id = version.spec.base.id
+    return {subject: _by_suite(ledger.reports_for(subject, base_id)) for subject in dict.fromkeys(subjects)}
 
 
 def _suite_owners(
@@ -99,10 +137,11 @@ def _rows(compared: _Compared, labels: Sequence[str], owners: Sequence[int], con
     for position, child in enumerate(compared.child.tasks):
         base = compared.base.tasks[position]
         parents = [report.tasks[position] for report in compared.parents]
-        owner = labels[_best(parents, owners)]
+        best = _best(parents, owners)
+        owner, like_others = labels[best], _switched(compared, child.task, best)
         by_label = dict(zip(labels, parents, strict=True))
         metrics = [metric for name, metric in MEASURES.items() if name in child.metrics]
-        rows += [_row(suite, metric, base, by_label, owner, child, confidence) for metric in metrics]
+        rows += [_row(suite, metric, base, by_label, owner, child, like_others, confidence) for metric in metrics]
     here = not any(is_imported(report) for report in (compared.base, *compared.parents, compared.child))
     return [replace(row, here=here) for row in rows]
 
@@ -114,10 +153,15 @@ def _row(
     parents: Mapping[str, TaskResult],
     owner: str,
     child: TaskResult,
+    like_others: float | None,
     confidence: float,
 ) -> RetentionRow:
     result = kept(metric, base.samples, parents[owner].samples, child.samples, confidence=confidence)
-    notes = [result.note, behaviour_note(parents[owner].metrics, child.metrics) if metric.generated else ""]
+    notes = [result.note]
+    if metric.generated:
+        notes.append(behaviour_note(parents[owner].metrics, child.metrics))
+        if like_others is not None and like_others > SWITCHED:
+            notes.append(f"{like_others:.0%} of answers read more like another parent's")
     assert metric.direction is not None
     return RetentionRow(
         suite=suite,
@@ -133,7 +177,19 @@ def _row(
         gain_kept=result.gain_kept,
         note="; ".join(filter(None, notes)),
         primary=metric.name == child.primary,
+        switched=like_others if metric.generated else None,
     )
+
+
+def _switched(compared: _Compared, task: str, owner: int) -> float | None:
+    """How often the child answers like another parent than the owner, where all of them answered."""
+    *parents, child = (
+        [str(row["output"]) for row in report.outputs if row["task"] == task]
+        for report in (*compared.parents, compared.child)
+    )
+    if not child or any(len(answers) != len(child) for answers in parents):
+        return None
+    return switched(child, parents[owner], [answers for i, answers in enumerate(parents) if i != owner])
 
 
 def _best(parents: Sequence[TaskResult], owners: Sequence[int]) -> int:

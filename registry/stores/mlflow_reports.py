@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion
+from ..ports import Beside
 from ..wire import to_builtins, to_json
 from .mlflow_access import KIND, PARENT_RUN, VERSION_ID, Mlflow, dataset_input
 from .mlflow_pages import mlflow_key, outputs_page
@@ -21,7 +22,9 @@ SEARCH = "adapterctl.tune"
 MAX_BATCH = 1000
 
 
-def log_report(mlflow: Mlflow, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None:
+def log_report(
+    mlflow: Mlflow, version: AdapterVersion, report: EvalReport, *, dataset_digest: str, beside: Beside
+) -> None:
     """Log a report once; a second call completes what a killed one left out.
 
     The figures stand on the evaluation's run, tied to the LoggedModel and the dataset, and again on the source run,
@@ -34,7 +37,7 @@ def log_report(mlflow: Mlflow, version: AdapterVersion, report: EvalReport, *, d
     figures = {mlflow_key(key): float(value) for key, value in report.metrics.items()}
     mlflow.client.log_inputs(run_id, datasets=[dataset])
     mlflow.link_inputs(run, [model_id])
-    mlflow.write_files(run_id, _files(version, report))
+    mlflow.write_files(run_id, _files(version, report, beside))
     mlflow.client.log_batch(run_id, metrics=[Metric(k, v, at, 0, model_id, name, digest) for k, v in figures.items()])
     mlflow.client.log_batch(version.placement.run_id, metrics=[Metric(k, v, at, 0) for k, v in figures.items()])
     mlflow.finish_run(run)
@@ -88,9 +91,12 @@ def _run(mlflow: Mlflow, version: AdapterVersion, report: EvalReport, dataset_di
     return run
 
 
-def _files(version: AdapterVersion, report: EvalReport) -> dict[str, str]:
-    texts = {"report.json": to_json(report)}
+def _files(version: AdapterVersion, report: EvalReport, beside: Beside) -> dict[str, str | bytes]:
+    title = f"{version.label} on {report.suite}"
+    files: dict[str, str | bytes] = {"report.json": to_json(report), **beside.pictures}
     if report.outputs:
-        texts["outputs.json"] = json.dumps(to_builtins(report.outputs), indent=2, ensure_ascii=False)
-        texts["outputs.md"] = outputs_page(f"{version.label} on {report.suite}", report.outputs)
-    return texts
+        files["outputs.json"] = json.dumps(to_builtins(report.outputs), indent=2, ensure_ascii=False)
+        files["outputs.md"] = outputs_page(title, report.outputs)
+    if beside.answers:
+        files["side_by_side.md"] = outputs_page(f"{title}, beside base and parents", beside.answers)
+    return files

@@ -22,7 +22,7 @@ from ..domain.digest import json_digest
 from ..domain.errors import NotFound, Refused
 from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion, Base, FileRecord, NewVersion, Placement
-from ..ports import Parent, SeenModel
+from ..ports import Beside, Parent, SeenModel
 from ..wire import from_json, to_builtins, to_json
 from .artifacts import files_are_gone, list_files, local_folder, move_into_place, own_folder
 from .mlflow_access import (
@@ -234,8 +234,10 @@ class MlflowVersions:
                 self._client.update_model_version(version.name, found.version, description=after)
 
     @in_our_words
-    def log_report(self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str) -> None:
-        log_report(self._mlflow, version, report, dataset_digest=dataset_digest)
+    def log_report(
+        self, version: AdapterVersion, report: EvalReport, *, dataset_digest: str, beside: Beside | None = None
+    ) -> None:
+        log_report(self._mlflow, version, report, dataset_digest=dataset_digest, beside=beside or Beside())
 
     @in_our_words
     def log_search(

@@ -19,6 +19,7 @@ from adapterctl.registry.domain.refs import parse_ref
 from adapterctl.registry.domain.version import AdapterVersion, NewVersion
 from adapterctl.registry.ports import Parent
 from adapterctl.registry.services import evaluate
+from adapterctl.registry.services.beside import beside
 from adapterctl.registry.services.register import Registration, inspect, publish, register
 from adapterctl.registry.services.retain import retention_view
 from adapterctl.registry.services.schedule import Done, Task
@@ -61,7 +62,11 @@ class World:
 
     def handler(self) -> evaluate.EvalHandler:
         return evaluate.EvalHandler(
-            self.ledger, self.settings, open_versions=lambda: self.versions, folders=self.folder
+            self.ledger,
+            self.settings,
+            open_versions=lambda: self.versions,
+            folders=self.folder,
+            beside=lambda version, suite: beside(self.ledger, version, suite),
         )
 
     def work(self, should_stop: Callable[[Path], bool] = lambda out: False) -> None:
@@ -339,3 +344,26 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(family: World
 
     assert "not_installed_anywhere" in refusal.value.message
     assert refusal.value.hint == "pip install 'adapterctl[eval]'"
+
+
+def test_a_merge_shows_its_answers_beside_its_parents_and_what_it_kept_in_mlflow(family: World):
+    family.request("translate-chat")
+    family.work()
+
+    version = _version(family, "translate-chat")
+    client = MlflowClient(family.versions.uri)
+    experiment = client.get_run(version.placement.run_id).info.experiment_id
+    runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{version.placement.run_id}'")
+    assert len(runs) == 2  # one a suite
+    for run in runs:
+        files = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert {"retention.png", "side_by_side.md", "outputs.md", "report.json"} <= files
+        page = Path(client.download_artifacts(run.info.run_id, "side_by_side.md")).read_text()
+        assert "| prompt | expected | base | translate:v1 | chat:v1 | translate\\-chat:v1 |" in page
+        assert "un chat" in page
+        picture = Path(client.download_artifacts(run.info.run_id, "retention.png")).read_bytes()
+        assert picture.startswith(b"\x89PNG")
+    rows = {(row.task, row.metric): row for row in retention_view(family.ledger, version).rows}
+    assert rows["t", "chrf"].switched == 1.0  # its weights are chat's, so it answers translate's task like chat
+    assert rows["u", "chrf"].switched == 0.0
+    assert "read more like another parent's" in rows["t", "chrf"].note

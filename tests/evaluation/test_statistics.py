@@ -15,6 +15,7 @@ from adapterctl.registry.domain.evals import (
     behaviour_note,
     kept,
     loops,
+    switched,
     task_result,
 )
 
@@ -117,14 +118,14 @@ def test_unpaired_samples_are_refused():
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     truth = 2.0 / 2.2
-    rounds, hits = 150, 0
+    rounds, hits = 500, 0
     for seed in range(rounds):
         interval = kept(NLL, *_three(6.0, 2.0, 2.2, count=40, seed=seed), draws=200, seed=seed).retention
         assert interval is not None
         hits += interval.low <= truth <= interval.high
 
-    # 90 % promised. Over 150 rounds one standard deviation is 2.4 points; a bootstrap of 40 samples is a bit narrow.
-    assert 0.80 <= hits / rounds <= 0.97
+    # 90 % promised; over 500 rounds one standard deviation is 1.3 points
+    assert 0.85 <= hits / rounds <= 0.95
 
 
 def test_pairing_sees_a_loss_that_unpaired_samples_hide():
@@ -159,6 +160,14 @@ def test_behaviour_comes_along_where_answers_are_generated():
 
     assert set(result.metrics) == {"nll", "chrf", "length_ratio", "ended", "loops", "short"}
     assert (result.metrics["ended"], result.metrics["loops"], result.direction) == (0.5, 0.5, "lower")
+
+
+def test_answers_in_another_parents_manner_are_counted():
+    own, other = ["a red house", "two cats", "yes"], ["Hello there!", "two cats", "Hi!"]
+
+    assert switched(["a red horse", "two cats", "Hi"], own, [other]) == 0.5  # the second tells nothing
+    assert switched(own, own, [other]) == 0.0
+    assert switched(own, own, [own]) is None
 
 
 def test_a_change_of_behaviour_is_told_in_words():

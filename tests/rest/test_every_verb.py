@@ -237,6 +237,14 @@ def test_weights_by_layer_make_another_recipe(registry: RegistryAPI, add: Add):
         registry.plan(replace(request, layers=(LayerWeights("layers.77", (1.0, 1.0)),)))
 
 
+def test_a_plan_warns_of_prompts_that_the_merge_cannot_tell_apart(registry: RegistryAPI, add: Add):
+    one, two = (add(tags={"prompt_template": "Q: {text} A:"}) for _ in range(2))
+
+    plan = registry.plan(MergeRequest((parse_parent(one.ref), parse_parent(two.ref)), into=next(_names)))
+
+    assert [warning for warning in plan.warnings if "take prompts of the same form (Q:…A:)" in warning]
+
+
 def test_parents_that_do_not_fit_are_refused_with_every_reason(registry: RegistryAPI, add: Add):
     one, two, three = add(), add(base=f"base/{next(_names)}"), add(base=f"base/{next(_names)}")
     request = MergeRequest(tuple(parse_parent(each.ref) for each in (one, two, three)))

@@ -12,6 +12,7 @@ from adapterctl.registry.domain.job import JobState
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import ParentRef, Ref
 from adapterctl.registry.domain.version import Edge
+from adapterctl.registry.ports import Beside
 from adapterctl.registry.services import evaluate
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.services.merge import _terms
@@ -128,6 +129,7 @@ def test_two_versions_with_the_same_bytes_are_both_shown_what_was_measured(two_p
         two_parents.settings,
         open_versions=lambda: two_parents.version_store,
         folders=two_parents.folders,
+        beside=lambda version, suite: Beside(),
     )
     job = evaluate_job(two_parents, [version.id for version in versions])
 
