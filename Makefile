@@ -23,13 +23,16 @@ CHAOS := OMP_NUM_THREADS=1 PYTHONPATH=tests/plugins $(BIN)/python chaos
 DEV := .venv/stamps/dev-$(shell cat $(RUN_LOCKS) pyproject.toml requirements-dev.lock | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test golden check format bench chaos soak dev clean
+.PHONY: help demo article up test golden check format bench chaos soak dev clean
 
 help: ## list the tasks
 	@sed -n 's/^\([a-z]*\):.*## /  make \1#/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s%s\n", $$1, $$2}'
 
 demo: $(RUN) ## install, then tell the whole story on shipped adapters of a real 135M model
 	$(BIN)/adapterctl demo
+
+article: $(RUN) ## do the article again: its weightings against searched ones, docs/article.md; 20 minutes, goes on if stopped
+	$(BIN)/python bench/article.py $(ARGS)
 
 up: $(RUN) ## serve the embedded registry and MLflow's pages on this machine (ADAPTERCTL_HOME, or the default home)
 	$(BIN)/adapterctl ui

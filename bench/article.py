@@ -32,6 +32,7 @@ from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import ParentRef, Ref
 from adapterctl.registry.domain.tuning import Finding, TunePlan, TuneTask, share, split
 from adapterctl.registry.merging.method import resolve
+from adapterctl.registry.services.pictures import ink
 from adapterctl.registry.services.suites import load_suite
 from adapterctl.workers.tune_job import Bench, Journal, Search
 
@@ -94,7 +95,7 @@ def main() -> int:
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     findings = {seed: _search(replace(plan, seed=seed), bench, seed) for seed in seeds}
     rows = _rows(plan, bench, store, findings, asked.answers)
-    PAGE.write_text(_page(plan, rows, findings, asked, time.monotonic() - started), encoding="utf-8")
+    PAGE.write_text(_page(plan, rows, findings, asked), encoding="utf-8")
     _pictures(rows, findings)
     print(f"{PAGE} after {time.monotonic() - started:.0f} s")
     return 0
@@ -275,7 +276,7 @@ def _claims(rows: Mapping[str, Row]) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
 
 
-def _page(plan: TunePlan, rows: Mapping[str, Row], findings: Mapping[int, Finding], asked: Any, seconds: float) -> str:
+def _page(plan: TunePlan, rows: Mapping[str, Row], findings: Mapping[int, Finding], asked: Any) -> str:
     heldout = len(plan.tasks[0].heldout)
     parents = [rows[task].heldout[place] for place, task in enumerate(TASKS)]
     ten = [row for name, row in rows.items() if name.startswith(METHODS)]
@@ -331,8 +332,8 @@ def _page(plan: TunePlan, rows: Mapping[str, Row], findings: Mapping[int, Findin
         )
     lines += [
         "",
-        "*Not worse* means that the interval does not lie below zero. On so few samples that settles large differences only; `--samples 200`",
-        "takes an hour and settles smaller ones.",
+        "*Not worse* means that the interval does not lie below zero. On so few samples that settles large differences only;",
+        "`python bench/article.py --samples 200` takes about six times as long and settles smaller ones.",
         "",
         "## The article's claims",
         "",
@@ -370,7 +371,7 @@ def _heat_map(rows: Sequence[Row]) -> None:
     axes.imshow(values, cmap="RdYlGn", vmin=0.5, vmax=1.0, aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):
-            axes.text(x, y, f"{value:.1%}", ha="center", va="center", fontsize=9, color=INK)
+            axes.text(x, y, f"{value:.1%}", ha="center", va="center", fontsize=9, color=ink(value))
     axes.set_xticks(range(3), ["kept of translate", "kept of chat", "least"], fontsize=9)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=9)
     axes.xaxis.tick_top()

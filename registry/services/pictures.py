@@ -36,7 +36,15 @@ def retention_picture(view: RetentionView) -> bytes:
     for y, row in enumerate(view.rows):
         for x, value in enumerate(_values(row, parents)):
             mark = " *" if columns[x] == row.owner else ""
-            axes.text(x, y, f"{shares[y][x]:.0%}\n{value:.3g}{mark}", ha="center", va="center", fontsize=9, color=INK)
+            axes.text(
+                x,
+                y,
+                f"{shares[y][x]:.0%}\n{value:.3g}{mark}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color=ink(shares[y][x]),
+            )
     axes.set_xticks(range(len(columns)), [_short(text) for text in columns], fontsize=9)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_title("Share of the owning parent's figure (*)", fontsize=10, loc="left")
@@ -147,6 +155,11 @@ def trials_picture(view: TuneView) -> bytes:
     for side in axes.spines.values():
         side.set_visible(False)
     return _png(figure)
+
+
+def ink(share: float) -> str:
+    """What can be read on the colour of this share."""
+    return "white" if share < FLOOR + 0.08 or share > 0.96 else INK
 
 
 def _figure(width: float, height: float) -> Figure:
