@@ -8,7 +8,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -168,6 +168,39 @@ def peak_mb(room: Path) -> Figure:
         ended = run_process([sys.executable, "-m", "adapterctl.workers.runner", str(task)])
         peaks[layers] = (ended.peak_bytes - THREADS * 12 * WIDTH * 2 * RANK) / 1e6
     return Figure(max(peaks.values()), ", ".join(f"{layers} layers: {peak:.0f} MB" for layers, peak in peaks.items()))
+
+
+@bench("peak_growth", "peak memory of a merge child with 224 modules against one with 32", unit="×", at_most=1.05)
+def peak_growth(room: Path) -> Figure:
+    peaks = {}
+    for layers in (8, 56):
+        folders = write_pair(room, layers=layers)
+        task = _task(plan(folders, "svd"), folders, room)
+        ended = [run_process([sys.executable, "-m", "adapterctl.workers.runner", str(task)]) for _ in range(3)]
+        peaks[4 * layers] = statistics.median(each.peak_bytes for each in ended) / 1e6
+    return Figure(peaks[224] / peaks[32], ", ".join(f"{modules} modules: {mb:.1f} MB" for modules, mb in peaks.items()))
+
+
+def _growth(room: Path, sizes: Sequence[int], setting: str) -> Figure:
+    """Slope of log CPU-seconds of one module over log size, in the upper half of them: calls cost least there."""
+    seconds = {}
+    for size in sizes:
+        place = room / str(size)
+        place.mkdir()
+        asked = {"rank": 16, "width": WIDTH, setting: size}
+        folders = write_pair(place, layers=1, dtype="F32", **asked)
+        seconds[size] = _one_module(plan(folders, "svd", rank=asked["rank"]), folders, place, 5)
+    upper = sizes[len(sizes) // 2 :]
+    slope = float(np.polyfit(np.log(upper), np.log([seconds[size] for size in upper]), 1)[0])
+    return Figure(slope, ", ".join(f"{size}: {s * 1e3:.2f} ms" for size, s in seconds.items()))
+
+
+for _setting, _sizes, _theory in (("width", (512, 1024, 2048, 4096, 8192), 1.0), ("rank", (4, 16, 64, 128, 256), 2.0)):
+    bench(
+        f"svd_growth_{_setting}",
+        f"exponent of the CPU time of `svd` in the {_setting} (theory: {_theory:g}), two parents, float32",
+        at_most=_theory + 0.5,
+    )(partial(_growth, sizes=_sizes, setting=_setting))
 
 
 @bench(
