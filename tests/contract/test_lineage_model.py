@@ -1,6 +1,6 @@
 """Edges, recalls, stages and tombstones against a model in plain Python: whatever order of deeds, both say the same.
 
-LINEAGE_STEPS=10000 runs more of it than the default: `LINEAGE_STEPS=10000 pytest tests/contract/test_lineage_model.py`.
+More steps than the default: `LINEAGE_STEPS=10000 pytest --timeout=0 tests/contract/test_lineage_model.py`.
 """
 
 from __future__ import annotations
