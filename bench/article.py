@@ -89,7 +89,7 @@ def main() -> int:
     asked = parser.parse_args()
     ROOM.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    plan = _plan(asked.samples, asked.budget)
+    plan = search_plan(asked.samples, asked.budget, ROOM / BASE_NAME)
     bench = Bench(plan, lambda message: None, lambda: False, threads=1)
     store = Store(ROOM / f"looks-{asked.samples}-{asked.answers}.json")
     seeds = [int(seed) for seed in asked.seeds.split(",")]
@@ -101,7 +101,8 @@ def main() -> int:
     return 0
 
 
-def _plan(samples: int, budget: int) -> TunePlan:
+def search_plan(samples: int, budget: int, base: Path) -> TunePlan:
+    """A search on the example adapters and their suites, without a registry."""
     tasks = []
     for owner, name in enumerate(TASKS):
         (task,) = load_suite(ROOT / "examples" / "suites" / f"{name}.yaml").tasks
@@ -109,7 +110,7 @@ def _plan(samples: int, budget: int) -> TunePlan:
         tasks.append(TuneTask(name, alone, (owner,), *split(task, samples)))
     folders = [ROOT / "examples" / "adapters" / parent for parent in PARENTS]
     return TunePlan(
-        base_folder=str(ROOM / BASE_NAME),
+        base_folder=str(base),
         parents=tuple(Subject(parent, parent, str(f)) for parent, f in zip(PARENTS, folders, strict=True)),
         kinds=tuple(_kind(method, folders) for method in METHODS),
         tasks=tuple(tasks),

@@ -23,13 +23,14 @@ import lineage
 import merges
 import pages
 import service
+import tuning
 from measure import BENCHMARKS, Benchmark, Figure
 
 from adapterctl.workers.receipt import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, PAGE = ROOT / "build" / "bench.json", ROOT / "docs" / "benchmarks.md"
-MODULES = (merges, lineage, pages, commands, service)
+MODULES = (merges, lineage, pages, commands, service, tuning)
 PACKAGES = ("numpy", "torch", "peft", "transformers", "mlflow")
 
 
