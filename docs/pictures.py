@@ -40,8 +40,8 @@ def main() -> None:
         )
         page = browser.new_page(viewport={"width": 1200, "height": 900}, device_scale_factor=1)
         take_terminal(page, story)
-        take_lineage(page, home)
         with serving(home):
+            take_lineage(page)
             take_pages(page, home)
         browser.close()
 
@@ -75,13 +75,18 @@ def take_terminal(page: Page, text: str) -> None:
     page.screenshot(path=PICTURES / "demo.png", full_page=True)
 
 
-def take_lineage(page: Page, home: Path) -> None:
-    command = [*ADAPTERCTL, "--home", str(home), "lineage", "translate:v3", "-o", "html"]
-    html = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    page.set_viewport_size({"width": 1280, "height": 620})
-    page.set_content(html)
+def take_lineage(page: Page) -> None:
+    """Our own pages: a version with what is known of it, and a metric along a lineage, in the dark."""
+    address = f"http://127.0.0.1:{PORT}/adapters"
+    page.set_viewport_size({"width": 1360, "height": 760})
+    page.goto(f"{address}/translate/v3")
     page.focus("[data-ref='translate-chat:v1']")
+    page.get_by_text("The whole receipt").wait_for()
     page.screenshot(path=PICTURES / "lineage.png")
+    page.emulate_media(color_scheme="dark")
+    page.goto(f"{address}/translate-chat/v1?metric=translate%2Fnll")
+    page.screenshot(path=PICTURES / "lineage-metric.png")
+    page.emulate_media(color_scheme="light")
 
 
 def take_pages(page: Page, home: Path) -> None:
@@ -110,11 +115,13 @@ def shown(home: Path) -> dict[str, str]:
     from adapterctl.registry.settings import load_settings
 
     registry = connect(load_settings({"home": home}), readonly=True)
+    lossy = registry.version(Ref("translate-chat", number=2))
     child, parent = registry.version(Ref("translate-chat", number=1)), registry.version(Ref("translate", number=3))
     return {
         "mlflow-models": "/#/models",
         "mlflow-version": child.mlflow_path,
         "mlflow-run": f"/#/experiments/1/runs/{child.run_id}",
+        "mlflow-layers": f"/#/experiments/1/runs/{lossy.run_id}/artifacts/layers.svg",
         "mlflow-parent": f"/#/experiments/1/models/{parent.model_id}",
     }
 
