@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from .domain.access import EVERY_NAME, Scope, Token
 from .domain.evals import EvalReport, Interval
-from .domain.job import Job, JobEvent, LogPiece
+from .domain.job import Job, JobEvent, LogPiece, QueueDepth
 from .domain.plan import Forecast, Pair
 from .domain.recall import RecallAction
 from .domain.recipe import MergeRequest
@@ -24,6 +24,7 @@ from .domain.suite import Suite
 from .domain.tuning import TuneRequest
 from .domain.verdict import Decision, Judged, Outcome
 from .domain.version import Base, FileRecord
+from .domain.worker import Worker
 
 Direction = Literal["up", "down", "both"]
 
@@ -677,6 +678,11 @@ class ServedRegistry(RegistryAPI, Protocol):
     ) -> list[Job]: ...
     def job_log(self, job_id: str, after: int = 0) -> list[LogPiece]:
         """What the job's attempts wrote, after that piece."""
+        ...
+
+    def workers(self) -> list[Worker]: ...
+    def queue_depths(self) -> list[QueueDepth]:
+        """The live jobs, counted by queue and state."""
         ...
 
     def wake(self, job_id: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-pytest_plugins = ["drawings", "postgres", "registries", "tiny"]  # tests/plugins/
+pytest_plugins = ["broker", "drawings", "postgres", "registries", "tiny"]  # tests/plugins/
 
 # A slow machine is no counterexample, and a failure must come again in the next run.
 hypothesis.settings.register_profile("adapterctl", deadline=None, derandomize=True, print_blob=True)

@@ -22,6 +22,7 @@ from ..api import ServedRegistry
 from ..domain.access import Scope
 from ..domain.errors import AdapterctlError, InvalidInput, NotAllowed, NotFound, Problem, Unavailable
 from ..domain.job import JobState
+from ..domain.worker import QUEUES
 from ..ports import Access
 from .door import Door, Metrics, Rules
 from .pages import router as pages
@@ -112,6 +113,13 @@ def own_names() -> tuple[str, ...]:
 
 def _add_health(app: FastAPI, registry: ServedRegistry, metrics: Metrics) -> None:
     jobs = Gauge("adapterctl_jobs", "Jobs that are not ended, by state.", ["state"], registry=metrics.registry)
+    queued = Gauge(
+        "adapterctl_queue_jobs", "Jobs that are not ended, by queue.", ["queue", "state"], registry=metrics.registry
+    )
+    age = Gauge(
+        "adapterctl_queue_age_seconds", "How long the oldest queued job waits.", ["queue"], registry=metrics.registry
+    )
+    workers = Gauge("adapterctl_workers", "Workers alive, by queue.", ["queue"], registry=metrics.registry)
 
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> Response:
@@ -128,8 +136,16 @@ def _add_health(app: FastAPI, registry: ServedRegistry, metrics: Metrics) -> Non
     def figures(request: Request) -> Response:
         """For Prometheus, with a token of the scope `read`."""
         request.state.caller.check(Scope.READ)
+        depths = registry.queue_depths()
         for state in (JobState.QUEUED, JobState.RUNNING):
-            jobs.labels(state.value).set(len(registry.jobs(state=state.value, limit=10_000)))
+            jobs.labels(state.value).set(sum(each.jobs for each in depths if each.state is state))
+        at_work = [worker for worker in registry.workers() if worker.alive]
+        for queue in QUEUES:
+            own = {each.state: each for each in depths if each.queue == queue}
+            for state in (JobState.QUEUED, JobState.RUNNING):
+                queued.labels(queue, state.value).set(own[state].jobs if state in own else 0)
+            age.labels(queue).set(own[JobState.QUEUED].oldest_s if JobState.QUEUED in own else 0)
+            workers.labels(queue).set(sum(queue in worker.queues for worker in at_work))
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..api import Check
-from ..domain.errors import AdapterctlError, NotFound
+from ..domain.errors import AdapterctlError, NotFound, Unavailable
 from ..domain.job import JobState
-from ..ports import Ledger, VersionStore
+from ..domain.worker import QUEUES, served
+from ..ports import Doorbell, Ledger, VersionStore
 from ..settings import Settings
 from .drift import drift
 
@@ -21,7 +22,9 @@ NETWORK_FILESYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.s
 _LOW_SPACE_BYTES = 1 << 30
 
 
-def examine(settings: Settings, ledger: Ledger, open_versions: Callable[[], VersionStore]) -> list[Check]:
+def examine(
+    settings: Settings, ledger: Ledger, bell: Doorbell, open_versions: Callable[[], VersionStore]
+) -> list[Check]:
     """Every check, in the order in which a fault would matter."""
     try:
         registry_id = ledger.registry_id
@@ -34,6 +37,7 @@ def examine(settings: Settings, ledger: Ledger, open_versions: Callable[[], Vers
         Check("ledger", "ok", f"registry {registry_id}, {len(ledger.versions())} versions"),
         *_mlflow(settings, ledger, open_versions),
         *_jobs(ledger),
+        *(_fleet(settings, ledger, bell) if settings.broker_url else ()),
         _evaluation(),
     ]
 
@@ -99,6 +103,25 @@ def _jobs(ledger: Ledger) -> Iterator[Check]:
         )
     else:
         yield Check("jobs", "ok", f"{len(waiting)} queued or running")
+
+
+def _fleet(settings: Settings, ledger: Ledger, bell: Doorbell) -> Iterator[Check]:
+    """Whether the broker answers, who works, and what waits for a worker that is not there."""
+    try:
+        bell.check()
+        yield Check("broker", "ok", "answers")
+    except Unavailable as error:
+        yield Check("broker", "error", error.message, error.hint)
+    workers = ledger.workers()
+    for worker in workers:
+        if not worker.alive:
+            said = f"{worker.name} on {worker.host} was last seen {worker.silent_s:.0f} s ago"
+            yield Check("worker", "warning", said, "start it again; its job was queued again by another worker")
+    yield Check("workers", "ok", f"{sum(worker.alive for worker in workers)} alive")
+    unserved = [queue for queue in QUEUES if queue not in served(workers)]
+    for job in ledger.waiting(unserved, for_s=settings.ring_again_s):
+        said = f"job {job.id} waits in the queue {job.queue}, which no worker serves"
+        yield Check("queue", "error", said, f"adapterctl worker --queues {job.queue}")
 
 
 def _evaluation() -> Check:

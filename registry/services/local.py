@@ -42,7 +42,7 @@ from ..api import (
 from ..domain.access import EVERY_NAME, Scope, Token, check_token, new_secret
 from ..domain.errors import Conflict, NotFound
 from ..domain.evals import EvalReport
-from ..domain.job import Job, JobEvent, LogPiece
+from ..domain.job import Job, JobEvent, LogPiece, QueueDepth
 from ..domain.recall import RecallAction
 from ..domain.recipe import MergeRequest
 from ..domain.refs import Ref, check_name
@@ -50,6 +50,7 @@ from ..domain.suite import Suite
 from ..domain.tuning import TuneRequest
 from ..domain.verdict import Decision
 from ..domain.version import Base
+from ..domain.worker import Worker
 from ..ports import Access, Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
 from . import (
@@ -340,6 +341,12 @@ class LocalRegistry:
     def job_log(self, job_id: str, after: int = 0) -> list[LogPiece]:
         return self.ledger.log(self.job(job_id).id, after)
 
+    def workers(self) -> list[Worker]:
+        return self.ledger.workers()
+
+    def queue_depths(self) -> list[QueueDepth]:
+        return self.ledger.queue_depths()
+
     def wake(self, job_id: str) -> None:
         self.bell.ring(job_id)
 
@@ -462,7 +469,7 @@ class LocalRegistry:
     # the registry itself
 
     def doctor(self) -> list[Check]:
-        return doctor.examine(self.settings, self.ledger, lambda: self.version_store)
+        return doctor.examine(self.settings, self.ledger, self.bell, lambda: self.version_store)
 
     @property
     def _stages(self) -> Stages:

@@ -141,6 +141,19 @@ def test_a_bug_in_our_own_part_ends_the_job_and_not_the_supervisor(
     assert "Traceback" in (home / "jobs" / f"{job.id}.log").read_text()
 
 
+def test_a_child_that_takes_too_much_memory_ends_its_job(
+    registry: LocalRegistry, submit: Submit, new_supervisor: NewSupervisor, settings: Settings
+):
+    job = submit()
+
+    new_supervisor(replace(settings, job_memory_mb=1)).run_next()
+
+    ended = registry.job(job.id)
+    assert (ended.state, ended.error["code"]) == (JobState.FAILED, "too_large")
+    assert "more than 1 MiB" in "".join(piece.text for piece in registry.job_log(job.id))
+    assert versions_of(registry) == []
+
+
 def test_an_obstacle_that_passes_does_not_use_up_the_attempts_of_the_queue(
     registry: LocalRegistry, submit: Submit, new_supervisor: NewSupervisor, monkeypatch: pytest.MonkeyPatch
 ):
