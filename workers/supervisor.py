@@ -137,6 +137,7 @@ class Supervisor:
         ):
             outcome = self._attempt(job, lease, log)
             log.write(f"attempt {job.attempt} {outcome.kind} {outcome.error.get('message', '')}")
+            log.ship()
             self._settle(job, outcome, log)
         hindered = outcome.kind == "crashed" and outcome.error["code"] in PASSING
         self._pause_s = min(max(2 * self._pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S) if hindered else 0.0
@@ -159,6 +160,7 @@ class Supervisor:
                 reached("child.ended")
                 if outcome.kind != "succeeded":
                     return outcome
+                log.ship()  # so that whoever sees the job ended sees what it wrote
                 return Outcome("succeeded", result=handler.finish(job, task, outcome.result))
         except AdapterctlError as error:
             return _told({"code": error.code, "message": error.message, "hint": error.hint})

@@ -11,12 +11,13 @@ from .. import parse, views
 from ..complete import complete_jobs
 from ..connect import Session, add_verbs
 from ..follow import follow
-from ..output import INTERRUPTED
+from ..output import INTERRUPTED, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ...registry.domain.job import Job, JobEvent
+    from ...registry.api import RegistryAPI
+    from ...registry.domain.job import Job, JobEvent, LogPiece
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job.", autocompletion=complete_jobs)]
 JobIds = Annotated[list[str], typer.Argument(metavar="ID", help="Jobs.", autocompletion=complete_jobs)]
@@ -63,7 +64,9 @@ def logs(
     job_id: JobId,
     follow_: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
 ) -> None:
-    """Print what happened to a job.
+    """Print what happened to a job, then what its attempts wrote.
+
+    JSON holds what happened alone.
 
     Example: adapterctl jobs logs -f "$(adapterctl jobs ls --limit 1 -q)"
     """
@@ -72,14 +75,15 @@ def logs(
     if not follow_:
         session.out.data(
             events,
-            text=lambda: "\n".join(map(views.event_text, events)) or "nothing yet",
+            text=lambda: "\n".join([*map(views.event_text, events), *_lines(registry, job_id)]) or "nothing yet",
             names=[str(event.seq) for event in events],
         )
         return
-    seen = _print_events(session, events, 0)
+    seen, written = _print_events(session, events, 0), 0
     try:
         for _ in registry.follow(job_id):
             seen = _print_events(session, registry.job_events(job_id, after=seen), seen)
+            written = _print_log(session, registry.job_log(job_id, after=written), written)
     except KeyboardInterrupt:
         session.out.say("left; the job goes on")
         raise typer.Exit(INTERRUPTED) from None
@@ -132,6 +136,19 @@ def retry(session: Session, job_ids: JobIds) -> None:
 
 def _list(session: Session, jobs: Sequence[Job]) -> None:
     session.out.data(jobs, text=lambda: views.jobs_table(jobs, session.out), names=[job.id for job in jobs])
+
+
+def _lines(registry: RegistryAPI, job_id: str) -> list[str]:
+    """What a job's attempts wrote, fit for a terminal: it may come from files of others."""
+    return [printable(line) for piece in registry.job_log(job_id) for line in piece.text.splitlines()]
+
+
+def _print_log(session: Session, pieces: Sequence[LogPiece], written: int) -> int:
+    for piece in pieces:
+        text = "\n".join(map(printable, piece.text.splitlines()))
+        session.out.line(piece, text=text, name=str(piece.seq))
+        written = piece.seq
+    return written
 
 
 def _print_events(session: Session, events: Sequence[JobEvent], seen: int) -> int:

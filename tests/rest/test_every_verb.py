@@ -372,6 +372,7 @@ def test_a_job_tells_its_history_and_its_end(registry: RegistryAPI, add: Add):
     assert seen[-1].state is JobState.SUCCEEDED
     assert submitted.job.id in [job.id for job in registry.jobs(state="ended", kind="merge")]
     assert len(registry.jobs(limit=1)) == 1
+    assert "attempt 1 of 3" in "".join(piece.text for piece in registry.job_log(submitted.job.id))
     events = registry.job_events(submitted.job.id)
     assert [event.kind for event in events] == ["queued", "running", "succeeded"]
     assert registry.job_events(submitted.job.id, after=2) == events[2:]
