@@ -12,6 +12,9 @@ DATABASE ?= all
 JOBS ?= 60
 FAULTS ?= 30
 HOURS ?= 2
+# Of the service: its folder, and the server's port.
+DIR ?= build/service
+PORT ?= 5000
 
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
@@ -23,7 +26,7 @@ CHAOS := OMP_NUM_THREADS=1 PYTHONPATH=tests/plugins $(BIN)/python chaos
 DEV := .venv/stamps/dev-$(shell cat $(RUN_LOCKS) pyproject.toml requirements-dev.lock | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo article up test golden check format bench chaos soak dev clean
+.PHONY: help demo article up service test golden check format bench chaos soak dev clean
 
 help: ## list the tasks
 	@sed -n 's/^\([a-z]*\):.*## /  make \1#/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s%s\n", $$1, $$2}'
@@ -36,6 +39,9 @@ article: $(RUN) ## do the article again: its weightings against searched ones, d
 
 up: $(RUN) ## serve the embedded registry and MLflow's pages on this machine (ADAPTERCTL_HOME, or the default home)
 	$(BIN)/adapterctl ui
+
+service: $(DEV) ## try the whole service on this machine: PostgreSQL, Redis, a server, workers; DIR=build/service PORT=5000
+	@exec env PYTHONPATH=tests/plugins $(BIN)/python deploy/service.py --folder "$(DIR)" --port $(PORT)
 
 test: $(DEV) ## run the tests on two processes; ARGS goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)

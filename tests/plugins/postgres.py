@@ -68,13 +68,9 @@ def postgres_server(environment: Mapping[str, str] | None = None) -> Iterator[Po
     """A server of its own, gone with everything that it wrote when the block ends or this process dies."""
     folder = Path(tempfile.mkdtemp(prefix="adapterctl-pg-", dir="/tmp"))
     try:
-        as_user: dict[str, Any] = {}
-        if os.getuid() == 0:
-            entry = pwd.getpwnam(UNPRIVILEGED)
-            as_user = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
-            os.chown(folder, entry.pw_uid, entry.pw_gid)
-        binaries = _binaries(folder, copy=bool(as_user))
-        _initialise(binaries, folder, as_user)
+        as_user = give_away(folder)
+        binaries = place_binaries(folder, copy=bool(as_user))
+        initialise(binaries, folder, as_user, PASSWORD, "--no-sync")
         port = free_port()
         command = [
             *(str(binaries / "postgres"), "-D", str(folder / "data"), "-p", str(port), "-k", str(folder)),
@@ -89,7 +85,7 @@ def postgres_server(environment: Mapping[str, str] | None = None) -> Iterator[Po
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **(environment or {})},
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                     **as_user,
                 )
 
@@ -165,7 +161,17 @@ def installed_binaries() -> Path:
     return Path(found.origin).parent / "pginstall" / "bin"
 
 
-def _binaries(folder: Path, *, copy: bool) -> Path:
+def give_away(folder: Path) -> dict[str, Any]:
+    """Run as root, make the folder that of the unprivileged user; gives what starts a process as that user."""
+    if os.getuid() != 0:
+        return {}
+    entry = pwd.getpwnam(UNPRIVILEGED)
+    os.chown(folder, entry.pw_uid, entry.pw_gid)
+    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+
+
+def place_binaries(folder: Path, *, copy: bool) -> Path:
+    """The folder of the programs, copied to where the unprivileged user can read them if need be."""
     if not copy:
         return installed_binaries()
     installed = installed_binaries().parent.parent
@@ -179,19 +185,21 @@ def _binaries(folder: Path, *, copy: bool) -> Path:
     return folder / "wheel" / "package" / "pginstall" / "bin"
 
 
-def _initialise(binaries: Path, folder: Path, as_user: dict[str, Any]) -> None:
-    (folder / "password").write_text(PASSWORD)
-    (folder / "password").chmod(0o644)  # the folder itself is closed to others
+def initialise(binaries: Path, folder: Path, as_user: dict[str, Any], password: str, *options: str) -> None:
+    """Make `data` in a folder that is closed to others."""
+    (folder / "password").write_text(password)
+    (folder / "password").chmod(0o644)
     subprocess.run(
         [
-            str(binaries / "initdb"), "-D", str(folder / "data"), "-U", USER, "-E", "UTF8", "--no-locale", "--no-sync",
+            str(binaries / "initdb"), "-D", str(folder / "data"), "-U", USER, "-E", "UTF8", "--no-locale", *options,
             "--auth=scram-sha-256", f"--pwfile={folder / 'password'}",
         ],
         check=True, capture_output=True, cwd=folder, **as_user,
     )  # fmt: skip
+    (folder / "password").unlink()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)
 
 
