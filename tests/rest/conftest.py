@@ -1,4 +1,4 @@
-"""A registry, and the same one behind HTTP: in this process, and served by a process of its own."""
+"""A registry, and the same one behind HTTP: in this process, served by a process of its own, and as a whole service."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from broker import Broker, start_worker
 from starlette.testclient import TestClient
 
 from adapterctl.bootstrap import OwnFiles, connect, remote
@@ -112,9 +113,13 @@ def served(new_home: Callable[[str], Path]) -> Iterator[Served]:
 
 
 @contextmanager
-def _server_process(home: Path, log: Path, *options: str, environment: Mapping[str, str] = {}) -> Iterator[str]:
-    """`adapterctl serve` in a process of its own; gives its address. Its log goes to a file."""
-    command = [sys.executable, "-m", "adapterctl", "--home", str(home), "-o", "json", "serve", "--port", "0", *options]
+def _server_process(home: Path | None, log: Path, *options: str, environment: Mapping[str, str] = {}) -> Iterator[str]:
+    """`adapterctl serve` in a process of its own; gives its address. Its log goes to a file.
+
+    Without a home it serves what the environment says.
+    """
+    named = ["--home", str(home)] if home else []
+    command = [sys.executable, "-m", "adapterctl", *named, "-o", "json", "serve", "--port", "0", *options]
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=out, text=True, env=os.environ | {**environment}
@@ -129,7 +134,38 @@ def _server_process(home: Path, log: Path, *options: str, environment: Mapping[s
         process.stdout.close()
 
 
-@pytest.fixture(scope="module", params=["local", "in process", "over a socket"])
+@contextmanager
+def _service(request: pytest.FixtureRequest, folder: Path) -> Iterator[RegistryAPI]:
+    """A server on PostgreSQL, with Redis and two workers, all of them processes of their own; seen by a client."""
+    new_database: Callable[[str], str] = request.getfixturevalue("new_database")
+    broker: Broker = request.getfixturevalue("broker")
+    settings = Settings(
+        home=folder / "server",
+        actor="ada",
+        ring_again_s=1.0,
+        database_url=new_database(request.getfixturevalue("postgres_schema")),
+        mlflow_uri=new_database(request.getfixturevalue("postgres_mlflow_schema")),
+        artifacts=(folder / "artifacts").as_uri(),
+        broker_url=broker.url,
+    )
+    local = connect(settings)
+    with closing(local.ledger):
+        secret = local.create_token("ada", scope=Scope.ADMIN).secret
+    workers = [
+        start_worker(replace(settings, home=folder / name, broker_url=broker.worker_url), name, folder / f"{name}.log")
+        for name in ("one", "two")
+    ]
+    try:
+        with _server_process(None, folder / "log", environment=settings.to_env()) as url:
+            yield remote(url, secret)
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.wait(60)
+
+
+@pytest.fixture(scope="module", params=["local", "in process", "over a socket", "service"])
 def registry(
     request: pytest.FixtureRequest, new_home: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RegistryAPI]:
@@ -142,6 +178,9 @@ def registry(
     elif request.param == "in process":
         with serving(home) as served:
             yield served.remote()
+    elif request.param == "service":
+        with _service(request, tmp_path_factory.mktemp("service")) as service:
+            yield service
     else:
         secret = connect(Settings(home=home, actor="ada")).create_token("ada", scope=Scope.ADMIN).secret
         log = tmp_path_factory.mktemp("server") / "log"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from broker import PASSWORD, WORKER_PASSWORD, Broker
+from broker import PASSWORD, WORKER_PASSWORD, Broker, start_worker
 from postgres import PASSWORD as DATABASE_PASSWORD
 from tiny import write_tiny_adapter
 
@@ -38,12 +37,8 @@ class Fleet:
     asked: int = 0
 
     def start(self, name: str) -> None:
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.workers[name] = subprocess.Popen(
-                [sys.executable, "-m", "adapterctl", "worker", "--name", name],
-                env={**os.environ, **replace(self.settings, home=self.folder / name).to_env()},
-                stderr=log,
-            )
+        settings = replace(self.settings, home=self.folder / name)
+        self.workers[name] = start_worker(settings, name, self.folder / f"{name}.log")
 
     def submit(self) -> Job:
         self.asked += 1
