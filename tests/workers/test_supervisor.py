@@ -373,6 +373,7 @@ def test_a_job_queued_between_the_last_look_and_the_exit_is_not_missed(
             assert bell._started == []  # so nobody was started
 
     monkeypatch.setattr(Supervisor, "drain", drain)
+    monkeypatch.setattr(sys, "argv", ["supervisor"])  # `main` reads it, and pytest's words are not for it
     for name, value in settings.to_env().items():
         monkeypatch.setenv(name, value)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
