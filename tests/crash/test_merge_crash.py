@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from registries import nobody_works
 
 from adapterctl.registry.crashpoints import CRASH_POINTS
 from adapterctl.registry.domain.job import JobState
@@ -21,7 +22,6 @@ from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import ParentRef, Ref
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.services.staging import sweep
-from adapterctl.registry.stores.spawn_bell import only_one
 
 OF_A_MERGE = [point for point in CRASH_POINTS if not point.startswith(("stage.", "tune."))]
 IN_THE_CHILD = ("child.started", "child.module", "child.written")  # these leave the supervisor alive
@@ -41,11 +41,6 @@ def wait_until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline, f"nothing happened in {PATIENCE_S:g} s"
         time.sleep(0.05)
-
-
-def nobody_works(home: Path) -> bool:
-    with only_one(home) as free:
-        return free
 
 
 @pytest.mark.parametrize("point", OF_A_MERGE)

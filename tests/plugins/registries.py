@@ -16,8 +16,15 @@ from adapterctl.migrations import migrate
 from adapterctl.registry.ports import VersionStore
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.settings import load_settings
+from adapterctl.registry.stores.spawn_bell import only_one
 from adapterctl.registry.stores.sql.engine import Database, sqlite_url
 from adapterctl.registry.stores.sql.ledger import SqlLedger
+
+
+def nobody_works(home: Path) -> bool:
+    """Whether no supervisor of this home is alive."""
+    with only_one(home) as free:
+        return free
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
+from registries import nobody_works
 from tiny import write_tiny_adapter
 
 from adapterctl.registry.domain.errors import InvalidInput, NotFound, Recalled, Refused
@@ -33,6 +35,13 @@ def registry(two_parents: LocalRegistry, tmp_path_factory) -> LocalRegistry:
     )
     merge(two_parents, "late", "tuned:v1", "chat:v1")
     return two_parents
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline, "nothing happened in 120 s"
+        time.sleep(0.05)
 
 
 def follow_chain(registry: LocalRegistry, job_id: str) -> list[str]:
@@ -67,19 +76,17 @@ def test_a_killed_rebuild_goes_on_and_leaves_what_was_trained_alone(registry, tm
     once = tmp_path / "once"
     old, new = parse_ref("translate:v1"), parse_ref("translate:v2")
     registry.recall(old, reason="leaked")
-    time.sleep(2 * registry.settings.idle_s)  # the supervisor of before has left: the next one is ours to kill
+    # the marks of the recall are made and their supervisor has left: the next one is ours to kill
+    wait_until(lambda: not registry.jobs(state="live") and nobody_works(registry.settings.home))
     monkeypatch.setenv("ADAPTERCTL_CRASH_AT", "ledger.committed")
     monkeypatch.setenv("ADAPTERCTL_CRASH_ONCE", str(once))
 
     planned = registry.rebuild(old, new)
-    deadline = time.monotonic() + 120
-    while not once.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(once.exists)
     monkeypatch.delenv("ADAPTERCTL_CRASH_AT")
     registry.wake(planned.job.id)
     made = follow_chain(registry, planned.job.id)
 
-    assert once.exists()
     assert [(step.ref, step.action, step.parents) for step in planned.steps] == [
         ("omni:v1", "merge", ("translate:v2",)),
         ("top:v1", "merge", ("the new omni:v1",)),
