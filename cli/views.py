@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         AdapterView,
         Check,
         DiffView,
+        GarbageView,
         GateCheck,
         GatesView,
         HistoryView,
@@ -449,6 +450,15 @@ def checks_text(checks: Sequence[Check], out: Output) -> str:
         if c.hint:
             lines.append(f"{'':9}{'':{width}}  {out.paint('→ ' + printable(c.hint), 'cyan')}")
     return "\n".join(lines)
+
+
+def garbage_text(garbage: GarbageView, out: Output) -> str:
+    """What nobody refers to, a line each, and how much that is."""
+    if not garbage.found:
+        return "nothing to free"
+    rows = [[each.kind, each.name, size(each.size_bytes), each.reason] for each in garbage.found]
+    total = f"{size(garbage.size_bytes)} {'can be' if garbage.dry_run else 'are'} freed"
+    return f"{out.table(['KIND', 'NAME', 'SIZE', 'REASON'], rows)}\n{total}"
 
 
 def rebuild_text(plan: RebuildView, out: Output) -> str:

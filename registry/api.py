@@ -424,6 +424,25 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Garbage:
+    """One thing that nobody refers to, how much it holds, and why nobody does."""
+
+    kind: Literal["version", "attempt", "stage", "work", "log"]
+    name: str
+    size_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GarbageView:
+    """What `gc` freed, or with `dry_run` would free."""
+
+    found: tuple[Garbage, ...]
+    size_bytes: int
+    dry_run: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SuiteView:
     """A suite that the registry keeps; its digest stands for it where a verb takes one. `adapters` are judged by it."""
 
@@ -438,6 +457,10 @@ class NewToken:
 
     token: Token
     secret: str
+
+
+#: How old an attempt or a log is before `gc` takes it, unless the caller says so.
+DAY_S = 86_400.0
 
 
 class RegistryAPI(Protocol):
@@ -599,6 +622,9 @@ class RegistryAPI(Protocol):
 
     # the registry itself
     def doctor(self) -> list[Check]: ...
+    def gc(self, *, older_than_s: float = DAY_S, dry_run: bool = False) -> GarbageView:
+        """Free what no version, job, decision or report refers to; attempts and logs only once they are so old."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,6 +75,10 @@ class Ledger(Protocol):
         """Hold a lock that dies with its process; the same name excludes every other process of this registry."""
         ...
 
+    def try_exclusive(self, name: str) -> AbstractContextManager[bool]:
+        """Hold that lock where nobody does; False, without waiting, where somebody does."""
+        ...
+
     # bases
     def bases(self) -> list[Base]: ...
     def base_aliases(self) -> dict[str, str]: ...
@@ -364,6 +368,16 @@ class SeenModel:
     versions: Mapping[int, str | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A run of MLflow that was begun for a version under `key` and never finished; `started_at` by MLflow's clock."""
+
+    run_id: str
+    version_id: str
+    key: str
+    started_at: float
+
+
 class VersionStore(Protocol):
     """MLflow: the browsable record of versions, and the place where their bytes live once."""
 
@@ -435,6 +449,22 @@ class VersionStore(Protocol):
 
     def remove(self, version: AdapterVersion) -> None:
         """Delete the model version and its files; what is gone already is fine."""
+        ...
+
+    def stored_bytes(self, version: AdapterVersion) -> int:
+        """How much lies at the place of a version's files; 0 where nothing does."""
+        ...
+
+    def attempts(self) -> list[Attempt]:
+        """What was begun and is not finished, the oldest first: under way, or left by a kill."""
+        ...
+
+    def attempt_bytes(self, attempt: Attempt) -> int | None:
+        """How much an attempt has stored; None where a version in MLflow, whoever made it, refers to it."""
+        ...
+
+    def drop_attempt(self, attempt: Attempt) -> None:
+        """Delete the run of an attempt and its LoggedModels with their files. The caller holds the lock of its key."""
         ...
 
     def run_metrics(self, run_id: str) -> dict[str, float]:

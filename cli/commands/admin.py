@@ -1,4 +1,4 @@
-"""For those who keep it running: doctor, and the pages of MLflow."""
+"""For those who keep it running: doctor, gc, and the pages of MLflow."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Annotated
 import typer
 
 from ...registry.domain.errors import AdapterctlError, InvalidInput
-from .. import views
-from ..connect import Session, add_verbs
+from .. import parse, views
+from ..connect import Session, add_verbs, confirm
 from .service import run_server
 
 GROUP = "The registry"
 
 
 def add_to(app: typer.Typer) -> None:
-    add_verbs(app, {"ui": ui, "doctor": doctor}, group=GROUP)
+    add_verbs(app, {"ui": ui, "doctor": doctor, "gc": gc}, group=GROUP)
 
 
 def doctor(session: Session) -> None:
@@ -36,6 +36,37 @@ def doctor(session: Session) -> None:
     )
     if any(check.status == "error" for check in checks):
         raise typer.Exit(1)
+
+
+def gc(
+    session: Session,
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="TIME", help="Younger attempts and logs stay, e.g. 12h.")
+    ] = "1d",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be freed, and free nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Free what no version, job, decision or report refers to.
+
+    Files of removed versions, attempts that never became a version, abandoned stage folders, logs and
+    work files of ended jobs. What MLflow has a version for stays, whoever made it.
+
+    Example: adapterctl gc --dry-run
+    """
+    older_than_s = parse.duration_s(older_than) or 0.0
+    registry = session.registry(readonly=dry_run)
+    freed = None
+    if dry_run or not yes:
+        freed = registry.gc(older_than_s=older_than_s, dry_run=True)
+    if freed is not None and freed.found and not dry_run:
+        session.out.say(views.garbage_text(freed, session.out))
+        confirm(f"free {views.size(freed.size_bytes)} for good?", f"adapterctl gc --older-than {older_than} --yes")
+    if not dry_run and (freed is None or freed.found):
+        freed = registry.gc(older_than_s=older_than_s)
+    assert freed is not None
+    session.out.data(
+        freed, text=lambda: views.garbage_text(freed, session.out), names=[each.name for each in freed.found]
+    )
 
 
 def ui(

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..api import DAY_S
 from ..domain.access import EVERY_NAME, Scope
 from ..domain.recipe import MergeRequest, parse_layer_weights
 from ..domain.refs import check_name, parse_parent, parse_ref
@@ -140,6 +141,11 @@ class RebuildBody(Body):
     old: Ref
     new: Ref
     until: Ref | None = None
+    dry_run: bool = False
+
+
+class GcBody(Body):
+    older_than_s: Annotated[Finite, Field(ge=0)] = DAY_S
     dry_run: bool = False
 
 

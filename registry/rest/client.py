@@ -18,10 +18,12 @@ from urllib.parse import quote, urlencode
 
 from .. import wire
 from ..api import (
+    DAY_S,
     AdapterView,
     Check,
     DiffView,
     Direction,
+    GarbageView,
     GateCheck,
     GatesView,
     HistoryView,
@@ -383,6 +385,9 @@ class RemoteRegistry:
         caller = self.whoami()
         server = Check("server", "ok", f"{self._server}, as {caller.name} with the scope {caller.scope}")
         return [server, *self._get("/v1/doctor", list[Check])]
+
+    def gc(self, *, older_than_s: float = DAY_S, dry_run: bool = False) -> GarbageView:
+        return self._post("/v1/gc", {"older_than_s": older_than_s, "dry_run": dry_run}, GarbageView)
 
     # what the verbs share
 

@@ -232,7 +232,7 @@ class _Visit:
 #: Second parts of our paths; a label of a metric must not be something that a stranger made up.
 AREAS = frozenset(
     {
-        "adapters", "bases", "base-aliases", "base-merges", "diff", "doctor", "evaluations", "jobs", "merges",
+        "adapters", "bases", "base-aliases", "base-merges", "diff", "doctor", "evaluations", "gc", "jobs", "merges",
         "methods", "plans", "reports", "suites", "tokens", "verifications", "versions", "whoami", "openapi.json",
     }
 )  # fmt: skip

@@ -27,6 +27,7 @@ from ..api import (
     Check,
     DiffView,
     Direction,
+    GarbageView,
     GateCheck,
     GatesView,
     HistoryView,
@@ -658,6 +659,13 @@ def merge_bases(body: bodies.BaseMergeBody, call: Admin) -> Response:
 def doctor(call: Read) -> Response:
     """What is configured, reachable and out of step."""
     return _reply(call.registry.doctor())
+
+
+@router.post("/gc", response_model=GarbageView)
+def gc(body: bodies.GcBody, call: Admin) -> Response:
+    """Free what nobody refers to; with `dry_run` only tell what that is."""
+    call.caller.check_change()
+    return _reply(call.registry.gc(older_than_s=body.older_than_s, dry_run=body.dry_run))
 
 
 @router.get("/whoami", response_model=Caller)

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..api import (
+    DAY_S,
     AdapterView,
     Check,
     DiffView,
     Direction,
     Drawing,
+    GarbageView,
     GateCheck,
     GatesView,
     HistoryView,
@@ -59,6 +61,7 @@ from . import (
     diff,
     doctor,
     evaluate,
+    garbage,
     gates,
     import_results,
     merge,
@@ -470,6 +473,11 @@ class LocalRegistry:
 
     def doctor(self) -> list[Check]:
         return doctor.examine(self.settings, self.ledger, self.bell, lambda: self.version_store)
+
+    def gc(self, *, older_than_s: float = DAY_S, dry_run: bool = False) -> GarbageView:
+        return garbage.collect(
+            self.ledger, self.version_store, self.settings.home, older_than_s=older_than_s, dry_run=dry_run
+        )
 
     @property
     def _stages(self) -> Stages:

@@ -281,6 +281,11 @@ def _generation(ledger: Ledger, spec: NewVersion, key: str) -> str:
     return f"{key}:{removed}" if removed else key
 
 
+def lock_of(key: str) -> str:
+    """The lock that is held while anything is written to MLflow under this key: the key without its generation."""
+    return re.sub(r":\d{1,9}$", "", key)
+
+
 @contextmanager
 def _source_folder(
     source: Source, open_versions: Callable[[], VersionStore], open_hub: SourceFolder

@@ -37,20 +37,26 @@ def stage_folder(home: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        _remove(folder)
+        remove(folder)
         os.close(lock)
 
 
 def sweep(root: Path) -> None:
     """Remove the stage folders whose process is gone."""
-    for path in root.glob("*.lock"):
+    for folder in abandoned(root):
+        remove(folder)
+
+
+def abandoned(root: Path) -> Iterator[Path]:
+    """The stage folders whose process is gone; the lock of each is held until the next one is asked for."""
+    for path in sorted(root.glob("*.lock")):
         try:
             lock = os.open(path, os.O_RDWR)
         except FileNotFoundError:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(path.with_suffix(""))
+            yield path.with_suffix("")
         except BlockingIOError:
             pass  # its owner is at work
         finally:
@@ -70,7 +76,8 @@ def _make(root: Path) -> tuple[int, Path]:
         os.close(lock)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
+    """Remove a stage folder and its lock, which the caller holds."""
     shutil.rmtree(folder, ignore_errors=True)
     _lock_path(folder).unlink(missing_ok=True)
 

@@ -225,6 +225,19 @@ class Mlflow:
         """Delete what lies at an artifact location; fine where nothing does."""
         get_artifact_repository(uri, tracking_uri=self.uri).delete_artifacts()
 
+    @in_our_words
+    def size_of_files(self, uri: str) -> int:
+        """The bytes at an artifact location; 0 where nothing is."""
+        repository = get_artifact_repository(uri, tracking_uri=self.uri)
+        size, folders = 0, [""]
+        while folders:
+            for entry in repository.list_artifacts(folders.pop() or None):
+                if entry.is_dir:
+                    folders.append(entry.path)
+                else:
+                    size += entry.file_size or 0
+        return size
+
     def artifact_uri(self, kind: Literal["run", "model"], location: str) -> str:
         """The artifact location behind `runs:/` or `models:/`. Raises `NotFound`."""
         try:

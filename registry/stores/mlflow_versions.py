@@ -22,7 +22,7 @@ from ..domain.digest import json_digest
 from ..domain.errors import NotFound, Refused
 from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion, Base, FileRecord, NewVersion, Placement
-from ..ports import Beside, Parent, SeenModel
+from ..ports import Attempt, Beside, Parent, SeenModel
 from ..wire import from_json, to_builtins, to_json
 from .artifacts import files_are_gone, list_files, local_folder, move_into_place, own_folder
 from .mlflow_access import (
@@ -265,18 +265,60 @@ class MlflowVersions:
             self._client.delete_model_version(version.name, str(placement.number))
         with missing_is_fine():
             self._client.delete_logged_model(placement.model_id)
-        self._delete_files(placement)
+        self._delete_files(placement.location, placement.model_id)
         for run in self._mlflow.runs(f"tags.`{PARENT_RUN}` = '{placement.run_id}'"):
             self._client.delete_run(run.info.run_id)
         with missing_is_fine():
             self._client.delete_run(placement.run_id)
 
-    def _delete_files(self, placement: Placement) -> None:
-        local = local_folder(placement.location)
+    def _delete_files(self, location: str, owner: str) -> None:
+        """Delete the files of a LoggedModel or a run, `owner`."""
+        local = local_folder(location)
         if local is None:
-            self._mlflow.delete_files(placement.location)
-        elif local.parent.name == placement.model_id:
+            self._mlflow.delete_files(location)
+        elif local.parent.name == owner:
             shutil.rmtree(local.parent, ignore_errors=not local.parent.exists())
+
+    # what nobody refers to
+
+    def stored_bytes(self, version: AdapterVersion) -> int:
+        return self._mlflow.size_of_files(version.placement.location)
+
+    @in_our_words
+    def attempts(self) -> list[Attempt]:
+        experiment = self._mlflow.find_experiment()
+        if experiment is None:
+            return []
+
+        def search(**page: Any) -> Any:
+            # a run is finished once its version is in MLflow; those of evaluations carry no id of an adapter
+            condition = f"attributes.status != 'FINISHED' and tags.`{ADAPTER_ID}` LIKE '%'"
+            return self._client.search_runs([experiment], condition, order_by=["start_time ASC"], **page)
+
+        return [
+            Attempt(run.info.run_id, run.data.tags[VERSION_ID], run.data.tags[KEY], run.info.start_time / 1000)
+            for run in self._pages(search)
+            if {VERSION_ID, KEY} <= run.data.tags.keys()
+        ]
+
+    @in_our_words
+    def attempt_bytes(self, attempt: Attempt) -> int | None:
+        models = self._models_of(attempt.run_id)
+        sources = [f"source_path LIKE '%{model.model_id}%'" for model in models]
+        for condition in (f"run_id = '{attempt.run_id}'", *sources):
+            if self._client.search_model_versions(condition, max_results=1):
+                return None
+        locations = [self._client.get_run(attempt.run_id).info.artifact_uri, *(m.artifact_location for m in models)]
+        return sum(self._mlflow.size_of_files(location) for location in locations)
+
+    @in_our_words
+    def drop_attempt(self, attempt: Attempt) -> None:
+        # the run last: by it the rest is found again after a kill
+        for model in self._models_of(attempt.run_id):
+            self._delete_files(model.artifact_location, model.model_id)
+            self._client.delete_logged_model(model.model_id)
+        self._delete_files(self._client.get_run(attempt.run_id).info.artifact_uri, attempt.run_id)
+        self._client.delete_run(attempt.run_id)
 
     def _create_adapter(self, name: str, adapter_id: str, base: Base) -> Any:
         try:
@@ -307,10 +349,12 @@ class MlflowVersions:
         return self._client.create_run(self._mlflow.experiment_id, tags=tags, run_name=f"{spec.kind} {spec.adapter}")
 
     def _model_of(self, run: Run) -> LoggedModel | None:
-        found = self._client.search_logged_models(
-            [self._mlflow.experiment_id], f"source_run_id = '{run.info.run_id}'", max_results=1
-        )
+        found = self._models_of(run.info.run_id)
         return found[0] if found else None
+
+    def _models_of(self, run_id: str) -> list[LoggedModel]:
+        condition = f"source_run_id = '{run_id}'"
+        return list(self._client.search_logged_models([self._mlflow.experiment_id], condition))
 
     def _create_model(self, spec: NewVersion, run: Run, parents: Sequence[Parent]) -> LoggedModel:
         return self._client.create_logged_model(

@@ -21,6 +21,13 @@ from adapterctl.registry.stores.sql.ledger import SqlLedger
 PROCESSES, COMMANDS = 6, 200
 
 
+def test_a_lock_that_is_held_is_told_at_once_and_one_that_is_free_is_taken(ledger: Ledger):
+    with ledger.exclusive("key"), ledger.try_exclusive("key") as held, ledger.try_exclusive("other") as other:
+        assert (held, other) == (False, True)
+    with ledger.try_exclusive("key") as first, ledger.try_exclusive("key") as second:
+        assert (first, second) == (True, False)
+
+
 def test_six_processes_at_once_lose_nothing(ledger: Ledger, add_version: Callable[..., AdapterVersion], address: str):
     adapter_id = add_version().adapter_id
     add_version()

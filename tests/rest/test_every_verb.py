@@ -624,6 +624,20 @@ def test_doctor_finds_nothing_broken(registry: RegistryAPI):
     assert [check for check in checks if check.status == "error" and not fnmatch(check.name, "filesystem")] == []
 
 
+def test_what_nobody_refers_to_is_told_and_then_freed(registry: RegistryAPI, merged: VersionView):
+    told = registry.gc(older_than_s=0.0, dry_run=True)
+    freed = registry.gc(older_than_s=0.0)
+
+    assert (told.dry_run, freed.dry_run) == (True, False)
+    logs = {each.name for each in told.found if each.kind == "log"}
+    assert logs
+    assert logs <= {each.name for each in freed.found}
+    assert not any(Path(name).exists() for name in logs)
+    assert registry.verify(ref(merged)).files == "intact"
+    with pytest.raises(InvalidInput, match="older_than_s"):
+        registry.gc(older_than_s=-1.0)
+
+
 def test_every_verb_is_in_these_tests():
     verbs = {name for name, value in vars(RegistryAPI).items() if callable(value) and not name.startswith("_")}
 

@@ -166,6 +166,27 @@ def test_an_upload_that_was_cut_short_registers_nothing_and_can_be_made_again(
     assert registry.verify(parse_ref("chat:v1")).files == "intact"
 
 
+def test_what_removals_and_uploads_that_were_cut_short_left_in_the_bucket_is_freed(
+    registry: LocalRegistry, store: Store, tmp_path: Path
+):
+    for seed, name in enumerate(("kept", "gone"), start=1):
+        registry.register(str(write_tiny_adapter(tmp_path / name, seed=seed)), name=name)
+    kept = {key for key in store.objects() if registry.version(parse_ref("gone")).model_id not in key}
+    registry.ledger.remove_version(registry.version(parse_ref("gone")).id, actor="ada", reason="then the process died")
+    store.cut = WEIGHTS
+    with pytest.raises(Unavailable):
+        registry.register(str(write_tiny_adapter(tmp_path / "cut", seed=3)), name="cut")
+    store.cut = ""
+
+    told, freed, again = (registry.gc(older_than_s=0.0, dry_run=dry_run) for dry_run in (True, False, False))
+
+    assert [each.kind for each in told.found] == ["version", "attempt"]
+    assert all(each.size_bytes > 0 for each in told.found)
+    assert (freed.found, again.found) == (told.found, ())
+    assert set(store.objects()) == kept
+    assert registry.verify(parse_ref("kept")).files == "intact"
+
+
 def test_a_bucket_that_is_not_there_is_said_in_our_words(new_registry: Callable[[str], LocalRegistry], tmp_path: Path):
     registry = new_registry("s3://nowhere/adapters")
 

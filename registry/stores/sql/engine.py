@@ -161,6 +161,10 @@ class Database:
         """Hold the lock `name` of this registry. It dies with its process; a process must not take it twice."""
         return self._product.exclusive(name)
 
+    def try_exclusive(self, name: str) -> AbstractContextManager[bool]:
+        """Hold that lock, too, but only where nobody does; says so at once."""
+        return self._product.try_exclusive(name)
+
     def close(self) -> None:
         if self._engines is not None:
             self._engines[0].dispose()
@@ -247,6 +251,7 @@ class _Product(Protocol):
     def check_writable(self) -> None: ...
     def prepare(self) -> None: ...
     def exclusive(self, name: str) -> AbstractContextManager[None]: ...
+    def try_exclusive(self, name: str) -> AbstractContextManager[bool]: ...
     def turn(self) -> AbstractContextManager[None]:
         """Held by a thread while it writes."""
         ...
@@ -294,12 +299,25 @@ class _Sqlite:
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
+        with self._lock_file(name).open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def try_exclusive(self, name: str) -> Iterator[bool]:
+        with self._lock_file(name).open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def _lock_file(self, name: str) -> Path:
         self.check_writable()
         file = self._path.parent / "locks" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+        return file
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -384,14 +402,24 @@ class _Postgres:
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
+        with self._locking("pg_advisory_lock", name):
+            yield
+
+    @contextmanager
+    def try_exclusive(self, name: str) -> Iterator[bool]:
+        with self._locking("pg_try_advisory_lock", name) as got_it:
+            yield bool(got_it)
+
+    @contextmanager
+    def _locking(self, function: str, name: str) -> Iterator[Any]:
         engine = self._engine(poolclass=NullPool, isolation_level="AUTOCOMMIT")
         try:
             connection = engine.connect()
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _lock_key(name)})
+            answer = connection.execute(text(f"SELECT {function}(:key)"), {"key": _lock_key(name)}).scalar()
         except DBAPIError as error:
             raise self.in_our_words(error) from error
         try:
-            yield
+            yield answer
         finally:
             connection.close()  # and with it the lock: the connection is in no pool
 

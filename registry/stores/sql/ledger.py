@@ -101,6 +101,9 @@ class SqlLedger(JobRows, WorkerRows):
     def exclusive(self, name: str) -> AbstractContextManager[None]:
         return self._db.exclusive(name)
 
+    def try_exclusive(self, name: str) -> AbstractContextManager[bool]:
+        return self._db.try_exclusive(name)
+
     def close(self) -> None:
         self._db.close()
 
