@@ -145,7 +145,7 @@ class RebuildBody(Body):
 
 
 class GcBody(Body):
-    older_than_s: Annotated[Finite, Field(ge=0)] = DAY_S
+    older_than_s: Finite = DAY_S
     dry_run: bool = False
 
 

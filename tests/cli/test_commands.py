@@ -335,6 +335,22 @@ def test_doctor_checks_a_registry_and_tells_of_a_missing_one(run: Run, pair: Pat
     assert not (tmp_path / "none").exists()
 
 
+def test_gc_tells_what_it_would_free_and_asks_before_it_does(run: Run, pair: Path):
+    run("merge", "translate", "chat")
+    freeable = ("gc", "--older-than", "0s")
+
+    told = run(*freeable, "--dry-run", "-o", "json").data
+    asked = run(*freeable, code=2)
+    freed = run(*freeable, "--yes")
+
+    assert [each["kind"] for each in told["found"]] == ["log"]
+    assert "adapterctl gc --older-than 0s --yes" in asked.stderr
+    assert told["found"][0]["name"] in freed.stdout
+    assert freed.stdout.splitlines()[-1].endswith("are freed")
+    assert run(*freeable).stdout == "nothing to free\n"
+    assert run("verify", "translate-chat", "--no-rerun", "-o", "json").data["files"] == "intact"
+
+
 def test_ui_prints_addresses(run: Run, pair: Path):
     links = run("ui", "--links", "--port", "5999", "-o", "json").data
 
