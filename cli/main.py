@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from .commands import adapters, admin, base, demo, evals, gates, jobs, lineage, merge, service, stages, tune
+from .commands import adapters, admin, base, carry, demo, evals, gates, jobs, lineage, merge, service, stages, tune
 from .complete import whole_words
 from .connect import Common, Format, Home, NoColor, Quiet, Verbose
 from .output import printable, write
@@ -71,7 +71,7 @@ def program(
     ctx.obj = Common(home, output, quiet, no_color, verbose)
 
 
-for module in (demo, adapters, merge, tune, lineage, evals, gates, stages, jobs, base, service, admin):
+for module in (demo, adapters, carry, merge, tune, lineage, evals, gates, stages, jobs, base, service, admin):
     module.add_to(app)
 
 

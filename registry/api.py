@@ -127,6 +127,21 @@ class Submitted:
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """What became of one folder of an import; in a dry run, what would.
+
+    `found` was here before. `merge` was made again from its recipe and has the bytes of the folder.
+    """
+
+    folder: str
+    ref: str
+    action: Literal["register", "merge", "found"]
+    content_digest: str
+    parents: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PlanView:
     into: str
     recipe_digest: str

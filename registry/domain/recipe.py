@@ -72,6 +72,7 @@ class MergeRequest:
     """A merge as the caller asks for it. Unset fields are resolved by the preflight; nothing is looked up here.
 
     `suites` are evaluation suites to run on the child, `max_loss` the largest accepted relative loss (0..1).
+    `expect` holds the recipe digest and the content digest that the child must have, for who has its file already.
     """
 
     parents: tuple[ParentRef, ...]
@@ -84,6 +85,7 @@ class MergeRequest:
     suites: tuple[str, ...] = ()
     max_loss: float | None = None
     layers: tuple[LayerWeights, ...] = ()
+    expect: tuple[str, str] | None = None
 
     @property
     def target(self) -> str:

@@ -15,6 +15,7 @@ from ..domain.tuning import DEFAULT_BUDGET, TuneRequest
 Text = Annotated[str, Field(max_length=5000)]
 Short = Annotated[str, Field(max_length=512)]
 Ref = Annotated[str, Field(max_length=300, description="NAME[:vN | @STAGE | @sha256:HEX]", examples=["translate:v3"])]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 SuiteDigest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="Of a suite that was sent to /v1/suites.")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -56,6 +57,7 @@ class MergeBody(Body):
     layers: Annotated[
         list[Annotated[str, Field(max_length=2000, examples=["layers.0-15=0.7,0.3"])]], Field(max_length=1000)
     ] = []
+    expect: tuple[Digest, Digest] | None = None
 
     def request(self) -> MergeRequest:
         """Raises `InvalidInput` for a reference that cannot be read."""
@@ -70,6 +72,7 @@ class MergeBody(Body):
             suites=tuple(self.suites),
             max_loss=self.max_loss,
             layers=tuple(map(parse_layer_weights, self.layers)),
+            expect=self.expect,
         )
 
 

@@ -407,6 +407,7 @@ class RemoteRegistry:
             "suites": [self._keep_suite(suite) for suite in request.suites],
             "max_loss": request.max_loss,
             "layers": [str(layer) for layer in request.layers],
+            "expect": request.expect,
         }
 
     def _keep_suite(self, suite: str) -> str:

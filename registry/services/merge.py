@@ -15,7 +15,7 @@ from typing import Any
 from ..api import MethodView, OptionView, ParentView, PlanView, Submitted
 from ..domain.adapter import AdapterFacts
 from ..domain.digest import json_digest
-from ..domain.errors import IncompatibleParents, InvalidInput, LossTooHigh, Problem, raise_all
+from ..domain.errors import IncompatibleParents, InvalidInput, LossTooHigh, Problem, Refused, raise_all
 from ..domain.job import Job, NewJob
 from ..domain.plan import MergePlan, build_plan, check_parents, parent_warnings
 from ..domain.prompts import prompt_form, prompt_warnings, tokenizer_warnings
@@ -79,6 +79,11 @@ def preflight(ledger: Ledger, request: MergeRequest) -> Preflight:
     problems = [*_check_recalls(ledger, parents), *_check_bases(parents), *check_parents(facts, labels)]
     raise_all(IncompatibleParents, "these adapters cannot be merged:", problems)
     recipe = resolve_recipe(request, facts, [parent.spec.content_digest for parent in parents])
+    if request.expect and recipe.digest != request.expect[0]:
+        raise Refused(
+            f"these parents and options make the recipe {recipe.digest[:12]}, expected was {request.expect[0][:12]}",
+            hint="the recipe was changed, or written by an adapterctl whose methods had other rules",
+        )
     return Preflight(_target(request), parents, recipe, tuple(facts))
 
 
@@ -96,9 +101,10 @@ def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, acto
     if existing is not None:
         check_not_recalled(ledger, existing, "merge with another recipe")
         _check_loss(ledger, existing, request.max_loss)
+        _check_content(existing.spec.content_digest, request.expect)
         if not suites:
             return _submitted(ledger, ready, version=existing)
-    new = new_merge(ready, adapter_id, suites, max_loss=request.max_loss, actor=actor)
+    new = new_merge(ready, adapter_id, suites, max_loss=request.max_loss, expect=request.expect, actor=actor)
     job, created = schedule.submit(ledger, bell, new)
     return _submitted(ledger, ready, job=job, deduplicated=not created)
 
@@ -110,12 +116,13 @@ def new_merge(
     *,
     max_loss: float | None = None,
     tags: Mapping[str, str] | None = None,
+    expect: tuple[str, str] | None = None,
     actor: str,
 ) -> NewJob:
     """The job that makes what was planned; `tags` go to the version, and say for instance which search proposed it."""
     return NewJob(
         kind="merge",
-        key=":".join([adapter_id, ready.recipe.digest, *_terms(max_loss, suites)]),
+        key=":".join([adapter_id, ready.recipe.digest, *_terms(max_loss, suites, expect)]),
         title=f"merge {' '.join(view.ref for view in ready.parent_views)} into {ready.into}",
         spec={
             "into": ready.into,
@@ -125,6 +132,7 @@ def new_merge(
             "suites": [to_builtins(suite) for suite in suites],
             "max_loss": max_loss,
             "tags": dict(tags or {}),
+            "expect": expect,
         },
         created_by=actor,
     )
@@ -232,6 +240,7 @@ class MergeHandler:
         existing = self._ledger.live_version(job.spec["adapter_id"], recipe=recipe.digest)
         if existing is not None:
             _check_loss(self._ledger, existing, job.spec.get("max_loss"))
+            _check_content(existing.spec.content_digest, job.spec.get("expect"))
             queued = [schedule.submit(self._ledger, self._bell, new)[0].id for new in self._then(job, existing.id)]
             yield Done({"version_id": existing.id, "jobs": queued})
             return
@@ -247,6 +256,7 @@ class MergeHandler:
 
     def finish(self, job: Job, task: Task, result: Mapping[str, Any]) -> Mapping[str, Any]:
         """Register what the child staged, with its edges and the end of the job in one fenced write."""
+        _check_content(result["content_digest"], job.spec.get("expect"))
         parents = job_parents(self._ledger, job)
         recipe = recipe_from_json(job.spec["recipe"])
         version = publish(
@@ -328,10 +338,19 @@ def _target(request: MergeRequest) -> str:
     return check_name(name)
 
 
-def _terms(max_loss: float | None, suites: Sequence[Suite]) -> list[str]:
+def _terms(max_loss: float | None, suites: Sequence[Suite], expect: tuple[str, str] | None) -> list[str]:
     """What a caller asks beyond the recipe, as a part of the job's key; nothing where nothing is asked."""
-    terms = [max_loss, [suite.digest for suite in suites]]
-    return [json_digest(terms)[:16]] if max_loss is not None or suites else []
+    terms = [max_loss, [suite.digest for suite in suites], *(expect or ())]
+    return [json_digest(terms)[:16]] if max_loss is not None or suites or expect else []
+
+
+def _check_content(made: str, expect: Sequence[str] | None) -> None:
+    """Hold what a recipe gave to the bytes that the caller has. Raises `Refused` where they are others."""
+    if expect and made != expect[1]:
+        raise Refused(
+            f"the recipe gives the content {made[:12]}, expected was {expect[1][:12]}",
+            hint="one of the file and its recipe was changed, or another machine rounded otherwise",
+        )
 
 
 def _check_loss(ledger: Ledger, version: AdapterVersion, max_loss: float | None) -> None:

@@ -35,6 +35,7 @@ from adapterctl.registry.domain.recipe import LayerWeights, MergeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.domain.stage import Head
 from adapterctl.registry.domain.tuning import TuneRequest
+from adapterctl.registry.services.carry import LISTING, export, take_in
 from adapterctl.registry.services.pull import damage
 from adapterctl.registry.wire import to_json
 
@@ -96,6 +97,22 @@ def test_an_adapter_that_was_registered_comes_back_as_it_was(registry: RegistryA
     assert (tmp_path / "pulled" / "adapter_model.safetensors").read_bytes() == (
         folder / "adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_a_family_that_was_exported_is_found_and_made_again_under_other_names(
+    registry: RegistryAPI, merged: VersionView, tmp_path: Path
+):
+    written = export(registry, [ref(merged)], tmp_path / "family")
+    assert {each.action for each in take_in(registry, tmp_path / "family")} == {"found"}
+    (tmp_path / "family" / LISTING).unlink()
+    for version in written:
+        (tmp_path / "family" / version.name).rename(tmp_path / "family" / f"new-{version.name}")
+
+    done = {each.ref: each for each in take_in(registry, tmp_path / "family")}
+
+    made = registry.version(parse_ref(f"new-{merged.name}:v1"))
+    assert (done[made.ref].action, made.recipe_digest) == ("merge", merged.recipe_digest)
+    assert [(p.ref, p.weight) for p in made.parents] == [(f"new-{p.ref}", p.weight) for p in merged.parents]
 
 
 def test_an_adapter_trained_from_another_says_so(registry: RegistryAPI, add: Add):
