@@ -111,6 +111,21 @@ def test_a_name_that_is_not_allowed_is_a_usage_error_and_is_shown_escaped(name: 
     assert "Traceback" not in ran.stderr
 
 
+def test_a_family_is_exported_and_told_to_be_here_already(read: Run, tmp_path: Path):
+    folder = str(tmp_path / "family")
+
+    assert read("export", "translate-chat", folder, "-q").stdout.split() == [
+        "chat:v1",
+        "translate:v1",
+        "translate:v2",
+        "translate-chat:v1",
+    ]
+    told = read("import", folder, "--dry-run", "-o", "json")
+    assert "0 would be new, 4 were here before" in told.stderr
+    assert [each["folder"] for each in told.data] == ["chat/v1", "translate/v1", "translate/v2", "translate-chat/v1"]
+    assert "no folder" in read("import", str(tmp_path / "none"), code=3).stderr
+
+
 def test_lineage_draws_the_family(read: Run):
     assert read("lineage", "translate-chat").stdout.splitlines()[0].startswith("translate-chat:v1  cat, rank")
     assert "translate:v1  trained from" in read("lineage", "translate-chat", "--up").stdout

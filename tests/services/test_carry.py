@@ -92,7 +92,7 @@ def test_a_family_is_the_same_in_an_empty_home_and_is_found_the_second_time(two_
     assert new_home.version(parse_ref("top")).receipt["loss"] == two_parents.version(parse_ref("top")).receipt["loss"]
     trained = new_home.version(parse_ref("translate:v2"))
     assert (trained.metrics, trained.dataset) == ({"bleu": 0.31}, "wmt")
-    assert trained.imported == {"bleu": LISTING}
+    assert trained.imported == {"bleu": f"imported from {LISTING}"}
     assert {each.action for each in take_in(new_home, family)} == {"found"}
     merged = new_home.merge(MergeRequest(tuple(map(parse_parent, ["chat:v1=0.25", "translate:v1"])), into="omni"))
     assert (merged.job, merged.version.ref) == (None, "omni:v1")
