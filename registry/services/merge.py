@@ -338,7 +338,7 @@ def _target(request: MergeRequest) -> str:
     return check_name(name)
 
 
-def _terms(max_loss: float | None, suites: Sequence[Suite], expect: tuple[str, str] | None) -> list[str]:
+def _terms(max_loss: float | None, suites: Sequence[Suite], expect: tuple[str, str] | None = None) -> list[str]:
     """What a caller asks beyond the recipe, as a part of the job's key; nothing where nothing is asked."""
     terms = [max_loss, [suite.digest for suite in suites], *(expect or ())]
     return [json_digest(terms)[:16]] if max_loss is not None or suites or expect else []
