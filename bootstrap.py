@@ -251,13 +251,14 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
             bell=registry.bell,
         )
 
+    def evaluation(job: Job, version_id: str) -> list[NewJob]:
+        return evaluation_of_merge(ledger, job, version_id, settings=settings, made_on_demand=registry.made_on_demand)
+
     return {
-        "merge": merges(
-            lambda job, version_id: evaluation_of_merge(
-                ledger, job, version_id, settings=settings, made_on_demand=registry.made_on_demand
-            )
+        "merge": merges(evaluation),
+        "rebuild": RebuildHandler(
+            ledger, merges(lambda job, made: [*following(ledger, job, made), *evaluation(job, made)])
         ),
-        "rebuild": RebuildHandler(ledger, merges(lambda job, version_id: following(ledger, job, version_id))),
         "eval": EvalHandler(
             ledger,
             settings,

@@ -60,7 +60,7 @@ def read_batch(path: Path) -> list[Entry]:
         items = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}", hint="give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInput(f"{path} is not YAML: {error}", hint="see `adapterctl register --help`") from error
     if not isinstance(items, list) or not items:
         raise InvalidInput(

@@ -35,14 +35,14 @@ def tree(view: LineageView, out: Output) -> str:
 
 
 def between(view: LineageView, title: str, out: Output) -> str:
-    """What was found between two versions, then the way there as a tree."""
+    """What was found between two versions, then the way there as a tree from each oldest one."""
     if not view.found:
         return f"{title}: nothing"
-    drawn = replace(view, root=view.found[-1], direction="down")
-    if view.root == view.found[-1]:
-        drawn = replace(view, direction="down")
+    children = {edge.child for edge in view.edges}
+    tops = [ref for ref in view.found if ref not in children] or [view.found[-1]]
     named = out.paint(printable(", ".join(view.found)), "bold")
-    return f"{title}: {named}\n\n{tree(drawn, out)}"
+    trees = [tree(replace(view, root=top, direction="down"), out) for top in tops]
+    return "\n\n".join([f"{title}: {named}", *trees])
 
 
 def metric_table(points: Sequence[MetricPoint], out: Output) -> str:

@@ -129,7 +129,8 @@ def ls(
     Example: adapterctl ls --trained-on wmt14 --stage production
     """
     registry = session.registry(readonly=True)
-    if name is None and not (base or tag or stage or metric or removed or descends_from or dataset or trained_on):
+    asked = (name, base, stage, descends_from, dataset, trained_on)
+    if all(each is None for each in asked) and not (tag or metric or removed):
         adapters = registry.adapters()
         session.out.data(
             adapters, text=lambda: views.adapters_table(adapters, session.out), names=[a.name for a in adapters]

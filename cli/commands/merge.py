@@ -211,12 +211,17 @@ def rebuild(
         session.out.say(f"queued; the first step is: adapterctl jobs wait {job.id}")
         session.out.data(job, text=lambda: job.id, names=[job.id])
         return
-    made = []
+    made: list[str] = []
+    evaluations: list[str] = []
     waiting = [job.id]
     while waiting:
         ended = follow(session, registry, waiting.pop(0))
         made.append(ended.result["version_id"])
-        waiting += ended.result.get("jobs", ())
+        then = [registry.job(each) for each in ended.result.get("jobs", ())]
+        waiting += [each.id for each in then if each.kind == "rebuild"]
+        evaluations += [each.id for each in then if each.kind == "eval"]
+    if evaluations:
+        session.out.say(f"{len(evaluations)} evaluations go on: adapterctl jobs ls --kind eval")
     by_id = {version.id: version for version in registry.versions()}
     found = [by_id[version_id] for version_id in made]
     session.out.data(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...registry.domain.errors import InvalidInput
+from ...registry.domain.errors import InvalidInput, NotFound
 from ...registry.domain.refs import check_alias, check_name, parse_ref
 from .. import views
 from ..complete import complete_names, complete_refs, complete_stages
@@ -169,6 +169,8 @@ def _show(session: Session, event: StageEventView) -> None:
 def _read_head(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no file {path}", hint="adapterctl history NAME --export-head FILE") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(
             f"{path} cannot be read as a head: {error}", hint="adapterctl history NAME --export-head FILE"

@@ -256,8 +256,9 @@ def _tag(condition: Condition, evidence: Evidence) -> Judged:
 
 
 def _license(condition: Condition, evidence: Evidence) -> Judged:
-    if evidence.license in condition.values:
-        return _yes(condition, evidence.license or "")
+    # SPDX: identifiers are the same in small letters and in capitals
+    if evidence.license is not None and evidence.license.lower() in map(str.lower, condition.values):
+        return _yes(condition, evidence.license)
     found = evidence.license or "none"
     return _no(condition, found, f"its license is {found}, expected {' or '.join(condition.values)}")
 

@@ -17,9 +17,9 @@ def read_limited(path: Path, limit: int, *, hint: str, shown: str = "") -> bytes
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(f"there is no file {shown}", hint=hint) from error
     except OSError as error:
-        raise InvalidInput(f"{shown} cannot be read: {error.strerror}") from error
+        raise InvalidInput(f"{shown} cannot be read: {error.strerror}", hint=hint) from error
     if len(content) > limit:
-        raise InvalidInput(f"{shown} is larger than {limit >> 20} MiB")
+        raise InvalidInput(f"{shown} is larger than {limit >> 20} MiB", hint=hint)
     return content
 
 
@@ -40,5 +40,5 @@ def parse_yaml(content: bytes, path: Path, *, hint: str) -> Any:
     try:
         # a subclass of the safe loader: it builds texts, numbers, lists and mappings only
         return UniqueKeys(content.decode("utf-8")).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:  # the last: nested without end
         raise InvalidInput(f"{path} is not plain YAML: {error}", hint=hint) from error

@@ -76,6 +76,7 @@ class RebuildHandler:
             "adapter_id": version.adapter_id,
             "recipe": ready.recipe.to_json(),
             "parents": [parent.id for parent in ready.parents],
+            "suites": [],  # those that the parents carry judge it
             "supersedes": version.id,
         }
         return replace(job, spec=spec)

@@ -194,8 +194,9 @@ def _find_or_create(
         reached("register.locked")
         adapter_id = ledger.ensure_adapter(spec.adapter)
         existing = _live_version(ledger, adapter_id, spec)
+        if job is None:
+            _check_bytes(ledger, spec)
         if existing is not None and job is None:
-            check_not_recalled(ledger, existing, "register other bytes")
             return existing, False
         versions = open_versions()
         if existing is not None:  # the write is idempotent by id: what is left of it is the end of the job
@@ -265,6 +266,13 @@ def _live_version(ledger: Ledger, adapter_id: str, spec: NewVersion) -> AdapterV
     if spec.kind == "merge":
         return ledger.live_version(adapter_id, recipe=spec.recipe_digest)
     return ledger.live_version(adapter_id, content=(spec.content_digest, spec.base.id))
+
+
+def _check_bytes(ledger: Ledger, spec: NewVersion) -> None:
+    """Raise `Recalled` where a recall hits these very bytes, under whatever name: a copy would get past it."""
+    for twin in ledger.versions_by_digest(spec.content_digest):
+        if twin.spec.base.id == spec.base.id:
+            check_not_recalled(ledger, twin, "register other bytes")
 
 
 def _generation(ledger: Ledger, spec: NewVersion, key: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from adapterctl.cli.lineage_text import dot, mermaid, tree
+from adapterctl.cli.lineage_text import between, dot, mermaid, tree
 from adapterctl.cli.output import Output
 from adapterctl.registry.api import LineageEdgeView, LineageView, VersionView
 
@@ -68,6 +68,16 @@ def test_tree_has_one_part_when_there_is_one_side():
 
     assert tree(childless, Output()).startswith("both:v1")
     assert tree(first, Output()).splitlines() == ["translate:v1", "└── translate:v2  trained from"]
+
+
+def test_what_two_versions_have_in_common_is_drawn_from_every_oldest_one():
+    view = dataclasses.replace(FAMILY, found=("translate:v2", "chat:v1", "translate:v1"))
+
+    title, *trees = between(view, "both are made of", Output()).split("\n\n")
+
+    assert title == "both are made of: translate:v2, chat:v1, translate:v1"
+    assert [drawn.splitlines()[0] for drawn in trees] == ["chat:v1", "translate:v1"]
+    assert all("both:v1" in drawn for drawn in trees)
 
 
 def test_tree_shows_the_first_metric_of_each_suite_and_the_own_suite_first():

@@ -248,7 +248,7 @@ KEYS = {
 
 def test_keys_of_a_gate_ask_for_facts():
     (gate,) = check_gates({"gates": [KEYS]})
-    good = replace(NOTHING, receipt=Receipt(True, 0.0), evaluated_here=2, tags={"reviewed": "yes"}, license="mit")
+    good = replace(NOTHING, receipt=Receipt(True, 0.0), evaluated_here=2, tags={"reviewed": "yes"}, license="MIT")
     bad = replace(
         NOTHING, receipt=Receipt(False, 0.0), changed={"suite": ("chat",)}, tags={"reviewed": "no"}, license="gpl"
     )

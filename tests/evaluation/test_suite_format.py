@@ -63,6 +63,7 @@ def test_a_suite_survives_the_ledger(write_suite: Callable[..., Path]):
         ("tasks: !!python/object/apply:os.system ['true']\n", "is not plain YAML"),
         ("tasks: !function utils.evil\n", "is not plain YAML"),
         ("tasks: [\n", "is not plain YAML"),
+        ("[" * 20_000, "is not plain YAML"),
     ],
 )
 def test_what_is_no_suite_is_refused_by_name(write_suite: Callable[..., Path], text: str, complaint: str):

@@ -103,6 +103,11 @@ def test_a_rollback_and_an_adoption_do_not_bring_a_recalled_version_back(registr
                 registry.adopt("chat", stage="production", reason="it serves already", force=force)
         with pytest.raises(Recalled, match="chat:v1 was recalled"):  # the same bytes again
             registry.register(str(write_tiny_adapter(tmp_path / "same", seed=1)), name="chat")
+        with pytest.raises(Recalled, match="chat:v1 was recalled"):  # and under another name
+            registry.register(str(tmp_path / "same"), name="copy")
+        registry.pull(parse_ref("omni:v1"), tmp_path / "made-of-it")
+        with pytest.raises(Recalled, match="omni:v1 is made of chat:v1"):
+            registry.register(str(tmp_path / "made-of-it"), name="omni", kind="train")
     finally:
         registry.undo_recall(parse_ref("chat:v1"), reason="the test is over")
 
