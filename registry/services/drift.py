@@ -48,7 +48,7 @@ def _gone(name: str, count: int) -> Check:
         "deleted",
         "error",
         f"the registered model {name} is gone from MLflow, {count} versions are in the ledger",
-        "restore MLflow from a backup; or adapterctl rm each of them",
+        "restore MLflow from a backup; or adapterctl demote the stages that are held, then adapterctl rm each of them",
     )
 
 
@@ -69,7 +69,8 @@ def _versions(model: SeenModel, versions: Sequence[AdapterVersion]) -> Iterator[
                 "deleted",
                 "error",
                 f"{version.label} is gone from MLflow",
-                f"adapterctl verify {version.label} --no-rerun tells whether its files are left; then adapterctl rm",
+                f"adapterctl verify {version.label} --no-rerun tells whether its files are left; then "
+                "adapterctl demote the stages that it holds, and adapterctl rm",
             )
         elif model.versions[version.number] != version.id:
             yield Check(

@@ -46,7 +46,7 @@ _LEFT = "Archived"
 def check_stage(ledger: Ledger, versions: VersionStore, name: str, stage: str) -> None:
     """Raise `StageMoved` where MLflow's alias is not where the ledger says; for every verb that goes by a stage."""
     holder = _holder(ledger, known_adapter(ledger, name), stage)
-    _check_alias(holder, versions.alias(name, stage), name, stage)
+    _check_alias(versions, holder, versions.alias(name, stage), name, stage)
 
 
 def check_stage_name(stage: str, names: Sequence[str]) -> None:
@@ -74,6 +74,7 @@ class Stages:
             Recalled: the version, or one that it is made of, was recalled.
             GateRefused: a condition of the stage is not met, and it was not forced.
             StageMoved: another promotion came between, or the alias in MLflow differs.
+            NotFound: MLflow has lost the version.
             Corrupt: the stored bytes are not those that were registered.
         """
         holder = self._begin(version.name, version.adapter_id, stage)
@@ -99,12 +100,17 @@ class Stages:
         return _with_objections(event, decision)
 
     def demote(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
-        """Empty `stage`. Where only MLflow has an alias of that name, it is removed, and the row says so."""
+        """Empty `stage`. Where only MLflow has an alias of that name, it is removed, and the row says so.
+
+        Where MLflow has lost the holder, this is the way out.
+        """
         adapter_id = known_adapter(self.ledger, name)
         holder = self._begin(name, adapter_id, stage)
-        if holder is None and self.versions.alias(name, stage) is None:
+        number = self.versions.alias(name, stage)
+        if holder is None and number is None:
             raise NotFound(f"nothing holds {stage} of {name}", hint=f"see `adapterctl history {name}`")
-        return self._move(name, adapter_id, stage, "demote", holder, None, reason, compare=holder is not None)
+        compare = holder is not None and not _is_lost(self.versions, holder, number)
+        return self._move(name, adapter_id, stage, "demote", holder, None, reason, compare=compare)
 
     def adopt(self, name: str, *, stage: str, reason: str = "", force: bool = False) -> StageEventView:
         """Accept where MLflow's alias points now as a change of the stage; the gate is asked as for a promotion."""
@@ -117,6 +123,8 @@ class Stages:
         if _number(version) == _number(holder):
             raise Refused(f"{stage} of {name} is {_label(holder)} on both sides", hint="there is nothing to adopt")
         if version is None:
+            if _is_lost(self.versions, holder, number):  # its alias went with it: nobody chose to empty the stage
+                _check_alias(self.versions, holder, number, name, stage)
             return self._move(name, adapter_id, stage, "adopt", holder, None, reason, compare=False)
         self._verify(version)
         decision = decide_on(self.ledger, version, stage)
@@ -155,6 +163,11 @@ class Stages:
     def _verify(self, version: AdapterVersion) -> None:
         _check_live(version)
         check_not_recalled(self.ledger, version, "promote another version")
+        if not self.versions.has(version):
+            way_out = (
+                "restore MLflow from a backup, or `adapterctl demote` the stages that it holds, then `adapterctl rm`"
+            )
+            raise NotFound(f"MLflow has lost {version.label}", hint=way_out)
         with self.folders(version) as folder:
             check_intact(version, folder)
 
@@ -184,7 +197,7 @@ class Stages:
     ) -> StageEventView:
         with self.ledger.exclusive(_lock(adapter_id)):
             if compare and _number(_holder(self.ledger, adapter_id, stage)) == _number(holder):
-                _check_alias(holder, self.versions.alias(name, stage), name, stage)
+                _check_alias(self.versions, holder, self.versions.alias(name, stage), name, stage)
             event = self.ledger.move_stage(
                 adapter_id,
                 stage,
@@ -294,9 +307,21 @@ def _check_live(version: AdapterVersion) -> None:
         raise Refused(f"{version.label} was removed", hint="choose another version")
 
 
-def _check_alias(holder: AdapterVersion | None, alias: int | None, name: str, stage: str) -> None:
+def _is_lost(versions: VersionStore, holder: AdapterVersion | None, alias: int | None) -> bool:
+    """Whether a stage has no alias because MLflow has lost the version that holds it."""
+    return alias is None and holder is not None and not versions.has(holder)
+
+
+def _check_alias(
+    versions: VersionStore, holder: AdapterVersion | None, alias: int | None, name: str, stage: str
+) -> None:
     if _number(holder) == alias:
         return
+    if _is_lost(versions, holder, alias):
+        raise StageMoved(
+            f"{stage} of {name} is {_label(holder)} in the ledger, but MLflow has lost that version",
+            hint=f"restore MLflow from a backup, or `adapterctl demote {name} --stage {stage}` empties the stage",
+        )
     there = f"v{alias}" if alias is not None else "gone"
     keep = f"promote {holder.label} --to {stage}" if holder else f"demote {name} --stage {stage}"
     raise StageMoved(

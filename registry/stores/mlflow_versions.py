@@ -181,6 +181,13 @@ class MlflowVersions:
             raise
 
     @in_our_words
+    def has(self, version: AdapterVersion) -> bool:
+        with missing_is_fine():
+            found = self._client.get_model_version(version.name, str(version.number))
+            return found.tags.get(VERSION_ID) == version.id
+        return False
+
+    @in_our_words
     def seen(self) -> list[SeenModel]:
         versions: dict[str, dict[int, str | None]] = {}
         for version in self._pages(self._client.search_model_versions):
@@ -205,7 +212,8 @@ class MlflowVersions:
         for each, legacy_stage in sorted(legacy.items()):
             self._set_legacy_stage(name, each, legacy_stage)
         if number is None:
-            self._client.delete_registered_model_alias(name, stage)  # fine where there is none
+            with missing_is_fine():  # somebody deleted the model; where only the alias is missing, MLflow is silent
+                self._client.delete_registered_model_alias(name, stage)
             return
         self._set_alias(name, stage, number)
 

@@ -216,6 +216,28 @@ def test_there_is_nothing_to_adopt_where_both_sides_agree(stages, chat):
         stages.adopt("chat", stage="production")
 
 
+@pytest.mark.parametrize("whole_model", [True, False])
+def test_a_version_that_mlflow_lost_moves_no_stage_and_demote_is_the_way_out(
+    whole_model, stages, chat, sql_ledger, version_store
+):
+    version = chat()
+    stages.promote(version, stage="production")
+    if whole_model:
+        version_store._client.delete_registered_model("chat")
+    else:
+        version_store._client.delete_model_version("chat", "1")
+
+    with pytest.raises(NotFound, match="MLflow has lost chat:v1"):
+        stages.promote(version, stage="staging")
+    with pytest.raises(StageMoved, match="MLflow has lost that version") as adopting:
+        stages.adopt("chat", stage="production")
+    assert "adapterctl demote chat --stage production" in adopting.value.hint
+    assert sql_ledger.stages() == {version.adapter_id: {"production": version.id}}
+
+    assert stages.demote("chat", stage="production").action == "demote"
+    assert sql_ledger.stage_holder(version.adapter_id, "production") is None
+
+
 def test_an_alias_that_only_mlflow_knows_is_removed_by_demote(stages, chat, version_store):
     chat()
     version_store.project_stage("chat", "production", number=1, legacy={})
