@@ -320,8 +320,12 @@ def _carry(registry: RegistryAPI, each: _Folder, planned: Carried, assume_conver
     else:
         done = _register(registry, each, planned, assume_converted)
     if each.listed.metrics and done.action != "found":
-        # measured elsewhere, and shown as such
-        registry.import_results(parse_ref(done.ref), source=LISTING, metrics=each.listed.metrics)
+        # measured elsewhere, and shown as such; what is known here already stays
+        here = registry.version(parse_ref(done.ref))
+        own = here.metrics.keys() - here.imported.keys()
+        told = {key: value for key, value in each.listed.metrics.items() if key not in own}
+        if told:
+            registry.import_results(parse_ref(done.ref), source=LISTING, metrics=told)
     return done
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..domain.errors import InvalidInput, Problem, raise_all
+from ..domain.errors import InvalidInput, Problem, Refused, raise_all
+from ..domain.evals import HERE
 from ..domain.version import AdapterVersion
 from ..ports import Ledger, VersionStore
 from .read_yaml import read_limited
@@ -49,7 +50,8 @@ def import_results(
 ) -> None:
     """Put the metrics on the version. Without any, the source is a run of MLflow. Equal ones are not put there twice.
 
-    Raises `NotFound` for a run that is not there, `InvalidInput` for one without metrics, or another source.
+    Raises `NotFound` for a run that is not there, `InvalidInput` for one without metrics, or another source, and
+    `Refused` where this registry measured one of them itself: that figure has samples behind it.
     """
     if metrics is None:
         run = _RUN.fullmatch(source)
@@ -59,6 +61,12 @@ def import_results(
     told = f"{IMPORTED}{source}"
     found = check_metrics(metrics)
     current, sources = ledger.metrics([version.id]).get(version.id, {}), ledger.metric_sources(version.id)
+    measured = [key for key in found if sources.get(key, "").startswith(HERE)]
+    if measured:
+        raise Refused(
+            f"this registry measured itself, on {version.label}: {', '.join(measured)[:500]}",
+            hint="leave these out, or import them under other names; nothing was taken",
+        )
     fresh = {key: value for key, value in found.items() if (current.get(key), sources.get(key)) != (value, told)}
     if fresh:
         ledger.set_metrics(version.id, fresh, source=told)

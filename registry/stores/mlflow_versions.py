@@ -182,10 +182,10 @@ class MlflowVersions:
 
     @in_our_words
     def has(self, version: AdapterVersion) -> bool:
+        carried: str | None = None
         with missing_is_fine():
-            found = self._client.get_model_version(version.name, str(version.number))
-            return found.tags.get(VERSION_ID) == version.id
-        return False
+            carried = self._client.get_model_version(version.name, str(version.number)).tags.get(VERSION_ID)
+        return carried == version.id
 
     @in_our_words
     def seen(self) -> list[SeenModel]:

@@ -153,6 +153,18 @@ def test_results_from_elsewhere_are_no_evaluation_of_ours(family: Family):
     assert family.ledger.metric_sources(family.child.id)["bleu"] == "imported from lm-eval r"
 
 
+def test_results_from_elsewhere_never_replace_what_was_measured_here(family: Family):
+    family.evaluate()
+    before = family.ledger.metrics([family.child.id]), family.ledger.metric_sources(family.child.id)
+
+    with pytest.raises(Refused, match="measured itself, on both:v1: chat/nll"):
+        import_results(
+            family.ledger, family.child, source="x", metrics={"bleu": 1, "chat/nll": 0.1}, open_versions=no_mlflow
+        )
+
+    assert (family.ledger.metrics([family.child.id]), family.ledger.metric_sources(family.child.id)) == before
+
+
 @pytest.mark.parametrize(
     "metrics", [{}, {"a": float("nan")}, {"a": True}, {"a": "1"}, {"a\nb": 1.0}, {str(i): 1 for i in range(1001)}]
 )
