@@ -195,7 +195,7 @@ def _kept(
     rows: list[Retained] = []
     missing: tuple[str, ...] = ()
     for confidence in dict.fromkeys(asked):
-        view = retention_view(ledger, version, confidence=confidence)
+        view = retention_view(ledger, version, confidence=confidence, judging=True)
         missing = view.missing
         rows += [
             Retained(

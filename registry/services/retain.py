@@ -34,15 +34,20 @@ class _Compared:
     child: EvalReport
 
 
-def retention_view(ledger: Ledger, version: AdapterVersion, *, confidence: float = CONFIDENCE) -> RetentionView:
-    """One row for each metric of each task of the parents' suites; suites without reports are named as missing."""
+def retention_view(
+    ledger: Ledger, version: AdapterVersion, *, confidence: float = CONFIDENCE, judging: bool = False
+) -> RetentionView:
+    """One row for each metric of each task of the parents' suites; suites without reports are named as missing.
+
+    Whatever else the version was evaluated on is shown as well, unless only `judging` suites are asked for.
+    """
     parents = parents_of(ledger, version)
     if not parents:
         return RetentionView(version.label, ())
     subjects = _subjects(version, parents)
     reports = _reports(ledger, version, subjects)
     owners, names = _suite_owners(ledger, version, parents)
-    for digest, found in reports[version.spec.content_digest].items():
+    for digest, found in reports[version.spec.content_digest].items() if not judging else ():
         names.setdefault(digest, next(iter(found.values())).suite)
     rows: list[RetentionRow] = []
     missing: list[str] = []

@@ -106,6 +106,20 @@ def test_figures_come_with_their_interval_and_what_was_kept_with_its_owner(famil
     assert (found.missing, found.receipt.passed, found.receipt.loss) == ((), True, 0.02)
 
 
+def test_an_evaluation_on_a_suite_that_judges_nobody_changes_no_verdict(family: Family):
+    family.evaluate()
+    before = family.evidence("retention.min >= 0.9")
+    everywhere, alone = suite("poems"), suite("sums")
+    for subject in (None, *family.parents, family.child):
+        family.report(subject, everywhere, 9.0)
+    family.report(family.child, alone, 9.0)
+
+    found = family.evidence("retention.min >= 0.9")
+
+    assert (found.kept, found.missing) == (before.kept, before.missing)
+    assert len(found.kept) == 2
+
+
 def test_a_wider_confidence_gives_a_wider_interval(family: Family):
     family.evaluate()
 
