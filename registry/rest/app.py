@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from ..api import ServedRegistry
 from ..domain.access import Scope
@@ -24,7 +25,7 @@ from ..domain.errors import AdapterctlError, InvalidInput, NotAllowed, NotFound,
 from ..domain.job import JobState
 from ..domain.worker import QUEUES
 from ..ports import Access
-from .door import Door, Metrics, Rules
+from .door import Door, Metrics, Rules, area_of
 from .pages import router as pages
 from .problems import MEDIA_TYPE, status_of, to_problem
 from .routes import router
@@ -73,7 +74,8 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
         redirect_slashes=False,
     )
     metrics = Metrics()
-    door = Door(app, rules, access.caller, metrics)
+    areas = {area_of(route.path) for each in (router, pages) for route in each.routes if isinstance(route, Route)}
+    door = Door(app, rules, access.caller, metrics, areas | {"/v1/openapi.json"})
     app.state.registry, app.state.access, app.state.door = registry, access, door
     app.state.upload_bytes = rules.upload_bytes
     app.include_router(router)

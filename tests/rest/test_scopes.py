@@ -154,6 +154,25 @@ def test_health_is_told_to_everyone_and_figures_to_readers(served: Any):
     assert "adapterctl_requests_total" in figures.text
 
 
+@pytest.mark.parametrize(
+    ("path", "area"),
+    [
+        ("/v1/gates", "/v1/gates"),
+        ("/v1/decisions/0123", "/v1/decisions"),
+        ("/v1/tunes/x", "/v1/tunes"),
+        ("/v1/openapi.json", "/v1/openapi.json"),
+        ("/adapters/translate", "/adapters"),
+        ("/v1/made-up", "mlflow"),
+        ("/ajax-api/2.0/x", "mlflow"),
+    ],
+)
+def test_figures_count_a_path_under_its_area(served: Any, path: str, area: str):
+    served.client.get(path, headers=served.auth("read"))
+
+    figures = served.client.get("/metrics", headers=served.auth("read")).text
+    assert f'adapterctl_requests_total{{area="{area}",method="GET"' in figures
+
+
 def test_a_browser_may_send_the_token_as_its_password(served: Any):
     answer = served.client.get("/v1/whoami", auth=("anyone", served.secrets["merge"]))
 
