@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..api import Direction, LineageEdgeView, LineageView, MetricPoint
 from ..domain.errors import InvalidInput, NotFound
 from ..domain.recall import DESCENT
 from ..domain.refs import Ref
-from ..domain.version import Edge
+from ..domain.version import AdapterVersion, Edge
 from ..ports import Ledger
 from .resolve import known_adapter, resolve
 from .views import version_views
@@ -45,7 +45,7 @@ def common_ancestors(ledger: Ledger, first: Ref, second: Ref) -> LineageView:
     common = [version_id for version_id in above[0] if version_id in above[1]]
     edges = list(dict.fromkeys([*up[0], *up[1]]))
     # every common one lies above the nearest of them, which are what the ways lead to
-    toward = _closure(edges, common, lambda edge: (edge.parent_id, edge.child_id))
+    toward = _beneath(edges, common)
     kept = [edge for edge in edges if edge.parent_id in toward]
     return _view(ledger, one.label, "up", [one.id, two.id], kept, found=common)
 
@@ -53,20 +53,16 @@ def common_ancestors(ledger: Ledger, first: Ref, second: Ref) -> LineageView:
 def path(ledger: Ledger, first: Ref, second: Ref) -> LineageView:
     """All ways between two versions, whichever is the ancestor; `found` is a shortest one, or empty."""
     one, two = (resolve(ledger, ref, removed=True) for ref in (first, second))
-    for below, above, direction in ((one, two, "up"), (two, one, "down")):
+    upward: tuple[AdapterVersion, AdapterVersion, Direction] = (one, two, "up")
+    downward: tuple[AdapterVersion, AdapterVersion, Direction] = (two, one, "down")
+    for below, above, direction in (upward, downward):
         edges = _made_of(ledger.edges_up(below.id))
-        beneath = _closure(edges, [above.id], lambda edge: (edge.parent_id, edge.child_id))
+        beneath = _beneath(edges, [above.id])
         if below.id in beneath:
             kept = [edge for edge in edges if edge.parent_id in beneath]
             way = _shortest(kept, below.id, above.id)
-            return _view(
-                ledger,
-                one.label,
-                "up" if direction == "up" else "down",
-                [one.id, two.id],
-                kept,
-                found=way if direction == "up" else way[::-1],
-            )
+            found = way if direction == "up" else way[::-1]
+            return _view(ledger, one.label, direction, [one.id, two.id], kept, found=found)
     return _view(ledger, one.label, "both", [one.id, two.id], [])
 
 
@@ -90,18 +86,17 @@ def _made_of(edges: Sequence[Edge]) -> list[Edge]:
     return [edge for edge in edges if edge.kind in DESCENT]
 
 
-def _closure(edges: Sequence[Edge], start: Sequence[str], step: Callable[[Edge], tuple[str, str]]) -> set[str]:
-    """All that is reached from `start` along (from, to) of each edge."""
-    following: dict[str, list[str]] = {}
+def _beneath(edges: Sequence[Edge], start: Sequence[str]) -> set[str]:
+    """`start`, and all that is made of it along these edges."""
+    children: dict[str, list[str]] = {}
     for edge in edges:
-        source, target = step(edge)
-        following.setdefault(source, []).append(target)
+        children.setdefault(edge.parent_id, []).append(edge.child_id)
     reached, waiting = set(start), list(start)
     while waiting:
-        for target in following.get(waiting.pop(), ()):
-            if target not in reached:
-                reached.add(target)
-                waiting.append(target)
+        for child in children.get(waiting.pop(), ()):
+            if child not in reached:
+                reached.add(child)
+                waiting.append(child)
     return reached
 
 
