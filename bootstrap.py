@@ -273,6 +273,7 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
             settings,
             open_versions=lambda: registry.version_store,
             folders=folders,
+            bell=registry.bell,
             made_on_demand=registry.made_on_demand,
         ),
         "verify": VerifyHandler(ledger, folders=folders, home=settings.home, threads=settings.threads),

@@ -110,9 +110,12 @@ class TuneHandler:
         *,
         open_versions: Callable[[], VersionStore],
         folders: Folders,
+        bell: Doorbell,
         made_on_demand: Mapping[str, str] | None = None,
     ) -> None:
+        """`bell` tells of the merges that register finalists."""
         self._ledger = ledger
+        self._bell = bell
         self._settings = settings
         self._open_versions = open_versions
         self._folders = folders
@@ -144,7 +147,7 @@ class TuneHandler:
             files=told.files(),
         )
         finalists = told.finding.finalists[: job.spec["keep"]]
-        merges = [self._ledger.submit(self._merge(job, told, number))[0].id for number in finalists]
+        merges = [submit(self._ledger, self._bell, self._merge(job, told, number))[0].id for number in finalists]
         return {**result, "jobs": merges}
 
     def _plan(self, job: Job, parents: Sequence[AdapterVersion], folders: Sequence[Path]) -> TunePlan:
