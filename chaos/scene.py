@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from pathlib import Path
 from broker import Broker, running_broker
 from forks import in_child
 from model import Model
-from postgres import PostgresServer, postgres_server
+from postgres import PostgresServer, free_port, postgres_server
 
 from adapterctl.bootstrap import connect
 from adapterctl.migrations import migrate
@@ -123,7 +122,7 @@ class Scene:
         self.workers: list[subprocess.Popen[bytes] | None] = [None for _ in machines] if broker else []
         self.armed: dict[str, str] = {}
         self._serves = False
-        self._port = _free_port()
+        self._port = free_port()
         self._rung_at = 0.0
         self._bells = [Bell(settings) for settings in machines]
 
@@ -389,8 +388,3 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

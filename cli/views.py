@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..registry.domain.evals import Interval
     from ..registry.domain.job import Job, JobEvent
     from ..registry.domain.suite import Suite, SuiteTask
-    from ..registry.domain.verdict import Decision, Judged
+    from ..registry.domain.verdict import Decision, Judged, Outcome
     from ..registry.domain.version import Base
 
 _STATE_STYLES = {
@@ -287,21 +287,22 @@ def gates_text(view: GatesView, out: Output) -> str:
 
 
 def gate_check_text(view: GateCheck, out: Output) -> str:
-    outcome = _state(view.verdict, out)
-    gate = f"gate {view.gate[:12]}" if view.gate else "no gates were set"
-    title = f"{out.paint(printable(view.ref), 'bold')} for {printable(view.stage)}: {outcome}, {gate}"
+    title = _judged_title(view.ref, view.stage, view.verdict, view.gate, out)
     return "\n".join([title, *_judged_lines(view.conditions, out)])
 
 
 def decision_text(view: Decision, out: Output) -> str:
-    outcome = _state(view.verdict.outcome, out)
-    gate = f"gate {view.gate[:12]}" if view.gate else "no gates were set"
-    title = f"{out.paint(printable(view.evidence.ref), 'bold')} for {printable(view.stage)}: {outcome}, {gate}"
+    title = _judged_title(view.evidence.ref, view.stage, view.verdict.outcome, view.gate, out)
     fields: list[tuple[str, Iterable[str]]] = [
         ("content", [f"sha256:{view.evidence.content_digest}"]),
         ("approvals", [", ".join(view.evidence.approvals)]),
     ]
     return "\n".join([title, *_fields(fields, out), *_judged_lines(view.verdict.conditions, out)])
+
+
+def _judged_title(ref: str, stage: str, outcome: Outcome, gate: str | None, out: Output) -> str:
+    by = f"gate {gate[:12]}" if gate else "no gates were set"
+    return f"{out.paint(printable(ref), 'bold')} for {printable(stage)}: {_state(outcome, out)}, {by}"
 
 
 def _judged_lines(conditions: Sequence[Judged], out: Output) -> list[str]:

@@ -26,7 +26,7 @@ from ..registry.domain.errors import JobCancelled, Refused
 from ..registry.domain.header import DTYPE_BYTES
 from ..registry.domain.plan import MergePlan, ModulePlan
 from ..registry.merging.grams import Factors
-from ..registry.merging.make import Outcome, arithmetic, make, promise
+from ..registry.merging.make import Outcome, arithmetic, make, promise, wider
 from ..registry.merging.method import MethodSpec, find_method
 from ..registry.merging.stack import blocks_of, coefficients, load_stack
 from ..registry.merging.tensors import STORED, TensorReader, TensorWriter, encode, sync_folder
@@ -246,7 +246,7 @@ def _bias(module: ModulePlan, readers: Sequence[TensorReader]) -> NDArray[np.flo
 
 def _scaled(values: NDArray[np.floating], scale: NDArray[np.float64], dtype: str) -> NDArray[Any]:
     """`values * scale` as stored in `dtype`, computed in a wider type."""
-    wide = np.float32 if dtype in {"BF16", "F16"} else np.float64
+    wide = wider(dtype)
     return encode(values.astype(wide, copy=False) * scale.astype(wide), dtype)
 
 

@@ -75,13 +75,17 @@ def promise(module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe
     return _distance(stack, *_large(module, method, stack, recipe)).error_squared, exact_norm(grams) ** 2
 
 
+def wider(dtype: str) -> type[np.floating]:
+    """A type that is wider than the output, so that the output is rounded once."""
+    return np.float32 if dtype in {"BF16", "F16"} else np.float64
+
+
 def arithmetic(method: MethodSpec, dtype: str) -> type[np.floating]:
-    """The type to compute in: wider than the output, so that the output is rounded once.
+    """The type in which a method computes.
 
     Deltas are as large as the base, and their rules compare, drop and average elements: float32 does for float32 too.
     """
-    narrow = {"BF16", "F16", "F32"} if method.form == "deltas" else {"BF16", "F16"}
-    return np.float32 if dtype in narrow else np.float64
+    return np.float32 if method.form == "deltas" and dtype == "F32" else wider(dtype)
 
 
 def _maps(method: MethodSpec, grams: Grams, recipe: Recipe) -> Maps:

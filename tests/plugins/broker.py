@@ -8,7 +8,6 @@ import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -76,9 +75,10 @@ class Broker:
 
 @contextmanager
 def running_broker() -> Iterator[Broker]:
+    from postgres import free_port  # deferred: pytest wants to import its plugins itself
+
     folder = Path(tempfile.mkdtemp(prefix="adapterctl-redis-", dir="/tmp"))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = int(probe.getsockname()[1])
+    port = free_port()
     (folder / "redis.conf").write_text(
         f'bind 127.0.0.1\nport {port}\ndir {folder}\nsave ""\nappendonly no\n'
         f"user default on >{PASSWORD} ~* &* +@all\n"
