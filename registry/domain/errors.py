@@ -92,9 +92,14 @@ class Recalled(Refused):
 
     @classmethod
     def of(cls, label: str, recalled: str, reason: str, what: str) -> Recalled:
-        """`label` was recalled, itself or by way of the version `recalled`; `what` is not done."""
+        """`label` was recalled, itself or by way of the version `recalled`; `what` is to be done instead."""
+        words = cls.words(label, recalled, reason)
+        return cls(words, hint=f"{what}; or, once it is good: adapterctl recall --undo {recalled}")
+
+    @staticmethod
+    def words(label: str, recalled: str, reason: str) -> str:
         through = f"{label} was recalled" if label == recalled else f"{label} is made of {recalled}, which was recalled"
-        return cls(f"{through}: {reason}", hint=f"{what}; or, once it is good: adapterctl recall --undo {recalled}")
+        return f"{through}: {reason}"
 
 
 class GateRefused(Refused):

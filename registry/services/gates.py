@@ -27,7 +27,7 @@ from .evaluate import is_imported, parents_of
 from .read_yaml import parse_yaml, read_limited
 from .retain import retention_view
 from .suites import suites_of
-from .views import iso_time
+from .views import iso_time, recall_views
 
 MAX_GATE_BYTES = 1 << 20
 HINT = "docs/gates.md shows how gates are written"
@@ -148,8 +148,8 @@ def collect(ledger: Ledger, version: AdapterVersion, stage: str, conditions: Seq
 
 def _recalled(ledger: Ledger, version: AdapterVersion) -> tuple[str, ...]:
     """The version whose recall hits this one: itself, or the nearest that it is made of."""
-    hit = ledger.recalls().get(version.id)
-    return () if hit is None else (ledger.versions_by_id([hit.version_id])[hit.version_id].label,)
+    hit = recall_views(ledger).get(version.id)
+    return () if hit is None else (hit.ref,)
 
 
 def _newest(reports: Sequence[EvalReport], suite: str) -> EvalReport | None:

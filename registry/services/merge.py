@@ -15,7 +15,7 @@ from typing import Any
 from ..api import MethodView, OptionView, ParentView, PlanView, Submitted
 from ..domain.adapter import AdapterFacts
 from ..domain.digest import json_digest
-from ..domain.errors import IncompatibleParents, InvalidInput, LossTooHigh, Problem, Refused, raise_all
+from ..domain.errors import IncompatibleParents, InvalidInput, LossTooHigh, Problem, Recalled, Refused, raise_all
 from ..domain.job import Job, NewJob
 from ..domain.plan import MergePlan, build_plan, check_parents, parent_warnings
 from ..domain.prompts import prompt_form, prompt_warnings, tokenizer_warnings
@@ -99,7 +99,7 @@ def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, acto
     digest = ready.recipe.digest
     existing = ledger.live_version(adapter_id, recipe=digest)
     if existing is not None:
-        check_not_recalled(ledger, existing, "merge with another recipe")
+        check_not_recalled(ledger, [existing], "merge with another recipe")
         _check_loss(ledger, existing, request.max_loss)
         _check_content(existing.spec.content_digest, request.expect)
         if not suites:
@@ -303,12 +303,7 @@ def job_parents(ledger: Ledger, job: Job) -> list[AdapterVersion]:
 def _check_recalls(ledger: Ledger, parents: Sequence[AdapterVersion]) -> list[Problem]:
     recalls = recall_views(ledger)
     return [
-        Problem(
-            "recalled",
-            f"{parent.label} was recalled: {hit.reason}"
-            if hit.ref == parent.label
-            else f"{parent.label} is made of {hit.ref}, which was recalled: {hit.reason}",
-        )
+        Problem(Recalled.code, Recalled.words(parent.label, hit.ref, hit.reason))
         for parent in parents
         if (hit := recalls.get(parent.id)) is not None
     ]

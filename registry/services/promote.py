@@ -162,7 +162,7 @@ class Stages:
 
     def _verify(self, version: AdapterVersion) -> None:
         _check_live(version)
-        check_not_recalled(self.ledger, version, "promote another version")
+        check_not_recalled(self.ledger, [version], "promote another version")
         if not self.versions.has(version):
             way_out = (
                 "restore MLflow from a backup, or `adapterctl demote` the stages that it holds, then `adapterctl rm`"

@@ -104,7 +104,7 @@ def _next(chain: str, steps: Sequence[str], replaced: Mapping[str, str], label: 
 def _check_pair(ledger: Ledger, old: AdapterVersion, new: AdapterVersion) -> None:
     if old.id == new.id:
         raise InvalidInput(f"{old.label} cannot replace itself", hint="--replace translate:v3=translate:v4")
-    check_not_recalled(ledger, new, "replace it by another version")
+    check_not_recalled(ledger, [new], "replace it by another version")
     if new.id in ledger.descendants([old.id]):
         raise Refused(f"{new.label} is itself made of {old.label}", hint="replace it by a version that is not")
 

@@ -6,7 +6,7 @@ milliseconds a version; the job writes what the ledger says when it runs, so any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..domain.recall import Recall, RecallAction, check_reason
 from ..domain.version import AdapterVersion
 from ..ports import Doorbell, Ledger, VersionStore
 from .schedule import Done, Task
-from .views import iso_time
+from .views import iso_time, recall_views
 
 
 def recall(
@@ -41,21 +41,19 @@ def recall(
     return _impact(ledger, version, said)
 
 
-def check_not_recalled(ledger: Ledger, version: AdapterVersion, instead: str) -> None:
-    """Raise `Recalled` where a recall hits the version; `instead` is what to do."""
-    hit = ledger.recalls().get(version.id)
-    if hit is not None:
-        raise Recalled.of(
-            version.label, ledger.versions_by_id([hit.version_id])[hit.version_id].label, hit.reason, instead
-        )
+def check_not_recalled(ledger: Ledger, versions: Sequence[AdapterVersion], instead: str) -> None:
+    """Raise `Recalled` for the first of the versions that a recall hits; `instead` is what to do."""
+    recalls = recall_views(ledger)
+    for version in versions:
+        if (hit := recalls.get(version.id)) is not None:
+            raise Recalled.of(version.label, hit.ref, hit.reason, instead)
 
 
-def mark(ledger: Ledger, open_versions: Callable[[], VersionStore], version: AdapterVersion) -> None:
+def mark(ledger: Ledger, versions: VersionStore, version: AdapterVersion) -> None:
     """Let MLflow's page of a new version say that it is recalled, where it was born so."""
-    hit = ledger.recalls().get(version.id)
+    hit = recall_views(ledger).get(version.id)
     if hit is not None:
-        recalled = ledger.versions_by_id([hit.version_id])[hit.version_id].label
-        open_versions().mark_recall(version, (recalled, hit.reason))
+        versions.mark_recall(version, (hit.ref, hit.reason))
 
 
 class RecallHandler:
@@ -69,13 +67,12 @@ class RecallHandler:
     def begin(self, job: Job) -> Iterator[Task | Done]:
         # one at a time, and each reads the ledger first: the last one writes the last word
         with self._ledger.exclusive("recall-marks"):
-            recalls = self._ledger.recalls()
+            recalls = recall_views(self._ledger)
             versions = self._ledger.versions_by_id(list(self._ledger.descendants([job.spec["version_id"]])))
-            recalled = self._ledger.versions_by_id(sorted({hit.version_id for hit in recalls.values()}))
             live = [version for version in versions.values() if version.state == "live"]
             for version in live:
                 hit = recalls.get(version.id)
-                said = (recalled[hit.version_id].label, hit.reason) if hit is not None else None
+                said = (hit.ref, hit.reason) if hit is not None else None
                 self._open_versions().mark_recall(version, said)
         yield Done({"marked": len(live)})
 
@@ -95,13 +92,13 @@ def _marking(version: AdapterVersion, action: RecallAction, *, actor: str) -> Ne
 
 
 def _check_undo(ledger: Ledger, version: AdapterVersion) -> None:
-    hit = ledger.recalls().get(version.id)
+    hit = recall_views(ledger).get(version.id)
     if hit is None:
         raise Refused(f"{version.label} is not recalled", hint="there is nothing to take back")
-    if hit.version_id != version.id:
-        other = ledger.versions_by_id([hit.version_id])[hit.version_id].label
+    if hit.ref != version.label:
         raise Refused(
-            f"{version.label} itself is not recalled, it is made of {other}", hint=f"adapterctl recall --undo {other}"
+            f"{version.label} itself is not recalled, it is made of {hit.ref}",
+            hint=f"adapterctl recall --undo {hit.ref}",
         )
 
 

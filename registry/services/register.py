@@ -196,8 +196,8 @@ def _find_or_create(
         existing = _live_version(ledger, adapter_id, spec)
         if job is None:
             _check_bytes(ledger, spec)
-        if existing is not None and job is None:
-            return existing, False
+            if existing is not None:
+                return existing, False
         versions = open_versions()
         if existing is not None:  # the write is idempotent by id: what is left of it is the end of the job
             placed = (existing.id, existing.placement)
@@ -228,7 +228,7 @@ def _find_or_create(
             job=job,
             then=then(version_id) if job else (),
         )
-        mark(ledger, open_versions, version)
+        mark(ledger, versions, version)
         tell_parents(ledger, versions, [parent.version for parent in parents])
         return version, existing is None
 
@@ -270,9 +270,8 @@ def _live_version(ledger: Ledger, adapter_id: str, spec: NewVersion) -> AdapterV
 
 def _check_bytes(ledger: Ledger, spec: NewVersion) -> None:
     """Raise `Recalled` where a recall hits these very bytes, under whatever name: a copy would get past it."""
-    for twin in ledger.versions_by_digest(spec.content_digest):
-        if twin.spec.base.id == spec.base.id:
-            check_not_recalled(ledger, twin, "register other bytes")
+    twins = [twin for twin in ledger.versions_by_digest(spec.content_digest) if twin.spec.base.id == spec.base.id]
+    check_not_recalled(ledger, twins, "register other bytes")
 
 
 def _generation(ledger: Ledger, spec: NewVersion, key: str) -> str:
