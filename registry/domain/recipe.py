@@ -8,13 +8,13 @@ output changes. The SHA-256 of its canonical JSON is the *recipe digest*.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .digest import json_digest
 from .errors import InvalidInput
-from .refs import ParentRef
+from .refs import ParentRef, Ref
 
 #: `sum` keeps the exact factors (`cat`) up to this rank and compresses (`svd`) to it beyond.
 SUM_RANK_LIMIT = 64
@@ -91,6 +91,27 @@ class MergeRequest:
     def target(self) -> str:
         """The adapter that gets a new version: the one that was named, or the parents' names joined with `-`."""
         return self.into or "-".join(dict.fromkeys(parent.ref.name for parent in self.parents))
+
+
+def request_again(
+    recipe: Recipe, parents: Sequence[Ref], *, into: str, expect: tuple[str, str] | None = None
+) -> MergeRequest:
+    """The request that resolves to `recipe` over these versions, in the order of its parents.
+
+    Where they are others than those that it was made of, what follows from them (the rank of a `cat`) follows anew.
+    """
+    return MergeRequest(
+        parents=tuple(ParentRef(ref, parent.weight) for ref, parent in zip(parents, recipe.parents, strict=True)),
+        into=into,
+        method=recipe.method,
+        # the rank of a cat is the sum of its parents'
+        rank=None if recipe.method == "cat" else recipe.rank,
+        dtype=recipe.dtype,
+        seed=recipe.seed,
+        options=recipe.options,
+        layers=recipe.layers,
+        expect=expect,
+    )
 
 
 @dataclass(frozen=True, slots=True)

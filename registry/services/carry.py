@@ -33,8 +33,8 @@ from ..domain.errors import (
     raise_all,
 )
 from ..domain.header import strict_json_object
-from ..domain.recipe import MergeRequest, Recipe
-from ..domain.refs import ParentRef, Ref, check_name, parse_ref
+from ..domain.recipe import Recipe, request_again
+from ..domain.refs import Ref, check_name, parse_ref
 from ..domain.version import VersionKind
 from ..wire import from_builtins, to_builtins
 from .pull import damage
@@ -354,19 +354,8 @@ def _register(registry: RegistryAPI, each: _Folder, planned: Carried, assume_con
 
 def _merge_again(registry: RegistryAPI, recipe: Recipe, each: _Folder, parents: Sequence[str]) -> str:
     """The version that this recipe makes of these parents; it must come out as the bytes of the folder."""
-    request = MergeRequest(
-        parents=tuple(
-            ParentRef(parse_ref(ref), parent.weight) for ref, parent in zip(parents, recipe.parents, strict=True)
-        ),
-        into=each.listed.name,
-        method=recipe.method,
-        rank=None if recipe.method == "cat" else recipe.rank,
-        dtype=recipe.dtype,
-        seed=recipe.seed,
-        options=recipe.options,
-        layers=recipe.layers,
-        expect=(recipe.digest, each.digest),
-    )
+    refs = [parse_ref(ref) for ref in parents]
+    request = request_again(recipe, refs, into=each.listed.name, expect=(recipe.digest, each.digest))
     submitted = registry.merge(request)
     if submitted.job is not None:
         for job in registry.follow(submitted.job.id):

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from graphlib import TopologicalSorter
 from typing import Any
 
 from ..api import RebuildStep, RebuildView
 from ..domain.digest import json_digest
 from ..domain.errors import InvalidInput, NotFound, Refused
 from ..domain.job import Job, NewJob
-from ..domain.recipe import MergeRequest, recipe_from_json
-from ..domain.refs import ParentRef, Ref
+from ..domain.recipe import MergeRequest, recipe_from_json, request_again
+from ..domain.refs import Ref
 from ..domain.version import AdapterVersion, Edge
 from ..ports import Doorbell, Ledger
 from .merge import MergeHandler, preflight
@@ -124,13 +125,8 @@ def _affected(
     if not live:
         raise NotFound(f"nothing is made of {old.label}", hint=f"adapterctl lineage {old.label} --down")
     parents = ledger.parent_edges(list(live))
-    ordered: dict[str, AdapterVersion] = {}
-    while len(ordered) < len(live):
-        for version_id, version in live.items():
-            above = [edge.parent_id for edge in parents.get(version_id, ()) if edge.parent_id in live]
-            if version_id not in ordered and all(parent_id in ordered for parent_id in above):
-                ordered[version_id] = version
-    return list(ordered.values()), parents
+    above = {i: [edge.parent_id for edge in parents.get(i, ()) if edge.parent_id in live] for i in live}
+    return [live[version_id] for version_id in TopologicalSorter(above).static_order()], parents
 
 
 def _steps(
@@ -165,16 +161,5 @@ def _request(ledger: Ledger, version: AdapterVersion, replaced: Mapping[str, str
     edges = ledger.parent_edges([version.id])[version.id]
     known = ledger.versions_by_id([replaced.get(edge.parent_id, edge.parent_id) for edge in edges])
     parents = [known[replaced.get(edge.parent_id, edge.parent_id)] for edge in edges]
-    return MergeRequest(
-        parents=tuple(
-            ParentRef(Ref(parent.name, number=parent.number), of.weight)
-            for parent, of in zip(parents, recipe.parents, strict=True)
-        ),
-        into=version.name,
-        method=recipe.method,
-        # the rank of a cat is the sum of its parents', which may have others now
-        rank=None if recipe.method == "cat" else recipe.rank,
-        dtype=recipe.dtype,
-        seed=recipe.seed,
-        options=recipe.options,
-    )
+    refs = [Ref(parent.name, number=parent.number) for parent in parents]
+    return request_again(recipe, refs, into=version.name)

@@ -10,9 +10,12 @@ from registries import nobody_works
 from tiny import write_tiny_adapter
 
 from adapterctl.registry.domain.errors import InvalidInput, NotFound, Recalled, Refused
-from adapterctl.registry.domain.recipe import MergeRequest
+from adapterctl.registry.domain.recipe import MergeRequest, parse_layer_weights
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.services.local import LocalRegistry
+from adapterctl.registry.services.merge import preflight
+from adapterctl.registry.services.rebuild import _request
+from adapterctl.registry.services.resolve import resolve
 
 
 def merge(registry: LocalRegistry, into: str, *parents: str) -> None:
@@ -70,6 +73,19 @@ def test_what_cannot_be_rebuilt_is_refused_in_words(registry):
     with pytest.raises(Recalled, match="worse"):
         registry.rebuild(parse_ref("translate:v1"), parse_ref("translate:v2"))
     registry.undo_recall(parse_ref("translate:v2"), reason="not worse")
+
+
+def test_the_recipe_of_a_rebuilt_version_is_the_old_one_but_for_its_parents(registry):
+    layers = (parse_layer_weights("layers.0=0.2,1"),)
+    parents = tuple(map(parse_parent, ("chat:v1=0.5", "translate:v2")))
+    asked = MergeRequest(parents, into="layered", method="svd", rank=3, layers=layers)
+    list(registry.follow(registry.merge(asked).job.id, timeout_s=120))
+    made = resolve(registry.ledger, parse_ref("layered:v1"))
+
+    again = preflight(registry.ledger, _request(registry.ledger, made, {})).recipe
+
+    assert again.layers == layers
+    assert again.digest == made.spec.recipe_digest
 
 
 def test_a_killed_rebuild_goes_on_and_leaves_what_was_trained_alone(registry, tmp_path, monkeypatch):
