@@ -38,7 +38,7 @@ class ParentView:
 
 @dataclass(frozen=True, slots=True)
 class RecallView:
-    """The recall that hits a version: `ref` is the version that was recalled, itself or an ancestor."""
+    """The recall that hits a version: `ref` is the version that was recalled, itself, its bytes or an ancestor."""
 
     ref: str
     reason: str
@@ -204,7 +204,8 @@ class StageHit:
 class RecallImpact:
     """A recall and whom it hits; for `undo` whom it sets free: versions that no other recall hits.
 
-    `descendants` are the live versions that are made of `ref`, nearest first; `stages` where any of them serves now.
+    `descendants` are the live versions that have the bytes of `ref` or are made of them, nearest first; `stages` where
+    any of them serves now.
     """
 
     ref: str

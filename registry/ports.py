@@ -18,16 +18,17 @@ from .domain.evals import EvalReport
 from .domain.job import Job, JobEvent, JobState, LogPiece, NewJob, Progress, QueueDepth
 from .domain.recall import Recall, RecallAction, Recalls
 from .domain.stage import ApprovalAction, MoveAction, StageEvent
-from .domain.version import AdapterVersion, Base, Edge, NewVersion, Placement, VersionDetail
+from .domain.version import AdapterVersion, Base, Edge, EdgeKind, NewVersion, Placement, VersionDetail
 from .domain.worker import Queue, Worker
 
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """A parent as registration needs it: the version and its weight (None where the edge has none)."""
+    """A parent as registration needs it: the version, its weight (None where the edge has none), the edge's kind."""
 
     version: AdapterVersion
     weight: float | None = None
+    kind: EdgeKind = "merge"
 
 
 #: Opens the files of a version in a folder of this machine, for reading, while the context lasts.
@@ -110,8 +111,10 @@ class Ledger(Protocol):
         """The number of the newest live version of each adapter that has one."""
         ...
 
-    def versions_by_digest(self, digest_prefix: str, name: str | None = None) -> list[AdapterVersion]:
-        """Live versions whose content digest starts so."""
+    def versions_by_digest(
+        self, digest_prefix: str, name: str | None = None, *, include_removed: bool = False
+    ) -> list[AdapterVersion]:
+        """Versions whose content digest starts so, by name and number."""
         ...
 
     def live_version(
@@ -171,15 +174,18 @@ class Ledger(Protocol):
         ...
 
     def recalls(self) -> Recalls:
-        """Every version that a recall hits now, whether its own or an ancestor's."""
+        """Every version that a recall hits now: itself, by a copy of its bytes, or by what it is made of."""
         ...
 
     def trained_on(self, dataset: str) -> list[str]:
         """The ids of the versions, removed ones too, that were trained on this dataset themselves."""
         ...
 
-    def descendants(self, version_ids: Sequence[str]) -> dict[str, str]:
-        """These versions and all that is made of them, nearest first, each with the nearest of these versions."""
+    def descendants(self, version_ids: Sequence[str], *, copies: bool = False) -> dict[str, str]:
+        """These versions and all that is made of them, nearest first, each with the nearest of these versions.
+
+        With `copies`, what has the same bytes counts as made of a version: these are the ones that a recall hits.
+        """
         ...
 
     # jobs

@@ -48,7 +48,7 @@ def import_(
         bool, typer.Option("--assume-converted", help="Accept a PiSSA, OLoRA or similar start as already converted.")
     ] = False,
     unproven: Annotated[
-        bool, typer.Option("--unproven", help="Take in, without edges, a merge that its recipe does not make here.")
+        bool, typer.Option("--unproven", help="Take in as a plain import a merge that its recipe does not make here.")
     ] = False,
 ) -> None:
     """Register a family of adapters with its lineage.

@@ -1,7 +1,8 @@
 """A recall: people should stop using this version and all that was made of it. Said and taken back, never edited.
 
-Whether a version is recalled follows from these rows and the edges each time it is asked; nothing is copied to
-descendants, so one that is registered later is recalled from its first moment.
+Whether a version is recalled follows from these rows, the edges and the content digests each time it is asked: the
+same bytes have the same fault, under whatever name. Nothing is copied to descendants, so one that is registered later
+is recalled from its first moment.
 """
 
 from __future__ import annotations

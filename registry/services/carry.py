@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 from ..api import Carried, RegistryAPI, VersionView
-from ..domain.adapter import AdapterFacts
 from ..domain.errors import (
     AdapterctlError,
     Corrupt,
@@ -32,11 +31,11 @@ from ..domain.errors import (
     Unavailable,
     raise_all,
 )
-from ..domain.header import strict_json_object
 from ..domain.recipe import Recipe, request_again
 from ..domain.refs import Ref, check_name, parse_ref
 from ..domain.version import VersionKind
 from ..wire import from_builtins, to_builtins
+from .origins import recipe_in
 from .pull import damage
 from .read_yaml import parse_yaml, read_limited
 from .register import CONFIG_FILE, WEIGHTS_FILE, check_folder, inspect
@@ -105,7 +104,7 @@ def take_in(
     """Register every adapter folder below `folder`, parents first; yields each when it is done.
 
     Everything is read and checked before anything is registered. `name` is for folders that the listing does not name.
-    With `unproven`, a merge that its recipe does not make here is taken in as a plain import, without edges.
+    With `unproven`, a merge that its recipe does not make here is taken in as a plain import.
     Raises `InvalidAdapter` with every folder that is refused, `Refused` for a merge that its recipe does not make.
     """
     folders = _read_all(folder, name, assume_converted)
@@ -147,7 +146,7 @@ def _listed(version: VersionView) -> Listed:
         name=version.name,
         kind="merge" if version.kind == "merge" else "train" if version.kind == "train" else "import",
         base=version.base,
-        parents=tuple(_place(parent.ref) for parent in version.parents if parent.kind != "supersedes"),
+        parents=tuple(_place(parent.ref) for parent in version.parents if parent.kind in ("merge", "trained_from")),
         license=version.license,
         dataset=version.dataset,
         metrics=version.metrics,
@@ -210,24 +209,7 @@ def _read(path: Path, shown: str, listed: Listed | None, name: str | None, assum
         listed = Listed(shown, name or (own.parent.name if numbered else own.name))
     check_name(listed.name)
     digest = measure(path / WEIGHTS_FILE, facts).content_digest
-    return _Folder(path, listed, int(numbered[1]) if numbered else 0, digest, _recipe(facts))
-
-
-def _recipe(facts: AdapterFacts) -> Recipe | None:
-    """The recipe in the header. Raises `InvalidAdapter` for one that is none, or has another digest than is said."""
-    text = facts.metadata.get("adapterctl.recipe")
-    if text is None:
-        return None
-    try:
-        recipe = from_builtins(strict_json_object(text.encode(), what="adapterctl.recipe"), Recipe)
-    except Corrupt as error:
-        raise InvalidAdapter(f"the recipe in the header cannot be read: {error.message}") from error
-    if recipe.digest != facts.metadata.get("adapterctl.recipe_digest"):
-        raise InvalidAdapter(
-            f"the recipe in the header has the digest {recipe.digest[:12]}, which is not the one that stands beside it",
-            hint="the header was changed after the merge; get the file from where it was made",
-        )
-    return recipe
+    return _Folder(path, listed, int(numbered[1]) if numbered else 0, digest, recipe_in(facts))
 
 
 def _parents(each: _Folder, folders: Sequence[_Folder]) -> tuple[str | None, ...]:
@@ -289,7 +271,7 @@ def _plan(each: _Folder, above: Sequence[str | None], known: str | None) -> Carr
         action = "register"
         missing = [p.digest for p, ref in zip(each.recipe.parents, above, strict=True) if ref is None]
         told = ", ".join(f"sha256:{digest}" for digest in missing)
-        warnings.append(f"it was merged of {told}, which is nowhere: taken in without edges, as a plain import")
+        warnings.append(f"it was merged of {told}, which is nowhere: taken in as a plain import")
         above = ()
     else:
         action = "merge"
@@ -312,9 +294,9 @@ def _carry(registry: RegistryAPI, each: _Folder, planned: Carried, assume_conver
             done = replace(planned, ref=_merge_again(registry, each.recipe, each, planned.parents))
         except (Refused, NotFound) as error:
             if not unproven or isinstance(error, Recalled):
-                hint = "--unproven takes such a merge in as a plain import, without edges"
+                hint = "--unproven takes such a merge in as a plain import"
                 raise type(error)(f"{planned.folder}: {error.message}", hint=hint) from error
-            warning = f"taken in without edges, as a plain import: {error.message}"
+            warning = f"taken in as a plain import: {error.message}"
             plain = replace(planned, action="register", parents=(), warnings=(*planned.warnings, warning))
             done = _register(registry, each, plain, assume_converted)
     else:

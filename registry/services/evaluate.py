@@ -22,7 +22,7 @@ from ..domain.evals import HERE, EvalReport
 from ..domain.job import Job, NewJob
 from ..domain.refs import Ref
 from ..domain.suite import Suite
-from ..domain.version import AdapterVersion, Base
+from ..domain.version import AdapterVersion, Base, Edge
 from ..domain.worker import Queue
 from ..ports import Beside, Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
@@ -201,8 +201,7 @@ class EvalHandler:
         known = self._ledger.versions_by_id(job.spec["refs"])
         versions = [known[version_id] for version_id in job.spec["refs"]]
         subjects: dict[str, list[AdapterVersion]] = {BASE: []}
-        merged = [version for version in versions if version.spec.kind == "merge"]
-        asked = [*(parent for child in merged for parent in parents_of(self._ledger, child)), *versions]
+        asked = [*(parent for child in versions for parent in merged_from(self._ledger, child)), *versions]
         for version in {version.id: version for version in asked}.values():
             subjects.setdefault(version.spec.content_digest, []).append(version)
         return Wanted(
@@ -270,10 +269,18 @@ def is_imported(report: EvalReport) -> bool:
 
 def parents_of(ledger: Ledger, version: AdapterVersion) -> list[AdapterVersion]:
     """The versions that this one was merged or trained from, in the recipe's order."""
+    return _ends(ledger, ledger.parent_edges([version.id]).get(version.id, ()))
+
+
+def merged_from(ledger: Ledger, version: AdapterVersion) -> list[AdapterVersion]:
+    """The parents that it was merged of, by this registry or before it came here; none where it was trained."""
     edges = ledger.parent_edges([version.id]).get(version.id, ())
-    ids = [edge.parent_id for edge in edges if edge.kind in ("merge", "trained_from")]
-    known = ledger.versions_by_id(ids)
-    return [known[version_id] for version_id in ids]
+    return _ends(ledger, [edge for edge in edges if edge.weight is not None])
+
+
+def _ends(ledger: Ledger, edges: Sequence[Edge]) -> list[AdapterVersion]:
+    known = ledger.versions_by_id([edge.parent_id for edge in edges])
+    return [known[edge.parent_id] for edge in edges]
 
 
 def read_reports(folder: Path) -> list[EvalReport]:
@@ -330,11 +337,7 @@ def _choose_suites(ledger: Ledger, versions: Sequence[AdapterVersion], given: Se
     """The given suites, else the versions' own; and always those of the parents of a merge."""
     own = [] if given else [suite for version in versions for suite in suites_of(ledger, version)]
     inherited = [
-        suite
-        for version in versions
-        if version.spec.kind == "merge"
-        for parent in parents_of(ledger, version)
-        for suite in suites_of(ledger, parent)
+        suite for version in versions for parent in merged_from(ledger, version) for suite in suites_of(ledger, parent)
     ]
     chosen = {suite.digest: suite for suite in [*inherited, *given, *own]}
     if not chosen:

@@ -23,7 +23,7 @@ from ..domain.verdict import Decision, Evidence, Figure, Receipt, Retained, deci
 from ..domain.version import AdapterVersion
 from ..ports import Ledger
 from ..wire import from_json
-from .evaluate import is_imported, parents_of
+from .evaluate import is_imported, merged_from, parents_of
 from .read_yaml import parse_yaml, read_limited
 from .retain import retention_view
 from .suites import suites_of
@@ -126,7 +126,7 @@ def collect(ledger: Ledger, version: AdapterVersion, stage: str, conditions: Seq
         ref=version.label,
         version_id=version.id,
         content_digest=version.spec.content_digest,
-        is_merge=version.spec.kind == "merge",
+        is_merge=bool(merged_from(ledger, version)),
         has_parents=bool(parents),
         recalled=_recalled(ledger, version),
         figures=tuple(_figures(ledger, version, conditions, current)) if "metric" in kinds else (),

@@ -325,7 +325,7 @@ class LocalRegistry:
         )
 
     def _recall(self, ref: Ref, action: RecallAction, reason: str) -> RecallImpact:
-        version = resolve(self.ledger, ref)
+        version = resolve(self.ledger, ref, removed=True)  # its bytes may live on in a copy
         return recall.recall(self.ledger, self.bell, version, action, actor=self.settings.actor, reason=reason)
 
     # jobs

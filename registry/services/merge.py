@@ -277,7 +277,6 @@ class MergeHandler:
             ),
             task.out,
             parents=[Parent(v, p.weight) for v, p in zip(parents, recipe.parents, strict=True)],
-            edge_kind="merge",
             key=f"merge:{job.spec['adapter_id']}:{recipe.digest}",
             created_by=job.created_by,
             supersedes=job.spec.get("supersedes"),

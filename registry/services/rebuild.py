@@ -143,10 +143,11 @@ def _steps(
         waits = next((blocked[edge.parent_id] for edge in edges if edge.parent_id in blocked), None)
         if version.spec.kind != "merge":
             blocked[version.id] = version.label
-            note = f"{version.label} was trained, and has to be trained again"
+            done = "trained" if version.spec.kind == "train" else "made elsewhere"
+            note = f"{version.label} was {done}, and has to be {done} again"
         elif waits is not None:
             blocked[version.id] = waits
-            note = f"{version.label} waits for {waits} to be trained again"
+            note = f"{version.label} waits for {waits} to be made again"
         else:
             labels[version.id] = f"the new {version.label}"
             merged = tuple(labels[edge.parent_id] for edge in edges if edge.parent_id in labels)

@@ -1,4 +1,4 @@
-"""Recall: a version and all that is made of it should be used no more. Who is hit, and what serves them now.
+"""Recall: the bytes of a version and all that is made of them should be used no more. Who is hit, and what serves now.
 
 The ledger is right at once: every verb that asks it sees the recall. MLflow's pages follow by a job, for it takes them
 milliseconds a version; the job writes what the ledger says when it runs, so any number of them end in the same state.
@@ -68,11 +68,12 @@ class RecallHandler:
         # one at a time, and each reads the ledger first: the last one writes the last word
         with self._ledger.exclusive("recall-marks"):
             recalls = recall_views(self._ledger)
-            versions = self._ledger.versions_by_id(list(self._ledger.descendants([job.spec["version_id"]])))
+            hit = self._ledger.descendants([job.spec["version_id"]], copies=True)
+            versions = self._ledger.versions_by_id(list(hit))
             live = [version for version in versions.values() if version.state == "live"]
             for version in live:
-                hit = recalls.get(version.id)
-                said = (hit.ref, hit.reason) if hit is not None else None
+                by = recalls.get(version.id)
+                said = (by.ref, by.reason) if by is not None else None
                 self._open_versions().mark_recall(version, said)
         yield Done({"marked": len(live)})
 
@@ -103,7 +104,7 @@ def _check_undo(ledger: Ledger, version: AdapterVersion) -> None:
 
 
 def _impact(ledger: Ledger, version: AdapterVersion, said: Recall) -> RecallImpact:
-    hit = dict.fromkeys(ledger.descendants([version.id]))
+    hit = dict.fromkeys(ledger.descendants([version.id], copies=True))
     if said.action == "undo":
         still = ledger.recalls()  # by way of another version
         hit = dict.fromkeys(each for each in hit if each not in still)

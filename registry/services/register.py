@@ -27,11 +27,13 @@ from ..domain.digest import json_digest
 from ..domain.errors import InvalidAdapter, InvalidInput, NotAllowed, NotFound, Problem, Unavailable
 from ..domain.header import open_plain_file, read_header, strict_json_object
 from ..domain.job import NewJob
+from ..domain.recipe import Recipe
 from ..domain.refs import Source, check_name, parse_source
-from ..domain.version import AdapterVersion, Base, Edge, EdgeKind, NewVersion
+from ..domain.version import AdapterVersion, Base, Edge, NewVersion
 from ..ports import Ledger, Parent, VersionStore
 from . import bases
-from .recall import check_not_recalled, mark
+from .origins import check_bytes, origins, recipe_in
+from .recall import mark
 from .staging import stage_folder
 from .views import version_view
 
@@ -104,6 +106,7 @@ def register(
         parent = registration.trained_from
         recalled = parent is not None and parent.id in ledger.recalls()
         warnings = _warnings(registration, facts, base, known=known, recalled=recalled)
+        parents, told = _parents(ledger, registration, facts, measured.content_digest)
         spec = NewVersion(
             adapter=registration.name,
             kind=registration.kind,
@@ -123,12 +126,13 @@ def register(
             open_versions,
             spec,
             staged,
-            parents=[Parent(parent)] if parent is not None else [],
-            edge_kind="trained_from",
+            parents=parents,
             key=_register_key(ledger.ensure_adapter(registration.name), spec),
             created_by=created_by,
         )
-    if not created and (registration.metrics or registration.params or registration.tags or parent is not None):
+    if created:
+        warnings += told
+    elif registration.metrics or registration.params or registration.tags or parent is not None:
         warnings.append(f"{version.label} was registered before: what was said about it now is not added")
     return Registered(version_view(ledger, version), created, tuple(warnings))
 
@@ -140,7 +144,6 @@ def publish(
     staged: Path,
     *,
     parents: Sequence[Parent],
-    edge_kind: EdgeKind,
     key: str,
     created_by: str,
     supersedes: str | None = None,
@@ -160,7 +163,6 @@ def publish(
         spec,
         staged,
         parents=parents,
-        edge_kind=edge_kind,
         key=key,
         created_by=created_by,
         supersedes=supersedes,
@@ -183,7 +185,6 @@ def _find_or_create(
     staged: Path,
     *,
     parents: Sequence[Parent],
-    edge_kind: EdgeKind,
     key: str,
     created_by: str,
     supersedes: str | None = None,
@@ -195,7 +196,7 @@ def _find_or_create(
         adapter_id = ledger.ensure_adapter(spec.adapter)
         existing = _live_version(ledger, adapter_id, spec)
         if job is None:
-            _check_bytes(ledger, spec)
+            check_bytes(ledger, spec.content_digest, _recipe(spec.facts)[0])
             if existing is not None:
                 return existing, False
         versions = open_versions()
@@ -213,7 +214,7 @@ def _find_or_create(
             )
         version_id, placement = placed
         edges = [
-            Edge(version_id, position, parent.version.id, edge_kind, parent.weight, spec.recipe_digest)
+            Edge(version_id, position, parent.version.id, parent.kind, parent.weight, spec.recipe_digest)
             for position, parent in enumerate(parents)
         ]
         if supersedes is not None:
@@ -268,10 +269,27 @@ def _live_version(ledger: Ledger, adapter_id: str, spec: NewVersion) -> AdapterV
     return ledger.live_version(adapter_id, content=(spec.content_digest, spec.base.id))
 
 
-def _check_bytes(ledger: Ledger, spec: NewVersion) -> None:
-    """Raise `Recalled` where a recall hits these very bytes, under whatever name: a copy would get past it."""
-    twins = [twin for twin in ledger.versions_by_digest(spec.content_digest) if twin.spec.base.id == spec.base.id]
-    check_not_recalled(ledger, twins, "register other bytes")
+def _parents(
+    ledger: Ledger, registration: Registration, facts: AdapterFacts, content_digest: str
+) -> tuple[list[Parent], list[str]]:
+    """What the caller says that it was trained from, what its files tell beside that, and what is to be said of it."""
+    recipe, problem = _recipe(facts)
+    told = origins(ledger, content_digest, recipe)
+    stated = [Parent(registration.trained_from, kind="trained_from")] if registration.trained_from is not None else []
+    others = [each for each in told.parents if each.version.id not in {parent.version.id for parent in stated}]
+    words = [f"{problem}: nothing is taken from it"] if problem else []
+    if others:
+        names = ", ".join(dict.fromkeys(parent.version.label for parent in others))
+        words.append(f"made of {names}, {told.told_by}: gates and recalls go by them as by those of a merge")
+    return [*stated, *others], words
+
+
+def _recipe(facts: AdapterFacts) -> tuple[Recipe | None, str]:
+    """The recipe that the header holds, or what is wrong with it: the tensors are no worse for it."""
+    try:
+        return recipe_in(facts), ""
+    except InvalidAdapter as error:
+        return None, error.message
 
 
 def _generation(ledger: Ledger, spec: NewVersion, key: str) -> str:

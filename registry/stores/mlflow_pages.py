@@ -251,6 +251,8 @@ def _phrase(spec: NewVersion, parents: Sequence[Parent]) -> str:
     names = [p.version.label for p in parents[:8]] + ([f"{len(parents) - 8} more"] if len(parents) > 8 else [])
     if spec.kind == "merge":
         return f"{(spec.recipe or {}).get('method', 'unknown')} merge of {' + '.join(names)}."
+    if names and all(p.kind == "imported" for p in parents):
+        return f"Imported, made of {' + '.join(names)}."
     if names:
         return f"Trained from {' + '.join(names)}."
     origin = f" from {escape(spec.source)}" if spec.source else ""

@@ -1,4 +1,4 @@
-"""What every ledger says of recalls: whom they hit follows from the edges, and no recalled version gets a stage."""
+"""What every ledger says of recalls: whom they hit follows from edges and bytes, and what is recalled gets no stage."""
 
 from __future__ import annotations
 
@@ -31,6 +31,28 @@ def test_a_recall_hits_what_is_made_of_the_version_and_nothing_else(ledger, add_
     later = add_version("merged", parents=[grandchild])
     assert ledger.recalls()[later.id] == recall
     assert list(ledger.descendants([root.id])) == [root.id, child.id, grandchild.id, later.id]
+
+
+def test_a_recall_hits_copies_of_the_bytes_and_what_is_made_of_them(ledger, add_version):
+    digest = "ab" * 32
+    original = add_version(content_digest=digest)
+    copy, other = add_version("copy", content_digest=digest), add_version("other")
+    child = add_version("merged", parents=[copy, other])
+    twin = add_version("twin", content_digest=child.spec.content_digest)
+
+    recall, _ = said(ledger, original)
+
+    hit = [original.id, copy.id, child.id, twin.id]
+    assert ledger.recalls() == dict.fromkeys(hit, recall)
+    assert list(ledger.descendants([original.id], copies=True)) == hit
+    assert list(ledger.descendants([copy.id])) == [copy.id, child.id]
+    late = add_version("late", content_digest=digest)
+    assert ledger.recalls()[late.id] == recall
+    said(ledger, copy, reason="again")
+    said(ledger, original, "undo")
+    assert ledger.recalls()[original.id].reason == "again"  # the same bytes: one word too many has to be taken back
+    said(ledger, copy, "undo")
+    assert ledger.recalls() == {}
 
 
 def test_what_supersedes_a_recalled_version_is_its_cure(ledger, add_version):

@@ -111,9 +111,7 @@ def family(world: World, tiny_adapters: tuple[Path, Path], write_suite: Callable
         receipt={"loss": 0.1},
     )
     parents = [Parent(translate, 0.0), Parent(chat, 1.0)]
-    publish(
-        world.ledger, world.versions, spec, staged, parents=parents, edge_kind="merge", key="merge:1", created_by="me"
-    )
+    publish(world.ledger, world.versions, spec, staged, parents=parents, key="merge:1", created_by="me")
     return world
 
 

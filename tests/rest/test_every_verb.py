@@ -351,6 +351,26 @@ def test_a_recall_hits_what_was_made_of_the_version_until_it_is_undone(registry:
     assert registry.version(ref(merged)).recall is None
 
 
+def test_a_merge_that_was_brought_as_files_is_held_to_its_parents(
+    registry: RegistryAPI, merged: VersionView, tmp_path: Path
+):
+    registry.pull(ref(merged), tmp_path / "pulled")
+
+    brought = registry.register(str(tmp_path / "pulled"), name=next(_names)).version
+
+    assert [(each.ref, each.weight, each.kind) for each in brought.parents] == [
+        (each.ref, 0.5, "imported") for each in merged.parents
+    ]
+    impact = registry.recall(parse_ref(merged.parents[1].ref), reason="leaked")
+    assert set(impact.descendants) == {merged.ref, brought.ref}
+    for force in (False, True):
+        with pytest.raises(Recalled, match="leaked"):
+            registry.promote(ref(brought), to="production", reason="urgent", force=force)
+    with pytest.raises(Recalled, match="leaked"):
+        registry.register(str(tmp_path / "pulled"), name=next(_names))
+    registry.undo_recall(parse_ref(merged.parents[1].ref), reason="a mistake")
+
+
 def test_a_family_is_rebuilt_over_another_version(registry: RegistryAPI, add: Add):
     old, other = add(), add()
     new = add(old.name)

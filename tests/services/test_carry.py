@@ -149,8 +149,12 @@ def test_what_its_recipe_does_not_make_is_taken_in_on_demand_as_a_plain_import(c
     done = {each.ref: each for each in take_in(new_home, copied, unproven=True)}
 
     assert done["omni:v1"].action == "register"
-    assert "without edges" in done["omni:v1"].warnings[0]
-    assert new_home.version(parse_ref("omni:v1")).parents == ()
+    assert "taken in as a plain import: these parents and options" in done["omni:v1"].warnings[0]
+    taken = new_home.version(parse_ref("omni:v1"))
+    assert (taken.kind, taken.recipe_digest) == ("import", None)
+    assert [(each.ref, each.weight, each.kind) for each in taken.parents] == [
+        ("chat:v1", 0.25, "imported"), ("translate:v1", 1.0, "imported"),
+    ]  # fmt: skip
 
 
 def test_a_recipe_that_is_none_is_refused_before_anything_is_registered(copied, new_home):

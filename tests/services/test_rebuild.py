@@ -110,7 +110,7 @@ def test_a_killed_rebuild_goes_on_and_leaves_what_was_trained_alone(registry, tm
         ("late:v1", "skip", ()),
     ]
     assert planned.steps[2].note == "tuned:v1 was trained, and has to be trained again"
-    assert planned.steps[3].note == "late:v1 waits for tuned:v1 to be trained again"
+    assert planned.steps[3].note == "late:v1 waits for tuned:v1 to be made again"
     assert made == ["omni:v2", "top:v2"]
     top = registry.version(parse_ref("top:v2"))
     assert [(parent.ref, parent.weight) for parent in top.parents] == [("omni:v2", 2.0), ("chat:v1", 1.0)]

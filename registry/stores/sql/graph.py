@@ -24,6 +24,13 @@ _EDGES_AT = {
     .order_by(edge.c.child_id, edge.c.position)
     for column in (edge.c.child_id, edge.c.parent_id)
 }
+_OTHER = version.alias("other")
+_SAME_CONTENT = (
+    select(version.c.id.label("one"), _OTHER.c.id.label("other"))
+    .join(_OTHER, (_OTHER.c.content_digest == version.c.content_digest) & (_OTHER.c.id != version.c.id))
+    .where(among(version.c.id))
+    .order_by(version.c.id, _OTHER.c.id)
+)
 _RECALL = select(*(recall.c[name] for name in Recall.__dataclass_fields__)).order_by(recall.c.id)
 
 
@@ -67,24 +74,36 @@ def lock_recalls(connection: Connection, *, shared: bool = False) -> None:
 
 
 def recalled(connection: Connection) -> Recalls:
-    """Every version that a recall hits now, the recalled ones themselves first, then generation by generation."""
+    """Every version that a recall hits now, the recalled ones themselves first, then generation by generation.
+
+    It hits the bytes: copies under other names, and all that is made of any of them.
+    """
     newest = {row.version_id: Recall(*row) for row in connection.execute(_RECALL)}
     said = {version_id: each for version_id, each in newest.items() if each.action == "recall"}
-    return {version_id: said[root] for version_id, root in descend(connection, list(said)).items()}
+    return {version_id: said[root] for version_id, root in descend(connection, list(said), copies=True).items()}
 
 
-def descend(connection: Connection, roots: Sequence[str]) -> dict[str, str]:
-    """The roots and every version that is made of one, each with its nearest root."""
+def descend(connection: Connection, roots: Sequence[str], *, copies: bool = False) -> dict[str, str]:
+    """The roots and every version that is made of one, each with its nearest root; a copy counts where asked for."""
     found = {root: root for root in roots}
     generation = list(found)
     while generation:
+        edges = edges_at(connection, edge.c.parent_id, generation)
+        pairs = [(each.parent_id, each.child_id) for each in edges if each.kind in DESCENT]
+        if copies:
+            pairs = [*_copies(connection, generation), *pairs]
         following: dict[str, None] = {}
-        for each in edges_at(connection, edge.c.parent_id, generation):
-            if each.kind in DESCENT and each.child_id not in found:
-                found[each.child_id] = found[each.parent_id]
-                following[each.child_id] = None
+        for above, below in pairs:
+            if below not in found:
+                found[below] = found[above]
+                following[below] = None
         generation = list(following)
     return found
+
+
+def _copies(connection: Connection, nodes: Iterable[str]) -> list[tuple[str, str]]:
+    """Each of the versions with every other one of the same content, removed ones too."""
+    return [(row.one, row.other) for row in connection.execute(_SAME_CONTENT, these(nodes))]
 
 
 def check_not_recalled(connection: Connection, version_id: str, what: str) -> None:

@@ -231,10 +231,14 @@ class SqlLedger(JobRows, WorkerRows):
             found = {name: connection.execute(_NEWEST, {"name": name}).scalar() for name in names}
         return {name: number for name, number in found.items() if number is not None}
 
-    def versions_by_digest(self, digest_prefix: str, name: str | None = None) -> list[AdapterVersion]:
+    def versions_by_digest(
+        self, digest_prefix: str, name: str | None = None, *, include_removed: bool = False
+    ) -> list[AdapterVersion]:
         digest = version.c.content_digest
         # a range uses the index whatever the collation; 'g' follows every hex digit
-        query = _VERSION.where(version.c.state == "live", digest >= digest_prefix, digest < f"{digest_prefix}g")
+        query = _VERSION.where(digest >= digest_prefix, digest < f"{digest_prefix}g")
+        if not include_removed:
+            query = query.where(version.c.state == "live")
         if name is not None:
             query = query.where(adapter.c.name == name)
         return self._versions(query.order_by(adapter.c.name, version.c.number))
@@ -360,9 +364,9 @@ class SqlLedger(JobRows, WorkerRows):
         with self._db.read() as connection:
             return list(connection.execute(query).scalars())
 
-    def descendants(self, version_ids: Sequence[str]) -> dict[str, str]:
+    def descendants(self, version_ids: Sequence[str], *, copies: bool = False) -> dict[str, str]:
         with self._db.read() as connection:
-            return descend(connection, version_ids)
+            return descend(connection, version_ids, copies=copies)
 
     # evaluations
 
