@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,10 +12,13 @@ import typer
 
 from ...registry.domain.errors import InvalidInput, NotFound
 from ...registry.domain.refs import check_alias, check_name, parse_ref
+from ...registry.domain.stage import Head
 from .. import views
 from ..complete import complete_names, complete_refs, complete_stages
 from ..connect import Session, add_verbs
 from ..output import printable
+from ..signing import sign as sign_head
+from ..signing import signature_findings
 
 if TYPE_CHECKING:
     from ...registry.api import HistoryView, StageEventView
@@ -103,8 +108,14 @@ def history(
     head: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A head kept elsewhere: finds a cut or rewritten history.")
     ] = None,
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --head: the public key that has to have signed it.")
+    ] = None,
     export_head: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the head, to be kept elsewhere.")
+    ] = None,
+    sign: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --export-head: a private key to sign it with, Ed25519.")
     ] = None,
 ) -> None:
     """Show every change of an adapter's stages.
@@ -115,16 +126,25 @@ def history(
     """
     if head is not None and not verify:
         raise InvalidInput("--head is for --verify", hint=f"adapterctl history {name} --verify --head {head}")
+    if key is not None and head is None:
+        raise InvalidInput("--key is for a head", hint=f"adapterctl history {name} --verify --head FILE --key {key}")
+    if sign is not None and export_head is None:
+        raise InvalidInput("--sign is for a head", hint=f"adapterctl history {name} --export-head FILE --sign {sign}")
     kept = _read_head(head) if head is not None else None
+    # first, for a key that cannot be used is a mistake of the caller
+    unsigned = signature_findings(kept, key) if kept is not None and key is not None else []
     found = session.registry(readonly=True).history(check_name(name), stage=stage, verify=verify, head=kept)
+    if found.findings is not None:
+        found = replace(found, findings=(*unsigned, *found.findings))
     session.out.data(
         found, text=lambda: views.history_text(found, session.out), names=[event.hash for event in found.events]
     )
     if found.findings is not None:
         _tell(session, found, compared=kept is not None)
     if export_head is not None:
-        _write_head(found, export_head)
-        session.out.say(f"the head of {found.rows} rows is in {printable(export_head)}; it is not signed")
+        _write_head(found, export_head, sign)
+        how = f"signed with {printable(sign)}" if sign else "it is not signed"
+        session.out.say(f"the head of {found.rows} rows is in {printable(export_head)}; {how}")
 
 
 def _tell(session: Session, found: HistoryView, *, compared: bool) -> None:
@@ -177,15 +197,14 @@ def _read_head(path: Path) -> str:
         ) from error
 
 
-def _write_head(found: HistoryView, path: Path) -> None:
+def _write_head(found: HistoryView, path: Path, key: Path | None) -> None:
     """Write the head of a history; a file that is there already may be the only good one, and is left alone."""
-    from ...registry import wire  # deferred: help writes no JSON
-    from ...registry.domain.stage import Head
-
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     head = Head(registry=found.registry_id, name=found.name, seq=found.rows, hash=found.head, time=now)
+    if key is not None:
+        head = sign_head(head, key)
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(wire.to_json(head) + "\n")
+            file.write(json.dumps(head.to_json()) + "\n")
     except OSError as error:
         raise InvalidInput(f"{path} cannot be written: {error.strerror}", hint="give another file") from error

@@ -10,9 +10,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from .digest import json_digest
+from .digest import canonical_json, json_digest
 from .errors import InvalidInput
 
 #: `force` is a promotion or adoption that its gate had refused.
@@ -61,13 +61,26 @@ class StageEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """The end of a history as it was at some time, to be kept where the history is not. It is not signed."""
+    """The end of a history as it was at some time, to be kept where the history is not, or signed."""
 
     registry: str
     name: str
     seq: int
     hash: str
     time: str
+    signature: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field but a signature that is not there."""
+        body = asdict(self)
+        if self.signature is None:
+            del body["signature"]
+        return body
+
+    @property
+    def signed_bytes(self) -> bytes:
+        """What a signature is of: the canonical JSON of the other fields."""
+        return canonical_json(replace(self, signature=None).to_json())
 
 
 def read_head(text: str) -> Head | str:
@@ -80,8 +93,9 @@ def read_head(text: str) -> Head | str:
     except (ValueError, RecursionError):
         value = None
     kinds = {name: int if name == "seq" else str for name in Head.__dataclass_fields__}
-    if isinstance(value, dict) and {key: type(item) for key, item in value.items()} == kinds:
-        head = Head(**value)
+    fields = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else {}
+    if {"signature": str} | {key: type(item) for key, item in fields.items()} == kinds:
+        head = Head(**fields)
         if _HASH.fullmatch(head.hash):
             return head
     raise InvalidInput(f"{text[:80]!r} is no head of a history", hint="adapterctl history NAME --export-head FILE")

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from adapterctl.migrations import VERSION_TABLE
 
@@ -304,6 +306,40 @@ def test_history_finds_a_head_that_is_no_longer_there(run: Run, pair: Path, tmp_
     assert "warning: row 1 is not the one that was kept: the history was written anew" in ran.stderr
     run("history", "translate", "--export-head", str(exported), code=2)
     run("history", "chat", "--verify", "--head", str(exported), code=2)
+
+
+def test_a_signed_head_tells_who_vouches_for_it(run: Run, pair: Path, tmp_path: Path):
+    run("promote", "translate:v1", "--to", "staging")
+    keys = {name: Ed25519PrivateKey.generate() for name in ("ada", "eve")}
+    for name, key in keys.items():
+        (tmp_path / f"{name}.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        (tmp_path / f"{name}.pub").write_bytes(public)
+    signed, bare, forged, broken = (tmp_path / name for name in ("signed", "bare", "forged", "broken"))
+
+    def verify(head: Path, key: str, code: int) -> Any:
+        words = ("--verify", "--head", str(head), "--key", str(tmp_path / key))
+        return run("history", "translate", *words, "-o", "json", code=code)
+
+    told = run("history", "translate", "--export-head", str(signed), "--sign", str(tmp_path / "ada.key")).stderr
+    run("history", "translate", "--export-head", str(bare))
+    head = json.loads(signed.read_text())
+    forged.write_text(json.dumps(head | {"time": "2020-01-01T00:00:00Z"}))
+    broken.write_text(json.dumps(head | {"signature": "no base64"}))
+
+    assert "signed with" in told
+    assert verify(signed, "ada.pub", 0).data["findings"] == []
+    run("history", "translate", "--verify", "--head", str(signed))  # whoever has no key compares it all the same
+    other = "is not by {}: the head was changed, or another key signed it"
+    for kept, key in ((signed, "eve.pub"), (forged, "ada.pub"), (broken, "ada.pub")):
+        assert verify(kept, key, 1).data["findings"] == [f"the signature of the head {other.format(key)}"]
+    assert verify(bare, "ada.pub", 1).data["findings"] == ["the head is not signed: anyone could have written it"]
+    for wrong in ("ada.key", "signed", "nowhere"):  # a private key, no key, no file
+        verify(signed, wrong, 2)
+    run("history", "translate", "--export-head", str(tmp_path / "x"), "--sign", str(tmp_path / "ada.pub"), code=2)
+    assert not (tmp_path / "x").exists()
+    run("history", "translate", "--verify", "--key", str(tmp_path / "ada.pub"), code=2)
+    run("history", "translate", "--sign", str(tmp_path / "ada.key"), code=2)
 
 
 def test_rm_asks_and_needs_an_answer(run: Run, pair: Path):

@@ -117,7 +117,10 @@ def test_a_history_that_was_written_anew_is_named_by_a_head_that_was_kept(histor
 def test_a_head_is_read_as_it_was_exported_or_as_a_bare_hash(history):
     head = head_of(history)
 
-    assert read_head(json.dumps(asdict(head))) == head
+    signed = replace(head, signature="c2ln")
+    assert read_head(json.dumps(head.to_json())) == read_head(json.dumps(asdict(head))) == head
+    assert read_head(json.dumps(signed.to_json())) == signed
+    assert signed.signed_bytes == head.signed_bytes
     assert read_head(f"{head.hash}\n") == head.hash
     for bad in ("", "f" * 63, "[]", '{"seq": 1}', json.dumps(asdict(head) | {"hash": "x"}), "[" * 10_000):
         with pytest.raises(InvalidInput, match="no head"):

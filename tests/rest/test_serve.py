@@ -22,6 +22,8 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from tiny import write_tiny_adapter
 from typer.testing import CliRunner
 
@@ -127,6 +129,24 @@ def test_commands_say_the_same_wherever_the_registry_is(run: Callable):
         ["tokens", "ls", "-q"],
     ):
         assert run(*words) == run(*words, local=True), words
+
+
+def test_a_head_is_signed_where_the_key_is_and_checked_wherever_the_registry_is(run: Callable, tmp_path: Path):
+    key, head = Ed25519PrivateKey.generate(), str(tmp_path / "head")
+    private, public = tmp_path / "head.key", tmp_path / "head.pub"
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+
+    assert run("history", "chat", "--export-head", head, "--sign", str(private), scope="read")[0] == 0
+
+    for local in (True, False):
+        ended = run("history", "chat", "--verify", "--head", head, "--key", str(public), local=local, scope="read")
+        assert ended[0] == 0, ended
+    public.write_bytes(
+        Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    code, _, said = run("history", "chat", "--verify", "--head", head, "--key", str(public), scope="read")
+    assert (code, "is not by head.pub" in said) == (1, True)
 
 
 def test_what_a_token_may_not_do_ends_with_code_4(run: Callable):
