@@ -29,7 +29,7 @@ Fault = Callable[["Injector"], bool]
 
 #: A child of these tiny merges lives for half a second: who looks once rarely finds one.
 TARGET_WITHIN_S = 2.0
-POINTS = [point for point in CRASH_POINTS if not point.startswith(("stage.", "submit.", "tune."))]
+POINTS = [point for point in CRASH_POINTS if not point.startswith(("eval.", "stage.", "submit.", "tune."))]
 
 
 class Injector:

@@ -13,7 +13,7 @@ import os
 import signal
 from pathlib import Path
 
-#: In the order in which a merge passes them.
+#: In the order in which a merge passes them; then those of an evaluation, a search, and a move of a stage.
 CRASH_POINTS = (
     "submit.committed",  # the job row is there, nobody was told
     "job.claimed",  # attempt and lease are written, nothing was begun
@@ -31,9 +31,18 @@ CRASH_POINTS = (
     "register.version",  # MLflow has the version, the ledger does not
     "ledger.writing",  # inside the transaction that ends the job, before its commit
     "ledger.committed",  # all is recorded, the supervisor was not told
+    "eval.written",  # in the child, one report is in its file, the next one is not begun
+    "eval.taken",  # a report is in the ledger, its file is still there
+    "eval.run",  # its run is in MLflow, with nothing in it
+    "eval.measured",  # the figures stand on that run, and not yet on the version's
+    "eval.logged",  # all of a report is in MLflow, the job has not ended
     "tune.trial",  # in the child, a trial of a search is in its journal
+    "tune.run",  # the run of the search is in MLflow, with nothing in it
+    "tune.queued",  # a merge of a finalist is queued, the job has not ended
     "stage.writing",  # inside the transaction that moves a stage, before its commit
-    "stage.recorded",  # a stage moved in the ledger, its alias has not
+    "stage.recorded",  # a stage moved in the ledger, nothing did in MLflow
+    "stage.legacy",  # MLflow's legacy stages moved too, its alias has not
+    "stage.projected",  # the alias moved as well, nobody was told
 )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..examples import BASE_NAME
 from ..examples.base import build_base
+from ..registry.crashpoints import reached
 from ..registry.domain.errors import JobCancelled
 from ..registry.domain.eval_plan import EvalPlan, Pair
 from ..registry.domain.evals import EvalReport, task_result
@@ -64,6 +65,7 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
             for pair in pairs:
                 progress.begin(f"evaluate {labels[digest]} on {plan.suites[pair.suite].name}")
                 files.append(_write(out, _evaluate(engine, plan, pair)))
+                reached("eval.written")
     engine.check_base()
     return {"reports": files}
 

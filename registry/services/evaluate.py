@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..crashpoints import reached
 from ..domain.digest import json_digest
 from ..domain.errors import Corrupt, InvalidInput, Refused, Unavailable
 from ..domain.eval_plan import BASE, EvalPlan, Pair, Subject, report_key
@@ -232,6 +233,7 @@ class EvalHandler:
         """Put every finished report into the ledger; then the folder is no longer needed."""
         for path in sorted(folder.glob("*.json")):
             self._ledger.put_report(from_json(path.read_bytes(), EvalReport))
+            reached("eval.taken")
         shutil.rmtree(folder, ignore_errors=True)
 
     def _record(self, wanted: Wanted) -> Mapping[str, Any]:

@@ -210,6 +210,7 @@ class Stages:
             )
             reached("stage.recorded")
             self._project(name, event)
+            reached("stage.projected")
         return _views(self.ledger, [event])[0]
 
     def _project_again(self, version: AdapterVersion, stage: str) -> StageEventView:

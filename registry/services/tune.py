@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..api import HeldOutView, ParentView, TrialView, TuneView
+from ..crashpoints import reached
 from ..domain.digest import json_digest
 from ..domain.errors import Conflict, InvalidInput, NotFound, Refused, Unavailable
 from ..domain.eval_plan import Subject
@@ -146,8 +147,10 @@ class TuneHandler:
             series=told.series(),
             files=told.files(),
         )
-        finalists = told.finding.finalists[: job.spec["keep"]]
-        merges = [submit(self._ledger, self._bell, self._merge(job, told, number))[0].id for number in finalists]
+        merges = []
+        for number in told.finding.finalists[: job.spec["keep"]]:
+            merges.append(submit(self._ledger, self._bell, self._merge(job, told, number))[0].id)
+            reached("tune.queued")
         return {**result, "jobs": merges}
 
     def _plan(self, job: Job, parents: Sequence[AdapterVersion], folders: Sequence[Path]) -> TunePlan:

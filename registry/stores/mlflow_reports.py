@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+from ..crashpoints import reached
 from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion
 from ..ports import Beside
@@ -35,12 +36,15 @@ def log_report(
     dataset = dataset_input(report.suite, dataset_digest, context="evaluation")
     name, digest = dataset.dataset.name, dataset.dataset.digest
     figures = {mlflow_key(key): float(value) for key, value in report.metrics.items()}
+    _log_params(mlflow, run, {"suite": report.suite, "limit": str(report.limit), **report.engine})
     mlflow.client.log_inputs(run_id, datasets=[dataset])
     mlflow.link_inputs(run, [model_id])
     mlflow.write_files(run_id, _files(version, report, beside))
     mlflow.client.log_batch(run_id, metrics=[Metric(k, v, at, 0, model_id, name, digest) for k, v in figures.items()])
+    reached("eval.measured")
     mlflow.client.log_batch(version.placement.run_id, metrics=[Metric(k, v, at, 0) for k, v in figures.items()])
     mlflow.finish_run(run)
+    reached("eval.logged")
 
 
 def log_search(
@@ -60,10 +64,11 @@ def log_search(
     run = mlflow.find_run(f"tags.`{SEARCH}` = '{key}'")
     if run is None:
         run = mlflow.client.create_run(mlflow.experiment_id, tags={KIND: "tune", SEARCH: key}, run_name=name)
+    reached("tune.run")
     run_id, at = run.info.run_id, run.info.start_time
     # the same value at the same time and step is stored once
     values = [Metric(mlflow_key(k), value, at, step) for k, points in series.items() for step, value in points]
-    mlflow.client.log_batch(run_id, params=[Param(mlflow_key(k), v[:5000]) for k, v in params.items()])
+    _log_params(mlflow, run, params)
     for start in range(0, len(values), MAX_BATCH):
         mlflow.client.log_batch(run_id, metrics=values[start : start + MAX_BATCH])
     mlflow.link_inputs(run, [parent.placement.model_id for parent in parents])
@@ -85,10 +90,15 @@ def _run(mlflow: Mlflow, version: AdapterVersion, report: EvalReport, dataset_di
     }
     name = f"eval {version.label} on {report.suite}"
     run = mlflow.client.create_run(mlflow.experiment_id, tags=tags, run_name=name)
-    params = {"suite": report.suite, "limit": report.limit, **report.engine}
-    values = [Param(mlflow_key(key), str(value)[:5000]) for key, value in params.items()]
-    mlflow.client.log_batch(run.info.run_id, params=values)
+    reached("eval.run")
     return run
+
+
+def _log_params(mlflow: Mlflow, run: Run, params: Mapping[str, str]) -> None:
+    """What is missing of these: a parameter cannot be changed, not even to what it is."""
+    named = {mlflow_key(key): value[:5000] for key, value in params.items()}
+    missing = [Param(key, value) for key, value in named.items() if key not in run.data.params]
+    mlflow.client.log_batch(run.info.run_id, params=missing)
 
 
 def _files(version: AdapterVersion, report: EvalReport, beside: Beside) -> dict[str, str | bytes]:

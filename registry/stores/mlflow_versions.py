@@ -211,6 +211,8 @@ class MlflowVersions:
     def project_stage(self, name: str, stage: str, *, number: int | None, legacy: Mapping[int, str]) -> None:
         for each, legacy_stage in sorted(legacy.items()):
             self._set_legacy_stage(name, each, legacy_stage)
+        reached("stage.legacy")
+        # the alias comes last: where it is right, all is done
         if number is None:
             with missing_is_fine():  # somebody deleted the model; where only the alias is missing, MLflow is silent
                 self._client.delete_registered_model_alias(name, stage)

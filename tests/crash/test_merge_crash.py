@@ -23,7 +23,7 @@ from adapterctl.registry.domain.refs import ParentRef, Ref
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.services.staging import sweep
 
-OF_A_MERGE = [point for point in CRASH_POINTS if not point.startswith(("stage.", "tune."))]
+OF_A_MERGE = [point for point in CRASH_POINTS if not point.startswith(("eval.", "stage.", "tune."))]
 IN_THE_CHILD = ("child.started", "child.module", "child.written")  # these leave the supervisor alive
 PATIENCE_S = 120.0
 SUBMIT = """

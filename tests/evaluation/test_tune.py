@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
+from registries import nobody_works, supervise
 
 from adapterctl.bootstrap import connect
 from adapterctl.registry.domain.adapter import read_facts
@@ -25,6 +28,7 @@ from adapterctl.registry.domain.tuning import PLAIN, Finding, TunePlan, TuneRequ
 from adapterctl.registry.merging.method import resolve
 from adapterctl.registry.services.suites import load_suite
 from adapterctl.registry.settings import load_settings
+from adapterctl.registry.stores.spawn_bell import only_one
 from adapterctl.registry.wire import from_builtins, to_builtins
 from adapterctl.workers import engine, tune_job
 from adapterctl.workers.eval_engine import Engine
@@ -221,3 +225,30 @@ def test_a_killed_search_is_finished_by_its_next_attempt_with_no_trial_twice(
     assert len(client.get_metric_history(run.info.run_id, "worst")) == len(numbers)
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert files == {"explanation.md", "pareto.png", "trials.json", "trials.png", "weights.png"}
+
+    # The same search for another name, whose journal is there already: kill the supervisor in what follows its child.
+    for name in ("ADAPTERCTL_CRASH_AT", "ADAPTERCTL_CRASH_ONCE"):
+        monkeypatch.delenv(name)
+    patience = time.monotonic() + 60
+    while not nobody_works(home):
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+    with only_one(home):  # whoever is rung for finds the place taken, and leaves
+        again = registry.tune(replace(request, into="again"))
+    journals = [home / "jobs" / f"{each.id}.trials.jsonl" for each in (job, again)]
+    journals[1].write_bytes(journals[0].read_bytes())
+    for point in ("tune.run", "tune.queued", "ledger.committed"):  # the last one: its winner is merged
+        assert supervise(registry, crash_at=point) == -signal.SIGKILL
+
+    ended = registry.job(again.id)
+    assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 3), ended.error
+    assert registry.tuned(again.id).trials == found.trials
+    assert [line["number"] for line in _lines(journals[1], "trial")] == numbers
+    (one,) = client.search_runs([experiment.experiment_id], f"tags.`adapterctl.tune` = '{again.id}'")
+    assert (one.info.status, one.data.params) == ("FINISHED", run.data.params)
+    for key in one.data.metrics:
+        steps = [[(m.step, m.value) for m in client.get_metric_history(each.info.run_id, key)] for each in (run, one)]
+        assert steps[0] == steps[1]
+    assert one.data.metrics == run.data.metrics
+    (registered,) = registry.versions("again")
+    assert (registered.tags["tune"], registered.content_digest) == (again.id, version.content_digest)

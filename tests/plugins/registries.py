@@ -5,7 +5,10 @@ The schemas are made once a session and copied, for migrating costs a second eac
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +28,18 @@ def nobody_works(home: Path) -> bool:
     """Whether no supervisor of this home is alive."""
     with only_one(home) as free:
         return free
+
+
+def supervise(registry: LocalRegistry, *, crash_at: str = "", once: Path | None = None) -> int:
+    """Let a supervisor of its own process work until nothing is left, or die at a named point; returns its exit code.
+
+    With `once` only the first process that gets there dies, and makes that file.
+    """
+    crash = {"ADAPTERCTL_CRASH_AT": crash_at} | ({"ADAPTERCTL_CRASH_ONCE": str(once)} if once else {})
+    command = [sys.executable, "-P", "-m", "adapterctl.workers.supervisor", "--home", str(registry.settings.home)]
+    return subprocess.run(
+        command, env={**os.environ, **registry.settings.to_env(), **crash}, check=False, timeout=240
+    ).returncode
 
 
 @pytest.fixture(scope="session")

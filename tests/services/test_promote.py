@@ -497,12 +497,12 @@ for _ in range(3):
 
 @pytest.fixture
 def killed(home, tmp_path) -> Callable[[str], None]:
-    """Promote chat:v1 in another process and kill it -9 at a named point."""
+    """Promote chat:v2 in another process and kill it -9 at a named point."""
     (tmp_path / "go").touch()
 
     def kill(point: str) -> None:
         done = subprocess.run(
-            [sys.executable, "-c", PROMOTE, str(home), "1", str(tmp_path / "go")],
+            [sys.executable, "-c", PROMOTE, str(home), "2", str(tmp_path / "go")],
             env={**os.environ, "ADAPTERCTL_CRASH_AT": point},
             stdout=subprocess.DEVNULL,
             check=False,
@@ -512,33 +512,42 @@ def killed(home, tmp_path) -> Callable[[str], None]:
     return kill
 
 
-def test_a_promotion_that_was_killed_before_its_commit_never_was(stages, chat, sql_ledger, version_store, killed):
-    first, second = chat(), chat()
-
-    killed("stage.writing")
-
-    assert sql_ledger.stage_history(first.adapter_id) == []
-    assert sql_ledger.stage_holder(first.adapter_id, "production") is None
-    with sql_ledger._db.read() as connection:
-        assert connection.execute(text("select count(*) from decision")).scalar_one() == 0
-    assert version_store.alias("chat", "production") is None
-    assert stages.promote(second, stage="production").seq == 1
-
-
-def test_a_promotion_that_was_killed_after_its_commit_is_seen_and_completed(
-    stages, chat, sql_ledger, version_store, killed
+@pytest.mark.parametrize(
+    ("point", "moved", "seen"),
+    [
+        ("stage.writing", False, False),
+        ("stage.recorded", True, True),
+        ("stage.legacy", True, True),
+        ("stage.projected", True, False),
+    ],
+)
+def test_a_promotion_that_was_killed_never_was_or_is_seen_and_completed(
+    stages, chat, sql_ledger, version_store, killed, point, moved, seen
 ):
-    first, second = chat(), chat()
-    killed("stage.recorded")
-    assert version_store.alias("chat", "production") is None
-
-    with pytest.raises(StageMoved):
-        stages.promote(second, stage="production")
+    first, second, third = chat(), chat(), chat()
     stages.promote(first, stage="production")
 
-    assert version_store.alias("chat", "production") == 1
-    assert legacy_of(version_store, first) == "Production"
-    assert len(sql_ledger.stage_history(first.adapter_id)) == 1
+    killed(point)
+
+    assert len(sql_ledger.stage_history(first.adapter_id)) == 1 + moved
+    assert sql_ledger.stage_holder(first.adapter_id, "production") == (second if moved else first).id
+    with sql_ledger._db.read() as connection:
+        assert connection.execute(text("select count(*) from decision")).scalar_one() == 1 + moved
+    if seen:  # half of it is told by every verb that goes by the stage, and none of them goes on
+        for ask in (
+            lambda: check_stage(sql_ledger, version_store, "chat", "production"),
+            lambda: stages.promote(third, stage="production"),
+            lambda: stages.rollback("chat", stage="production"),
+        ):
+            with pytest.raises(StageMoved, match="promote chat:v2 --to production"):
+                ask()
+    else:
+        check_stage(sql_ledger, version_store, "chat", "production")
+    assert stages.promote(second, stage="production").seq == 2
+    assert version_store.alias("chat", "production") == 2
+    assert [legacy_of(version_store, each) for each in (first, second, third)] == ["Archived", "Production", "None"]
+    assert [event.action for event in sql_ledger.stage_history(first.adapter_id)] == ["promote"] * 2
+    assert history(sql_ledger, "chat", verify=True).findings == ()
 
 
 def test_four_processes_promote_at_once_and_history_ledger_and_alias_agree(
