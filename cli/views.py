@@ -38,10 +38,13 @@ if TYPE_CHECKING:
     from ..registry.domain.access import Token
     from ..registry.domain.evals import Interval
     from ..registry.domain.job import Job, JobEvent
+    from ..registry.domain.plan import Interference
     from ..registry.domain.suite import Suite, SuiteTask
     from ..registry.domain.verdict import Decision, Judged, Outcome
     from ..registry.domain.version import Base
 
+#: Layers of a plan that are shown without being asked for.
+SHOWN_LAYERS = 5
 _STATE_STYLES = {
     "succeeded": "green", "running": "cyan", "failed": "red", "cancelled": "yellow",
     "ok": "green", "warning": "yellow", "error": "red", "passed": "green", "inconclusive": "yellow",
@@ -173,17 +176,32 @@ def plan_text(view: PlanView, out: Output) -> str:
         rows = [[f.method, str(f.rank), size(f.size_bytes), loss(f.loss), f.note] for f in view.forecasts]
         lines += ["", out.table(["METHOD", "RANK", "SIZE", "LOSS", "NOTE"], rows, right={1, 2, 3})]
     if view.pairs:
+        conflicts = {(each.first, each.second): each.sign_conflict for each in view.interference if each.layer == "all"}
         pairs = [
-            [
-                f"{p.first} / {p.second}",
-                str(p.shared_modules),
-                *(f"{x:.3f}" for x in (p.cosine, p.row_overlap, p.column_overlap, p.norm_ratio)),
-            ]
+            [f"{p.first} / {p.second}", str(p.shared_modules)]
+            + [f"{x:.3f}" for x in (p.cosine, p.row_overlap, p.column_overlap, p.norm_ratio)]
+            + [f"{conflicts[p.first, p.second]:.3f}" if (p.first, p.second) in conflicts else "-"]
             for p in view.pairs
         ]
-        header = ["PARENTS", "SHARED MODULES", "COSINE", "ROW OVERLAP", "COLUMN OVERLAP", "NORM RATIO"]
-        lines += ["", out.table(header, pairs, right=range(1, 6))]
+        header = ["PARENTS", "SHARED MODULES", "COSINE", "ROW OVERLAP", "COLUMN OVERLAP", "NORM RATIO", "SIGN CONFLICT"]
+        lines += ["", out.table(header, pairs, right=range(1, 7))]
+    layers = [each for each in view.interference if each.layer != "all"]
+    if layers:
+        lines += ["", _layers_text(layers, out)]
     return "\n".join(lines)
+
+
+def _layers_text(layers: Sequence[Interference], out: Output) -> str:
+    """The layers in which parents disturb each other most: those where their deltas point against each other."""
+    worst = sorted(layers, key=lambda each: each.cosine)[:SHOWN_LAYERS]
+    rows = [
+        [each.layer, f"{each.first} / {each.second}"]
+        + [f"{x:.3f}" for x in (each.cosine, each.row_overlap, each.column_overlap, each.sign_conflict)]
+        for each in worst
+    ]
+    header = ["LAYER", "PARENTS", "COSINE", "ROW OVERLAP", "COLUMN OVERLAP", "SIGN CONFLICT"]
+    more = f"\n{len(layers) - len(worst)} more layers with -o json" if len(layers) > len(worst) else ""
+    return out.table(header, rows, right=range(2, 6)) + more
 
 
 def diff_text(view: DiffView, out: Output) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from .domain.access import EVERY_NAME, Scope, Token
 from .domain.evals import EvalReport, Interval
 from .domain.job import Job, JobEvent, LogPiece, QueueDepth
-from .domain.plan import Forecast, Pair
+from .domain.plan import Forecast, Interference, Pair
 from .domain.recall import RecallAction
 from .domain.recipe import MergeRequest
 from .domain.refs import Ref
@@ -155,6 +155,7 @@ class PlanView:
     pairs: tuple[Pair, ...]
     warnings: tuple[str, ...]
     exists: str | None = None
+    interference: tuple[Interference, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

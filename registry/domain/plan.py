@@ -4,6 +4,7 @@ reason why it cannot be merged exactly. Pure: reads no file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +14,8 @@ from .adapter import AdapterFacts, LoraModule, ModuleKind, TensorEntry
 from .errors import Problem
 from .header import DTYPE_BYTES
 from .recipe import Recipe
+
+_NUMBER = re.compile(r"(?:^|\.)(\d{1,6})(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,29 @@ class Pair:
     row_overlap: float
     column_overlap: float
     norm_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Interference:
+    """How two parents meet in one layer (the first number in the names of its modules), or in `all` of them together.
+
+    `sign_conflict` is the share of the elements of the deltas at which the two have opposite signs, 0.5 where they have
+    nothing to do with each other; the others are those of `Pair`.
+    """
+
+    first: str
+    second: str
+    layer: str
+    cosine: float
+    row_overlap: float
+    column_overlap: float
+    sign_conflict: float
+
+
+def place_of(module: str) -> tuple[int | None, str]:
+    """Its layer, which is the first number in its name (None: it has none), and what stands behind it, its kind."""
+    found = _NUMBER.search(module)
+    return (None, module) if found is None else (int(found[1]), module[found.end() + 1 :])
 
 
 def check_parents(facts: Sequence[AdapterFacts], labels: Sequence[str]) -> list[Problem]:

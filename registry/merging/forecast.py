@@ -13,13 +13,13 @@ import numpy as np
 
 from ..domain.adapter import AdapterFacts
 from ..domain.errors import IncompatibleParents
-from ..domain.plan import Forecast, MergePlan, ModulePlan, Pair, Part
+from ..domain.plan import Forecast, Interference, MergePlan, ModulePlan, Pair, Part
 from ..domain.recipe import OptionValue
 from .core import spectrum
 from .grams import Array, Grams, block_products, error_squared
 from .make import arithmetic, promise
 from .method import find_method, methods
-from .pairs import meet, pairs
+from .pairs import compare_signs, interference, meet, pairs
 from .stack import load_stack
 from .tensors import TensorReader
 
@@ -34,8 +34,8 @@ NOT_THE_SUM = "aims at something else than the sum"
 
 def forecast(
     plan: MergePlan, files: Sequence[Path], labels: Sequence[str]
-) -> tuple[tuple[Forecast, ...], tuple[Pair, ...]]:
-    """The loss of every method and rank worth considering, and one `Pair` for every two parents.
+) -> tuple[tuple[Forecast, ...], tuple[Pair, ...], tuple[Interference, ...]]:
+    """The loss of every method and rank worth considering; and how every two parents meet, in all and in each layer.
 
     Args:
         plan: of the merge that was asked for; its rank is among the forecasts.
@@ -47,19 +47,22 @@ def forecast(
     # only Grams are cheap: the other forms work through every element
     forms = {"grams": list(others), "elements": [plan.recipe.method], "deltas": [plan.recipe.method]}
     errors = {name: 0.0 for name in others if name in forms.get(find_method(name).form, ())}
-    meetings = []
+    meetings, signs = [], []
     with ExitStack() as stack:
         readers = [stack.enter_context(TensorReader(path)) for path in files]
         for module in plan.modules:
-            grams = load_stack(module.parts, readers).grams()
+            loaded = load_stack(module.parts, readers)
+            grams = loaded.grams()
             energy[: grams.rank] += spectrum(grams) ** 2
             meetings.append(meet(grams, [part.weight for part in module.parts]))
+            signs.append(compare_signs(loaded))
             for name in errors:
                 errors[name] += _error_squared(name, *others[name], module, grams, plan, readers)
     total = float(energy.sum())
     losses = {name: math.sqrt(error / total) if total > 0 else 0.0 for name, error in errors.items()}
     ranks = {name: rank for name, (rank, _) in others.items()}
-    return _forecasts(energy, plan, ranks, losses), pairs(meetings, labels)
+    by_layer = interference([module.name for module in plan.modules], meetings, signs, labels)
+    return _forecasts(energy, plan, ranks, losses), pairs(meetings, labels), by_layer
 
 
 def compare(first: AdapterFacts, first_file: Path, second: AdapterFacts, second_file: Path) -> tuple[float, float]:

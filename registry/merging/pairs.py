@@ -8,8 +8,12 @@ from itertools import combinations
 
 import numpy as np
 
-from ..domain.plan import Pair
+from ..domain.plan import Interference, Pair, place_of
 from .grams import Array, Grams, block_products, overlaps
+from .stack import Stack
+
+#: Rows of a module's delta that signs are compared on.
+SIGN_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,54 @@ def pairs(meetings: Sequence[Meeting], labels: Sequence[str]) -> tuple[Pair, ...
         )
         for i, j in combinations(range(count), 2)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """Of one module, for every two parents (n, n): elements of opposite signs, and elements where neither is zero."""
+
+    opposite: Array
+    both: Array
+
+
+def compare_signs(stack: Stack) -> Signs:
+    """Counted over at most `SIGN_ROWS` rows of the deltas, evenly spaced: they need no whole delta in memory."""
+    height, count = len(stack.b), len(stack.blocks)
+    rows = np.unique(np.linspace(0, height - 1, min(SIGN_ROWS, height)).round().astype(int))
+    signs = [np.sign(stack.b[rows, k.start : k.stop] @ stack.a[k.start : k.stop]) for k in stack.blocks]
+    opposite, both = np.zeros((count, count)), np.zeros((count, count))
+    for i, j in combinations(range(count), 2):
+        product = signs[i] * signs[j]
+        opposite[i, j], both[i, j] = np.count_nonzero(product < 0), np.count_nonzero(product)
+    return Signs(opposite, both)
+
+
+def interference(
+    names: Sequence[str], meetings: Sequence[Meeting], signs: Sequence[Signs], labels: Sequence[str]
+) -> tuple[Interference, ...]:
+    """Every two parents over all modules, and in every layer that both change; layers in order, `-` for the rest."""
+    places = range(len(names))
+    layers = [place_of(name)[0] for name in names]
+    groups: dict[str, list[int]] = {"all": list(places)}
+    for layer in [*sorted({each for each in layers if each is not None}), None]:
+        groups["-" if layer is None else str(layer)] = [p for p in places if layers[p] == layer]
+    found = []
+    for name, chosen in groups.items():
+        opposite, both = np.zeros((len(labels), len(labels))), np.zeros((len(labels), len(labels)))
+        for p in chosen:
+            place = np.ix_(meetings[p].parents, meetings[p].parents)
+            opposite[place] += signs[p].opposite
+            both[place] += signs[p].both
+        described = pairs([meetings[p] for p in chosen], labels)
+        for pair, (i, j) in zip(described, combinations(range(len(labels)), 2), strict=True):
+            if pair.shared_modules or name == "all":
+                conflict = _ratio(opposite[i, j], both[i, j])
+                found.append(
+                    Interference(
+                        pair.first, pair.second, name, pair.cosine, pair.row_overlap, pair.column_overlap, conflict
+                    )
+                )
+    return tuple(found)
 
 
 def _ratio(part: float, whole: float) -> float:

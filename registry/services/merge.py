@@ -149,7 +149,7 @@ def plan_merge(ledger: Ledger, folders: Folders, request: MergeRequest) -> PlanV
     existing = ledger.live_version(adapter_id, recipe=ready.recipe.digest) if adapter_id else None
     with ExitStack() as open_folders:
         files = [open_folders.enter_context(folders(parent)) / WEIGHTS_FILE for parent in ready.parents]
-        forecasts, pairs = forecast(plan, files, ready.labels)
+        forecasts, pairs, interference = forecast(plan, files, ready.labels)
     return PlanView(
         into=ready.into,
         recipe_digest=ready.recipe.digest,
@@ -163,6 +163,7 @@ def plan_merge(ledger: Ledger, folders: Folders, request: MergeRequest) -> PlanV
         pairs=pairs,
         warnings=_warnings(ledger, ready),
         exists=existing.label if existing else None,
+        interference=interference,
     )
 
 

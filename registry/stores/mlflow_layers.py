@@ -6,16 +6,16 @@ SVG, which MLflow shows beside the receipt. Pure text; module names come from fi
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ..domain.plan import place_of
 
 _CELL_WIDTH, _CELL_HEIGHT, _GAP = 30, 15, 2
 _LEFT, _TOP, _HEAD, _BETWEEN, _FOOT = 64, 66, 118, 70, 56
 #: More would be a picture that nobody can read.
 _MOST_ROWS, _MOST_COLUMNS = 200, 24
-_NUMBER = re.compile(r"(?:^|\.)(\d{1,6})(?=\.)")
 _PALE, _LOST, _HELD = (245, 246, 248), (176, 32, 48), (33, 82, 165)
 _STYLE = "text{font:11px sans-serif;fill:#3a424b}.h{font-size:15px;font-weight:600;fill:#1f2328}.t{font-weight:600}"
 #: Relative losses below this are rounding, and drawn as none.
@@ -102,11 +102,9 @@ def _panel(panel: _Panel, rows: Sequence[int], columns: Sequence[str], left: int
 
 
 def _place(module: str) -> tuple[int, str]:
-    """Its layer, which is the first number in its name (-1: none has), and what stands behind it, which is its kind."""
-    found = _NUMBER.search(module)
-    if found is None:
-        return -1, module
-    return int(found[1]), module[found.end() + 1 :]
+    """Its row and its column; what belongs to no layer stands above them."""
+    layer, kind = place_of(module)
+    return (-1 if layer is None else layer), kind
 
 
 def _summary(receipt: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ def test_a_forecast_is_what_the_merge_then_loses(tmp_path: Path):
     folders = [write_tiny_adapter(tmp_path / f"p{i}", rank=8, seed=i) for i in range(2)]
     plan = plan_of(folders, weights=(1.0, 0.4), method="svd", rank=5)
 
-    forecasts, _ = forecast(plan, [folder / WEIGHTS for folder in folders], ["a", "b"])
+    forecasts, *_ = forecast(plan, [folder / WEIGHTS for folder in folders], ["a", "b"])
 
     assert {row.rank for row in forecasts if row.method == "svd"} >= {5, 8}, "the asked rank and the default"
     works_on_elements = {method.name for method in methods().values() if method.form in {"elements", "deltas"}}
@@ -35,7 +35,7 @@ def test_a_forecast_is_what_the_merge_then_loses(tmp_path: Path):
 def test_only_methods_that_can_take_the_parents_are_forecast(tmp_path: Path):
     folders = [write_tiny_adapter(tmp_path / f"p{i}", rank=3 + i, seed=i) for i in range(3)]
 
-    forecasts, _ = forecast(plan_of(folders), [folder / WEIGHTS for folder in folders], ["a", "b", "c"])
+    forecasts, *_ = forecast(plan_of(folders), [folder / WEIGHTS for folder in folders], ["a", "b", "c"])
 
     named = {row.method for row in forecasts}
     assert {"cat", "svd", "tsv", "model_stock"} <= named
@@ -54,7 +54,7 @@ def test_only_methods_that_can_take_the_parents_are_forecast(tmp_path: Path):
 def test_the_forecast_of_the_method_that_was_asked_for_has_its_options(tmp_path: Path, asked: dict[str, Any]):
     folders = [write_tiny_adapter(tmp_path / f"p{i}", seed=i) for i in range(2)]
 
-    forecasts, _ = forecast(plan_of(folders, **asked), [folder / WEIGHTS for folder in folders], ["a", "b"])
+    forecasts, *_ = forecast(plan_of(folders, **asked), [folder / WEIGHTS for folder in folders], ["a", "b"])
 
     (row,) = (row for row in forecasts if row.method == asked["method"])
     merged = run_merge(folders, tmp_path / "out", **asked)
@@ -72,7 +72,7 @@ def test_the_smallest_rank_with_a_small_loss_is_named(tmp_path: Path):
         for i in range(2)
     ]
 
-    forecasts, _ = forecast(plan_of(folders), [folder / WEIGHTS for folder in folders], ["a", "b"])
+    forecasts, *_ = forecast(plan_of(folders), [folder / WEIGHTS for folder in folders], ["a", "b"])
 
     named = [row for row in forecasts if "at most 1%" in row.note]
     assert [row.rank for row in named] == [4]
@@ -92,17 +92,58 @@ def test_a_pair_describes_the_adapters_whatever_the_signs_of_their_weights(tmp_p
 
     for weights in ((1.0, 1.0), (2.0, -1.0)):
         plan = plan_of(folders, weights=weights)
-        _, (pair,) = forecast(plan, [folder / WEIGHTS for folder in folders], ["a", "b"])
+        _, (pair,), _ = forecast(plan, [folder / WEIGHTS for folder in folders], ["a", "b"])
 
         assert (pair.first, pair.second, pair.shared_modules) == ("a", "b", 2)
         assert pair.cosine == pytest.approx(cosine)
         assert pair.norm_ratio == pytest.approx(abs(weights[0] / weights[1]) * norms[0] / norms[1])
 
 
+def test_interference_is_told_for_all_and_for_each_layer_that_two_parents_share(tmp_path: Path):
+    shared = {name: shape for name, shape in LINEAR.items() if "layers.1" not in name or "q_proj" in name}
+    folders = [
+        write_tiny_adapter(tmp_path / "p0", seed=0, linear=LINEAR | {"lm_head": (12, 16)}),
+        write_tiny_adapter(tmp_path / "p1", seed=1, linear=shared | {"lm_head": (12, 16)}),
+    ]
+    first, second = (deltas(folder) for folder in folders)
+
+    _, (pair,), found = forecast(plan_of(folders, weights=(1.0, -2.0)), [f / WEIGHTS for f in folders], ["a", "b"])
+
+    groups = {
+        "all": list(second),
+        "0": [name for name in shared if "layers.0" in name],
+        "1": [name for name in shared if "layers.1" in name],
+        "-": ["lm_head"],
+    }
+    assert [(each.first, each.second, each.layer) for each in found] == [("a", "b", layer) for layer in groups]
+    for each, names in zip(found, groups.values(), strict=True):
+        one, other = (np.concatenate([side[name].ravel() for name in names]) for side in (first, second))
+        assert each.sign_conflict == pytest.approx(np.mean(one * other < 0))
+        alone = [
+            d for name, d in first.items() if each.layer == "all" or f"layers.{each.layer}." in name or name in names
+        ]
+        norm = np.sqrt(sum(np.sum(d**2) for d in alone))  # of everything that the parent has there
+        assert each.cosine == pytest.approx(one @ other / (norm * np.linalg.norm(other)))
+    assert (found[0].cosine, found[0].row_overlap) == (pair.cosine, pair.row_overlap)
+
+
+def test_signs_of_a_tall_module_are_counted_on_some_of_its_rows(tmp_path: Path):
+    tall = {"layers.0.up": (4000, 8)}
+    folders = [write_tiny_adapter(tmp_path / f"p{i}", seed=i, linear=tall) for i in range(2)]
+    whole = np.prod([deltas(folder)["layers.0.up"] for folder in folders], axis=0)
+
+    *_, found = forecast(plan_of(folders), [folder / WEIGHTS for folder in folders], ["a", "b"])
+    *_, same = forecast(plan_of(folders[:1] * 2), [folders[0] / WEIGHTS] * 2, ["a", "a"])
+
+    # rows are alike here: 128 x 8 elements of independent rows, one standard deviation is below 0.03
+    assert found[0].sign_conflict == pytest.approx(np.mean(whole < 0), abs=0.1)
+    assert [each.sign_conflict for each in same] == [0.0, 0.0]
+
+
 def test_an_adapter_overlaps_itself_wholly(tmp_path: Path):
     folder = write_tiny_adapter(tmp_path / "p")
 
-    _, (pair,) = forecast(plan_of([folder, folder]), [folder / WEIGHTS] * 2, ["a", "a"])
+    _, (pair,), _ = forecast(plan_of([folder, folder]), [folder / WEIGHTS] * 2, ["a", "a"])
 
     assert (pair.cosine, pair.row_overlap, pair.column_overlap) == pytest.approx((1, 1, 1))
 
