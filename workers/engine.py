@@ -23,13 +23,12 @@ from threadpoolctl import ThreadpoolController
 
 from ..registry.domain.digest import canonical_json
 from ..registry.domain.errors import JobCancelled, Refused
-from ..registry.domain.header import DTYPE_BYTES
 from ..registry.domain.plan import MergePlan, ModulePlan
 from ..registry.merging.grams import Factors
 from ..registry.merging.make import Outcome, arithmetic, make, promise, wider
 from ..registry.merging.method import MethodSpec, find_method
 from ..registry.merging.stack import blocks_of, coefficients, load_stack
-from ..registry.merging.tensors import STORED, TensorReader, TensorWriter, encode, sync_folder
+from ..registry.merging.tensors import STORED, TensorReader, TensorWriter, encode, place, sync_folder, widen
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -204,20 +203,17 @@ def _write_factors(
     module: ModulePlan, factors: Factors, plan: MergePlan, readers: Sequence[TensorReader], writer: TensorWriter
 ) -> Outcome:
     """Scale each parent's factors into their rows and columns; what has scale 1 and the right type moves as bytes."""
-    dtype = plan.recipe.dtype
-    row_bytes = math.prod(module.a_shape[1:]) * DTYPE_BYTES[dtype]
-    columns = np.zeros((module.b_shape[0], plan.recipe.rank), STORED[dtype])
+    dtype, rank = plan.recipe.dtype, plan.recipe.rank
+    rows = np.empty((rank, math.prod(module.a_shape[1:])), STORED[dtype])
+    columns = np.empty((module.b_shape[0], rank), STORED[dtype])
     for part, block in zip(module.parts, blocks_of(module.parts), strict=True):
-        reader, rows = readers[part.parent], slice(block.start, block.stop)
-        if part.a.dtype == dtype and np.all(factors.a[rows] == 1):
-            writer.write(module.a_key, reader.raw(part.a), block.start * row_bytes)
-        else:
-            scaled = _scaled(reader.read(part.a).reshape(part.rank, -1), factors.a[rows, None], dtype)
-            writer.write(module.a_key, scaled, block.start * row_bytes)
-        if part.b.dtype == dtype and np.all(factors.b[rows] == 1):
-            columns[:, rows] = np.frombuffer(reader.raw(part.b), columns.dtype).reshape(-1, part.rank)
-        else:
-            columns[:, rows] = _scaled(reader.read(part.b).reshape(-1, part.rank), factors.b[rows], dtype)
+        reader, own = readers[part.parent], slice(block.start, block.stop)
+        stored = reader.stored(part.a, (part.rank, -1))
+        place(_scaled(stored, part.a.dtype, factors.a[own, None], dtype), rows[own])
+        stored = reader.stored(part.b, (-1, part.rank))
+        place(_scaled(stored, part.b.dtype, factors.b[own], dtype), columns[:, own])
+    rows[block.stop :] = columns[:, block.stop :] = 0
+    writer.write(module.a_key, rows)
     writer.write(module.b_key, columns)
     return Outcome(error_squared=0.0, arithmetic=0.0)
 
@@ -244,10 +240,15 @@ def _bias(module: ModulePlan, readers: Sequence[TensorReader]) -> NDArray[np.flo
     return total
 
 
-def _scaled(values: NDArray[np.floating], scale: NDArray[np.float64], dtype: str) -> NDArray[Any]:
-    """`values * scale` as stored in `dtype`, computed in a wider type."""
-    wide = wider(dtype)
-    return encode(values.astype(wide, copy=False) * scale.astype(wide), dtype)
+def _scaled(stored: NDArray[Any], dtype: str, scale: NDArray[np.float64], wanted: str) -> NDArray[Any]:
+    """Values as stored in `wanted`: the same bytes where nothing changes, else computed in a wider type."""
+    if dtype == wanted and (scale == 1).all():
+        return stored
+    wide = wider(wanted)
+    values = np.empty(stored.shape, wide)
+    widen(stored, dtype, values)
+    values *= scale.astype(wide)
+    return encode(values, wanted)
 
 
 @cache

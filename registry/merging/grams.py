@@ -19,6 +19,8 @@ Array = npt.NDArray[np.float64]
 
 #: A norm from Gram matrices is the root of a sum that cancels. float64 leaves about this much of the norms that cancel.
 GRAM_FLOOR = 1e-7
+#: What float32 leaves.
+GRAM_FLOOR_32 = 3e-4
 #: A direction with less than this share of the largest eigenvalue is rounding, not signal (float64 leaves 1e-16 * R).
 ENERGY_FLOOR = 1e-14
 
@@ -73,6 +75,15 @@ def gram(rows: npt.NDArray[np.floating]) -> Array:
     return wide @ wide.T
 
 
+def gram_32(rows: npt.NDArray[np.float32]) -> Array:
+    """`gram` in half the time, each product and 4,096 of them at a time added in float32."""
+    total = np.zeros((len(rows), len(rows)))
+    for start in range(0, rows.shape[1], 4096):
+        block = rows[:, start : start + 4096]
+        total += block @ block.T
+    return total
+
+
 def squared_norm(grams: Grams, middle: Array) -> float:
     """||B @ middle @ A||² for `middle` (R, R); never negative."""
     return max(0.0, float(np.sum((grams.b @ middle @ grams.a) * middle)))
@@ -86,7 +97,7 @@ def exact_norm(grams: Grams) -> float:
 
 def size_of_parts(grams: Grams) -> float:
     """Sum of the norms of the rank-one parts c_k b_k a_k: what rounding is relative to, also where they cancel."""
-    return float(np.sum(np.abs(grams.c) * np.sqrt(np.diag(grams.a) * np.diag(grams.b))))
+    return float(np.sum(np.abs(grams.c) * np.sqrt(grams.a.diagonal() * grams.b.diagonal())))
 
 
 def error_squared(grams: Grams, maps: Maps) -> float:

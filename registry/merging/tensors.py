@@ -6,13 +6,14 @@ that a memory map gives, any number of threads may read at once, and memory does
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,9 @@ Array = NDArray[np.floating]
 
 #: numpy type of the stored bytes; numpy has no bfloat16, so BF16 is the 16 bits as they are.
 STORED: Mapping[str, str] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+#: After so many bytes the kernel is asked to begin with writing them down.
+WRITEBACK_BYTES = 4 << 20
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 class TensorReader:
@@ -71,6 +75,10 @@ class TensorReader:
             done += count
         return view
 
+    def stored(self, entry: TensorEntry, shape: tuple[int, ...]) -> NDArray[Any]:
+        """The values as they are stored (`STORED`), in the buffer of `raw`."""
+        return np.frombuffer(self.raw(entry), STORED[entry.dtype]).reshape(shape)
+
     def read(self, entry: TensorEntry) -> Array:
         """The tensor as a new array in its own shape: float32 for BF16, F16 and F32 (exact), float64 for F64."""
         return decode(self.raw(entry), entry)
@@ -85,10 +93,28 @@ class TensorReader:
 def decode(raw: memoryview | bytes, entry: TensorEntry) -> Array:
     """Stored little-endian bytes as a new float32 array (float64 for F64) in the tensor's shape."""
     stored = np.frombuffer(raw, dtype=STORED[entry.dtype]).reshape(entry.shape)
-    if entry.dtype == "BF16":  # the upper half of a float32
-        widened: Array = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return widened
-    return stored.astype(np.float64 if entry.dtype == "F64" else np.float32)
+    values = np.empty(entry.shape, np.float64 if entry.dtype == "F64" else np.float32)
+    widen(stored, entry.dtype, values)
+    return values
+
+
+def widen(stored: NDArray[Any], dtype: str, out: Array) -> None:
+    """Values as they are stored in `dtype` into `out`, float32 or float64, of the same shape; exact where that is."""
+    if dtype != "BF16":
+        out[...] = stored
+        return
+    # the upper half of a float32
+    bits = out.view(np.uint32) if out.dtype == np.float32 else np.empty(out.shape, np.uint32)
+    bits[...] = stored
+    bits <<= np.uint32(16)
+    if out.dtype != np.float32:
+        out[...] = bits.view(np.float32)
+
+
+def place(stored: NDArray[Any], out: NDArray[Any]) -> None:
+    """Copy contiguous rows into rows of `out` that have others beside them: row by row, not value by value."""
+    row = f"V{stored.shape[-1] * stored.itemsize}"
+    out.view(row)[...] = stored.view(row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +179,7 @@ class TensorWriter:
         """`tensors`: key, safetensors dtype and shape of each, in file order."""
         self.path = path
         self._partial = path.with_name(f".{path.name}.partial")
+        self._waiting = 0
         header, self.entries = _layout(tensors, metadata)
         size = max((entry.end for entry in self.entries.values()), default=len(header))
         with _disk_errors(path):
@@ -193,6 +220,10 @@ class TensorWriter:
             raise ValueError(f"{len(view)} bytes at {offset} do not fit into {key}")
         with _disk_errors(self.path):
             _write_all(self._descriptor, view, entry.begin + offset)
+        self._waiting += len(view)  # by several threads: a hint may come twice or late
+        if self._waiting >= WRITEBACK_BYTES:
+            self._waiting = 0
+            _begin_writeback(self._descriptor)
 
     def _discard(self) -> None:
         os.close(self._descriptor)
@@ -203,9 +234,10 @@ def encode(array: Array, dtype: str) -> NDArray[Any]:
     """Values as they are stored in `dtype` (contiguous, little-endian), rounded to nearest, ties to even."""
     if dtype != "BF16":
         return np.ascontiguousarray(array, dtype=STORED[dtype])
-    bits = np.ascontiguousarray(array, dtype="<f4").view(np.uint32)
+    bits = array.astype("<f4", copy=False).view(np.uint32)
     # half of the last kept bit, less one unless that bit is odd; then the lower half falls off
-    rounded = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = np.right_shift(bits, np.uint32(16), order="C")
+    rounded &= np.uint32(1)
     rounded += bits
     rounded += np.uint32(0x7FFF)
     rounded >>= np.uint32(16)
@@ -241,6 +273,17 @@ def _layout(
         for key, dtype, shape in tensors
     }
     return len(body).to_bytes(8, "little") + body, entries
+
+
+def _begin_writeback(descriptor: int) -> None:
+    """Let the disk write while the next modules are computed, so that the last fsync has little left to wait for.
+
+    A hint and no promise (sync_file_range(2), Linux only): fsync alone makes the file durable and tells of errors.
+    """
+    with suppress(AttributeError):
+        ctypes.CDLL(None).sync_file_range(
+            descriptor, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)
+        )
 
 
 def _write_all(descriptor: int, view: memoryview, place: int) -> None:

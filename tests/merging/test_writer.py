@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import adapterctl.registry.merging.tensors as tensors_module
 from adapterctl.registry.domain.errors import Unavailable
 from adapterctl.registry.domain.header import read_header
 from adapterctl.registry.merging.tensors import TensorWriter, encode
@@ -53,7 +54,8 @@ def test_our_own_reader_accepts_the_layout(tmp_path: Path):
     assert list(read_header(tmp_path / "f.safetensors").tensors) == expected
 
 
-def test_many_threads_write_one_file(tmp_path: Path):
+def test_many_threads_write_one_file_while_it_goes_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tensors_module, "WRITEBACK_BYTES", 6000)
     tensors = [(f"t{i}", "F32", (1000,)) for i in range(16)]
 
     with TensorWriter(tmp_path / "f.safetensors", tensors, {}) as writer:

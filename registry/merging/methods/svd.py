@@ -10,11 +10,12 @@ from ..method import merge_method
 @merge_method(
     "svd",
     form="grams",
-    rev=1,
+    rev=2,
     exact=False,
     when="the output rank must stay small: no other matrix of that rank is closer to the exact sum",
     cost="O(d R²) + O(R³)",
     paper="Eckart & Young 1936, https://doi.org/10.1007/BF02288367",
+    coarse_grams=True,
 )
 def svd(grams: Grams, *, rank: int) -> Maps:
     """Keep the largest singular directions of the exact weighted sum.
