@@ -1,4 +1,4 @@
-"""Takes the pictures of README.md from a real run: the demo in a terminal, and MLflow's pages on the registry it made.
+"""Takes the pictures of README.md and docs/ from a real run: the demo in a terminal, MLflow's pages on what it made.
 
     .venv/bin/python docs/pictures.py        needs Debian's `chromium` and the packages of requirements-dev.lock
 
@@ -26,6 +26,9 @@ PICTURES = Path(__file__).parent / "pictures"
 ADAPTERCTL = [sys.executable, "-m", "adapterctl"]
 PORT = 5077
 COLUMNS = 104
+EVALUATION, SEARCH = "eval translate-chat:v1 on translate", "tune translate-chat"
+#: Runs by name, and the pictures among their artifacts.
+FIGURES = {EVALUATION: ["retention.png"], SEARCH: ["pareto.png", "weights.png"]}
 
 
 def main() -> None:
@@ -40,10 +43,29 @@ def main() -> None:
         )
         page = browser.new_page(viewport={"width": 1200, "height": 900}, device_scale_factor=1)
         take_terminal(page, story)
+        take_figures(home)
         with serving(home):
             take_lineage(page)
             take_pages(page, home)
         browser.close()
+
+
+def take_figures(home: Path) -> None:
+    """What evaluation and search draw themselves, as MLflow holds it."""
+    words = ["tune", "translate:v3", "chat:v5", "--limit", "32", "--budget", "14"]
+    subprocess.run([*ADAPTERCTL, "--home", str(home), *words], check=True, stdout=subprocess.DEVNULL)
+    for name, files in FIGURES.items():
+        for file in files:
+            drawn = home / "artifacts" / run_named(home, name) / "artifacts" / file
+            (PICTURES / f"{name.partition(' ')[0]}-{file}").write_bytes(drawn.read_bytes())
+
+
+def run_named(home: Path, name: str) -> str:
+    """The id of the run of that name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    return client.search_runs(["1"], f"attributes.run_name = '{name}'", max_results=1)[0].info.run_id
 
 
 def in_terminal(command: list[str]) -> str:
@@ -105,6 +127,8 @@ def take_pages(page: Page, home: Path) -> None:
         if name == "mlflow-run":
             page.get_by_text("Logged models").last.scroll_into_view_if_needed()
         page.wait_for_timeout(1500)
+        # where the files lie on this machine is of no interest to a reader
+        page.get_by_text("Path:").evaluate_all("found => found.forEach(each => each.style.visibility = 'hidden')")
         page.screenshot(path=PICTURES / f"{name}.png")
 
 
@@ -122,6 +146,8 @@ def shown(home: Path) -> dict[str, str]:
         "mlflow-version": child.mlflow_path,
         "mlflow-run": f"/#/experiments/1/runs/{child.run_id}",
         "mlflow-layers": f"/#/experiments/1/runs/{lossy.run_id}/artifacts/layers.svg",
+        "mlflow-retention": f"/#/experiments/1/runs/{run_named(home, EVALUATION)}/artifacts/retention.png",
+        "mlflow-search": f"/#/experiments/1/runs/{run_named(home, SEARCH)}/artifacts/trials.png",
         "mlflow-parent": f"/#/experiments/1/models/{parent.model_id}",
     }
 

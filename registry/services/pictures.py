@@ -19,7 +19,7 @@ DPI = 110
 FLOOR = 0.5
 COLOURS = "RdYlGn"
 #: The same for lines, whose middle must be seen on white.
-LINES = "coolwarm_r"
+LINES = ("#b02030", "#c98a00", "#1a7f37")
 INK, FAINT, STRONG = "#24292f", "#8c959f", "#0b57d0"
 _WIDE = 60
 
@@ -110,6 +110,7 @@ def weights_picture(view: TuneView) -> bytes:
             color="none",
             edgecolor=INK,
             linewidth=1.4,
+            label="winner",
         )
         axes.set_xlabel(f"weight of {_short(parent)}", fontsize=9)
         axes.yaxis.set_major_formatter(_percent())
@@ -140,7 +141,7 @@ def trials_picture(view: TuneView) -> bytes:
             heights,
             color=INK if won else colours((trial.worst - low) / (high - low) if high > low else 1.0),
             linewidth=2.2 if won else 1.0,
-            alpha=1.0 if trial.complete else 0.45,
+            alpha=1.0 if trial.complete else 0.55,
         )
     for place, (a, b) in enumerate(spans):
         axes.axvline(place, color=FAINT, linewidth=0.6)
@@ -175,15 +176,15 @@ def _png(figure: Figure) -> bytes:
 
 
 def _colours() -> Any:
-    from matplotlib import colormaps  # deferred: see _figure
+    from matplotlib.colors import LinearSegmentedColormap  # deferred: see _figure
 
-    return colormaps[LINES]
+    return LinearSegmentedColormap.from_list("lines", LINES)
 
 
 def _percent() -> Any:
     from matplotlib.ticker import PercentFormatter  # deferred: see _figure
 
-    return PercentFormatter(1.0, decimals=0)
+    return PercentFormatter(1.0)  # with as many decimals as the ticks need: 87.5% is not 88%
 
 
 def _values(row: RetentionRow, parents: Sequence[str]) -> list[float]:
