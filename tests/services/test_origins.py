@@ -12,9 +12,11 @@ from tiny import header_bytes, write_tiny_adapter
 
 from adapterctl.registry.api import VersionView
 from adapterctl.registry.domain.digest import json_digest
-from adapterctl.registry.domain.errors import Recalled
+from adapterctl.registry.domain.errors import IncompatibleParents, Recalled
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
+from adapterctl.registry.domain.tuning import TuneRequest
+from adapterctl.registry.services.carry import LISTING, export, take_in
 from adapterctl.registry.services.local import LocalRegistry
 
 WEIGHTS = "adapter_model.safetensors"
@@ -150,6 +152,8 @@ def test_a_merge_of_a_recalled_parent_is_hit_however_it_came_and_refused_when_it
 ):
     before = brought(omni, tmp_path / "before", other_bytes=True)
     two_parents.register(str(before), name="before")
+    family = tmp_path / "family"
+    export(two_parents, [parse_ref("omni:v1")], family)
     two_parents.recall(parse_ref("chat:v1"), reason="leaked")
     try:
         for force in (False, True):
@@ -158,6 +162,14 @@ def test_a_merge_of_a_recalled_parent_is_hit_however_it_came_and_refused_when_it
         with pytest.raises(Recalled, match=":v1 is made of chat:v1"):  # bytes that are here, without a header
             two_parents.register(str(brought(omni, tmp_path / "bare", header=lambda header: {})), name="after")
 
+        (family / LISTING).unlink()
+        (family / "omni" / "v1").rename(family / "elsewhere")
+        with pytest.raises(IncompatibleParents, match="chat:v1 was recalled"):  # the merge would be made again
+            list(take_in(two_parents, family))
+        with pytest.raises(Recalled, match=":v1 is made of chat:v1"):  # and so as a plain import
+            list(take_in(two_parents, family, unproven=True))
+        with pytest.raises(IncompatibleParents, match="chat:v1 was recalled"):
+            two_parents.tune(TuneRequest((parse_ref("translate"), parse_ref("chat")), suites=(), budget=6, keep=1))
         new = brought(omni, tmp_path / "new", other_bytes=True)
         with pytest.raises(Recalled, match="this file, by its header, is made of chat:v1, which was recalled: leaked"):
             two_parents.register(str(new), name="after")

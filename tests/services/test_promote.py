@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text, update
 
 from adapterctl.registry.domain.errors import Corrupt, GateRefused, InvalidInput, NotFound, Refused, StageMoved
 from adapterctl.registry.domain.refs import Ref
-from adapterctl.registry.domain.stage import GENESIS
+from adapterctl.registry.domain.stage import GENESIS, Head, StageEvent
 from adapterctl.registry.domain.version import AdapterVersion
 from adapterctl.registry.services.gates import kept_decision, set_gates
 from adapterctl.registry.services.promote import Stages, check_stage, history
 from adapterctl.registry.services.register import Registration, register
 from adapterctl.registry.services.resolve import resolve
 from adapterctl.registry.stores.artifacts import local_folder
+from adapterctl.registry.stores.sql.tables import stage_history
 
 STAGES = ("staging", "production", "canary")
 
@@ -325,30 +327,59 @@ def test_history_of_an_adapter_without_stages_is_empty(chat, sql_ledger):
     assert (found.events, found.head, found.findings) == ((), GENESIS, ())
 
 
-def test_an_edited_row_is_found(stages, chat, sql_ledger):
-    stages.promote(chat(), stage="production", reason="honest")
+def rewrite(connection: Any) -> None:
+    """Make a history of the same length, whole in itself, in which another one acted."""
+    previous = GENESIS
+    for row in connection.execute(select(stage_history).order_by(stage_history.c.seq)).mappings().all():
+        forged = replace(StageEvent(**row), actor="eve", prev_hash=previous).sealed()
+        values = {"actor": "eve", "prev_hash": previous, "hash": forged.hash}
+        connection.execute(update(stage_history).where(stage_history.c.seq == forged.seq).values(values))
+        previous = forged.hash
+
+
+@pytest.mark.parametrize(
+    ("attack", "alone", "finding"),
+    [
+        (["update stage_history set reason = 'x' where seq = 2"], True, "row 2 was edited: its hash does not match"),
+        (["delete from stage_history where seq = 2"], True, "row 2 was removed"),
+        (
+            [
+                "update stage_history set seq = -seq",
+                "update stage_history set seq = case seq when -1 then 2 when -2 then 1 else -seq end",
+            ],
+            True,
+            "rows 1 and 2 were swapped",
+        ),
+        (["delete from stage_history where seq = 3"], False, "the history ends at row 2, row 3 was kept: it was cut"),
+        (rewrite, False, "row 3 is not the one that was kept: the history was written anew"),
+    ],
+    ids=["edit", "delete", "swap", "truncate", "rewrite"],
+)
+def test_each_attack_on_the_history_is_named(stages, chat, sql_ledger, attack, alone, finding):
+    version = chat()
+    stages.promote(version, stage="production", reason="honest")
+    stages.demote("chat", stage="production")
+    stages.promote(version, stage="production")
+    found = history(sql_ledger, "chat")
+    last = Head(registry=found.registry_id, name="chat", seq=found.rows, hash=found.head, time="2026-01-01T00:00:00Z")
+    head = json.dumps(last.to_json())
+    assert history(sql_ledger, "chat", verify=True, head=head).findings == ()
     with sql_ledger._db.write() as connection:
         for name in connection.execute(text("select name from sqlite_master where type = 'trigger'")).scalars().all():
             connection.execute(text(f"drop trigger {name}"))
-        connection.execute(text("update stage_history set reason = 'rewritten'"))
+        if callable(attack):
+            attack(connection)
+        else:
+            for statement in attack:
+                connection.execute(text(statement))
 
-    findings = history(sql_ledger, "chat", verify=True).findings
+    told = history(sql_ledger, "chat", verify=True).findings
+    with_head = history(sql_ledger, "chat", verify=True, head=head).findings
 
-    assert findings == ("row 1 was edited: its hash does not match its content",)
-
-
-def test_a_cut_history_is_found_only_with_a_head_that_was_kept(stages, chat, sql_ledger):
-    stages.promote(chat(), stage="production")
-    stages.promote(chat(), stage="production")
-    kept = history(sql_ledger, "chat").head
-    assert history(sql_ledger, "chat", verify=True, head=kept).findings == ()
-    with sql_ledger._db.write() as connection:
-        for name in connection.execute(text("select name from sqlite_master where type = 'trigger'")).scalars().all():
-            connection.execute(text(f"drop trigger {name}"))
-        connection.execute(text("delete from stage_history where seq = 2"))
-
-    assert history(sql_ledger, "chat", verify=True).findings == ()
-    assert "cut or written anew" in history(sql_ledger, "chat", verify=True, head=kept).findings[0]
+    # what leaves a chain without a flaw shows only against a head that was kept elsewhere
+    assert any(each.startswith(finding) for each in told) == alone
+    assert alone or told == ()
+    assert any(each.startswith(finding) for each in with_head)
 
 
 # gates
@@ -472,6 +503,7 @@ from adapterctl.registry.services.gates import kept_decision, set_gates
 from adapterctl.registry.services.promote import Stages
 from adapterctl.registry.services.resolve import resolve
 from adapterctl.registry.stores.artifacts import local_folder
+from adapterctl.registry.stores.sql.tables import stage_history
 from adapterctl.registry.stores.mlflow_versions import MlflowVersions
 from adapterctl.registry.stores.sql.engine import Database, sqlite_url
 from adapterctl.registry.stores.sql.ledger import SqlLedger
