@@ -1,28 +1,26 @@
 """One loaded base, adapters swapped on it, and what each of them says to a task's samples.
 
 lm_eval does the work (tokens, stopping, generation). Likelihoods are computed here where the model allows it: samples
-behind one another without padding, logits for the targets' tokens alone, which halves what they cost. What lm_eval does
-not report is recorded: how many tokens a target has, and whether an answer ended by itself. Lives in the evaluation
-child only: importing this file imports torch, transformers, peft and lm_eval.
+side by side without padding, logits for the targets' tokens alone, which more than halves what they cost. What
+lm_eval does not report is recorded: how many tokens a target has, and whether an answer ended by itself. Lives in the
+evaluation child only: importing this file imports torch, transformers, peft and lm_eval.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from lm_eval.evaluator import evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -37,8 +35,8 @@ Tick = Callable[[int], None]
 Sample = tuple[list[int], list[int]]
 #: The name of the one adapter that has no file.
 CANDIDATE = "candidate"
-#: Most tokens of a row of several samples, by kind of device: attention is computed over the whole row and then masked.
-ROW_TOKENS = {"cpu": 512, "cuda": 4096}
+#: About so many tokens go through the model at once where samples stand side by side, by kind of device.
+PASS_TOKENS = {"cpu": 512, "cuda": 4096, "mps": 4096}
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 transformers_logging.set_verbosity_error()
@@ -108,11 +106,15 @@ class Engine:
 
     def answer(self, task: SuiteTask, rows: Sequence[Row]) -> Answers:
         """Score the targets, and generate answers where a metric of the task needs them."""
+        return self.answers([(task, rows)])[0]
+
+    def answers(self, asked: Sequence[tuple[SuiteTask, Sequence[Row]]]) -> list[Answers]:
+        """The same for several tasks: few samples of each are scored faster together."""
         training = next((name for name, module in self._model.named_modules() if module.training), None)
         if training is not None:
             # PEFT leaves the dropout of an adapter on in some ways of making one, while the model says it is off
             raise JobFailed(f"module {training!r} is in training mode, its dropout would falsify every figure")
-        return self._lm.run(task, rows)
+        return self._lm.run(asked)
 
     def check_base(self) -> None:
         """Raise `Corrupt` unless the base gives the same bits as before the first adapter was loaded."""
@@ -191,22 +193,31 @@ class _RecordingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         self.cache_hook = self  # told of each answer, in the order in which rows were generated
 
-    def run(self, task: SuiteTask, rows: Sequence[Row]) -> Answers:
-        self._stop, self._ended = task.stop, {}
-        parts = _compile(task, rows, self.tokenizer.eos_token)
-        loaded = TaskManager(include_defaults=False).load(parts)
-        done = evaluate(lm=self, task_dict=loaded, bootstrap_iters=0, log_samples=True)["samples"]
-        scores = [sample["resps"][0][0][0] for sample in _in_order(done["likelihood"])]
-        if not all(map(math.isfinite, scores)):
+    def run(self, asked: Sequence[tuple[SuiteTask, Sequence[Row]]]) -> list[Answers]:
+        # the likelihood counts the end of text only if it is written out
+        texts = [(row.prompt, row.target + self.tokenizer.eos_token) for _, rows in asked for row in rows]
+        scores = [score for score, _ in self.loglikelihood(_requests("loglikelihood", texts))]
+        scored = iter(zip(scores, self._target_tokens, strict=True))
+        return [self._answers(task, rows, list(islice(scored, len(rows)))) for task, rows in asked]
+
+    def _answers(self, task: SuiteTask, rows: Sequence[Row], scored: Sequence[tuple[float, int]]) -> Answers:
+        """`scored` is the log-likelihood of each target, and how many tokens it has."""
+        if not all(math.isfinite(score) for score, _ in scored):
             raise JobFailed(f"the likelihood on {task.name} is not finite", hint="the adapter's weights are broken")
         samples: list[dict[str, float]] = [
             {"nll": -score, "tokens": tokens, "bytes": len(row.target.encode())}
-            for score, tokens, row in zip(scores, self._target_tokens, rows, strict=True)
+            for (score, tokens), row in zip(scored, rows, strict=True)
         ]
-        texts = [sample["resps"][0][0] for sample in _in_order(done["answers"])] if task.generates else []
+        texts = self._generate(task, rows) if task.generates else []
         for sample, text, row in zip(samples, texts, rows, strict=False):
             sample.update(answer_statistics(text, row.target, ended=self._ended[row.prompt]))
         return Answers(samples, texts)
+
+    def _generate(self, task: SuiteTask, rows: Sequence[Row]) -> list[str]:
+        self._stop, self._ended = task.stop, {}
+        settings = {"until": list(task.stop), "max_gen_toks": task.max_new_tokens, "do_sample": False}
+        texts: list[str] = self.generate_until(_requests("generate_until", [(row.prompt, settings) for row in rows]))
+        return texts
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -220,28 +231,21 @@ class _RecordingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         self._target_tokens = [len(target) for _, _, target in requests]
         if not self._in_rows:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        samples = [request[1:] for request in requests]
         scores: list[float] = []
-        for row in _rows([request[1:] for request in requests], self.batch_size, ROW_TOKENS[self.device.type]):
-            scores += self._score(row)
-            self._tick(len(row))
+        for together in _passes(samples, PASS_TOKENS[self.device.type]):
+            scores += self._score(together)
+            self._tick(len(together))
         # whether a target is what greedy decoding gives, lm_eval's second answer, no metric of ours asks
         return [(score, False) for score in scores]
 
-    def _score(self, row: Sequence[Sample]) -> list[float]:
-        """The log-likelihood of each target, from one pass over all samples of the row."""
-        ids: list[int] = []
-        positions: list[int] = []
-        before_targets: list[int] = []
-        for context, target in row:
-            first = len(ids) + len(context) - 1  # the logits for a token stand at the one before it
-            ids += [*context, *target[:-1]]
-            positions += range(len(context) + len(target) - 1)
-            before_targets += range(first, first + len(target))
-        targets = torch.tensor([token for _, target in row for token in target], device=self.device)
+    def _score(self, samples: Sequence[Sample]) -> list[float]:
+        """The log-likelihood of each target, from one pass over all samples."""
         with torch.inference_mode():
-            logits = _logits(self.model, ids, positions, before_targets).float()
+            logits = _logits_before_targets(self.model, samples)
+            targets = torch.tensor([token for _, target in samples for token in target], device=logits.device)
             scores = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
-        return [float(part.double().sum()) for part in scores.split([len(target) for _, target in row])]
+        return [float(part.double().sum()) for part in scores.split([len(target) for _, target in samples])]
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         logits = super()._model_call(inps, *args, **kwargs)
@@ -271,73 +275,97 @@ class _RecordingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
             )
 
 
-def _rows(samples: Sequence[Sample], most: int, most_tokens: int) -> Iterator[list[Sample]]:
-    """The samples in their order, so many together as the limits allow, and one at least."""
-    row: list[Sample] = []
+def _requests(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
+    """What lm_eval is asked. Texts are rendered already, so no template of its own is ever run."""
+    return [Instance(kind, {}, each, place) for place, each in enumerate(arguments)]
+
+
+def _passes(samples: Sequence[Sample], most_tokens: int) -> Iterator[list[Sample]]:
+    """The samples in their order, so many together as the limit allows, and one at least."""
+    together: list[Sample] = []
     tokens = 0
     for sample in samples:
         length = len(sample[0]) + len(sample[1])
-        if row and (len(row) == most or tokens + length > most_tokens):
-            yield row
-            row, tokens = [], 0
-        row.append(sample)
+        if together and tokens + length > most_tokens:
+            yield together
+            together, tokens = [], 0
+        together.append(sample)
         tokens += length
-    if row:
-        yield row
+    if together:
+        yield together
+
+
+def _rows(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of samples by the row that they stand in: rows of a width that leaves little room at their ends."""
+    longest = max(lengths)
+
+    def room(rows: list[list[int]]) -> int:
+        return len(rows) * max(sum(lengths[place] for place in row) for row in rows)
+
+    return min((_filled(lengths, longest + longest * part // 4) for part in range(5)), key=room)
+
+
+def _filled(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Longest first, each into the first row that has room for it."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        row = next((i for i, space in enumerate(left) if space >= lengths[place]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            left.append(width)
+        rows[row].append(place)
+        left[row] -= lengths[place]
+    return rows
+
+
+def _logits_before_targets(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
+    """(tokens of all targets, vocabulary), float32: at the place before each token.
+
+    Several samples stand in one row, each with positions from 0. transformers sees the bounds in the positions, unless
+    there is a cache; what is left of a row are samples of one token.
+    """
+    texts = [[*context, *target[:-1]] for context, target in samples]
+    rows = _rows([len(text) for text in texts])
+    width = max(sum(len(texts[place]) for place in row) for row in rows)
+    ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
+    before: list[Sequence[int]] = [()] * len(samples)
+    for y, row in enumerate(rows):
+        x = 0
+        for place in row:
+            end = x + len(texts[place])
+            ids[y, x:end] = torch.tensor(texts[place])
+            positions[y, x:end] = torch.arange(end - x)
+            before[place] = range(y * width + end - len(samples[place][1]), y * width + end)
+            x = end
+    hidden = model.base_model(
+        input_ids=ids.to(model.device), position_ids=positions.to(model.device), use_cache=False
+    ).last_hidden_state
+    places = torch.tensor([place for each in before for place in each], device=model.device)
+    logits: torch.Tensor = model.get_output_embeddings()(hidden.flatten(0, 1)[places])
+    return logits.float()
 
 
 def _takes_rows(model: Any) -> bool:
-    """Whether this model keeps samples apart that stand in one row, each with positions from 0, and picks logits.
+    """Whether this model keeps samples apart that stand in one row, and its logits come from its last layer alone.
 
-    It is tried: whether transformers finds the bounds in the positions depends on how the model was written.
+    It is tried: both depend on how the model was written, and some take no positions at all.
     """
-    if not {"position_ids", "logits_to_keep"} <= inspect.signature(model.forward).parameters.keys():
+    size = model.config.vocab_size
+    # of the lengths 12, 7 and 5, so that the last one stands behind the second one
+    samples = [([(start + 7 * i) % size for i in range(start)], [1, 2, 3]) for start in (10, 5, 3)]
+    try:
+        with torch.inference_mode():
+            picked = _logits_before_targets(model, samples)
+            whole = torch.cat([_alone(model, sample) for sample in samples])
+    except (AttributeError, TypeError, ValueError):  # no base_model that takes these arguments, or no head of its own
         return False
-    one, other = ([(start + 7 * i) % model.config.vocab_size for i in range(12)] for start in (5, 11))
-    with torch.inference_mode():
-        alone = model(torch.tensor([other], device=model.device)).logits[0]
-        behind = _logits(model, one + other, [*range(12), *range(12)], list(range(12, 24)))
-    # a second sample that saw the first one is as far from itself alone as another text
-    return bool((alone - behind).norm() <= 1e-3 * alone.norm())
+    # rounding is 1e-6 of them; a sample that saw another one is far from itself alone
+    return picked.shape == whole.shape and bool((picked - whole).norm() <= 1e-4 * whole.norm())
 
 
-def _logits(model: Any, ids: Sequence[int], positions: Sequence[int], places: Sequence[int]) -> torch.Tensor:
-    """Logits at these places of one row, (places, vocabulary)."""
-    logits: torch.Tensor = model(
-        torch.tensor([ids], device=model.device),
-        position_ids=torch.tensor([positions], device=model.device),
-        logits_to_keep=torch.tensor(places, device=model.device),
-        use_cache=False,  # with a cache, transformers does not look for bounds
-    ).logits[0]
+def _alone(model: Any, sample: Sample) -> torch.Tensor:
+    context, target = sample
+    ids = torch.tensor([[*context, *target[:-1]]], device=model.device)
+    logits: torch.Tensor = model(ids).logits[0, -len(target) :].float()
     return logits
-
-
-def _compile(task: SuiteTask, rows: Sequence[Row], end: str) -> list[dict[str, Any]]:
-    """The task as lm_eval knows it. Texts are rendered already, so no template of its own is ever run."""
-    # the likelihood counts the end of text only if it is written out
-    parts = [_part("likelihood", "loglikelihood", [(row.prompt, row.target + end) for row in rows])]
-    if task.generates:
-        settings = {"until": list(task.stop), "max_gen_toks": task.max_new_tokens, "do_sample": False}
-        answers = _part("answers", "generate_until", [(row.prompt, row.target) for row in rows])
-        parts.append(answers | {"generation_kwargs": settings})
-    return parts
-
-
-def _part(name: str, kind: str, texts: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    documents = Dataset.from_list([{"prompt": prompt, "target": target} for prompt, target in texts])
-    return {
-        "task": name,
-        "output_type": kind,
-        "custom_dataset": lambda **_: {"test": documents},
-        "test_split": "test",
-        "doc_to_text": "prompt",
-        "doc_to_target": "target",
-        "num_fewshot": 0,
-        # its own metrics are not used: they would average over samples, not over tokens
-        "process_results": lambda document, results: {"done": 1},
-        "metric_list": [{"metric": "done", "aggregation": sum, "higher_is_better": True}],
-    }
-
-
-def _in_order(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(samples, key=lambda sample: int(sample["doc_id"]))

@@ -232,10 +232,12 @@ class Search:
             for rung in range(len(RUNGS)):
                 if rungs and not self._stays(number, rungs, samples):
                     break
-                for place, task in enumerate(self._plan.tasks):
-                    rows = task.tuning[len(found[place]) : task.seen(rung)]
-                    found[place] += self._bench.answer(place, rows, label)
-                    samples += len(rows)
+                rows = [
+                    task.tuning[len(seen) : task.seen(rung)] for task, seen in zip(self._plan.tasks, found, strict=True)
+                ]
+                for seen, answers in zip(found, self._bench.answers(rows, label), strict=True):
+                    seen += answers
+                samples += sum(map(len, rows))
                 shares = tuple(
                     share(task.metric, parents[owners[place]][place][: len(found[place])], found[place])
                     for place, task in enumerate(self._plan.tasks)
@@ -316,16 +318,18 @@ class Bench:
         return self.engine.candidate(self._slot, self._tensors(self._plan.kinds[kind], weights))
 
     def look(self, subject: AbstractContextManager[None], place: int, rows: Sequence[Row], stage: str) -> Samples:
+        """Statistics of a subject on rows of one task."""
         with subject:
-            return self.answer(place, rows, stage)
+            return self.answers([rows if i == place else () for i in range(len(self._plan.tasks))], stage)[place]
 
-    def answer(self, place: int, rows: Sequence[Row], stage: str) -> Samples:
-        """Statistics of the active subject on rows of a task."""
+    def answers(self, rows: Sequence[Sequence[Row]], stage: str) -> list[Samples]:
+        """Statistics of the active subject on rows of each task."""
         self._stage = stage
         self._tell()
-        samples = self.engine.answer(self._plan.tasks[place].task, rows).samples
-        self.used += len(rows)
-        return samples
+        asked = [(task.task, these) for task, these in zip(self._plan.tasks, rows, strict=True)]
+        answers = self.engine.answers(asked)
+        self.used += sum(map(len, rows))
+        return [each.samples for each in answers]
 
     def check(self) -> None:
         """Raise `Corrupt` where all the swapping changed the base."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from adapterctl.registry.domain.errors import Corrupt, InvalidInput, JobCancelled, JobFailed
 from adapterctl.registry.domain.eval_plan import EvalPlan, Pair, Subject
@@ -18,7 +18,7 @@ from adapterctl.registry.domain.evals import EvalReport
 from adapterctl.registry.domain.suite import Suite, SuiteTask
 from adapterctl.registry.services.suites import load_suite
 from adapterctl.registry.wire import from_json, to_builtins
-from adapterctl.workers import eval_job
+from adapterctl.workers import eval_engine, eval_job
 from adapterctl.workers.eval_engine import Engine
 
 TASK = "tasks:\n  - {name: t, data: rows.jsonl, metrics: [nll, chrf], max_new_tokens: 24}\n"
@@ -109,6 +109,41 @@ def test_likelihoods_and_texts_equal_a_plain_loop(
     assert True in endings  # else the test would say nothing about endings
     assert False in endings
     assert len({report.tasks[0].metrics["nll"] for report in reports}) == 3
+
+
+@pytest.mark.parametrize("at_once", [40, 512])
+def test_samples_in_rows_have_the_figures_of_padded_batches(
+    engine: Engine, tiny_adapters: tuple[Path, Path], suite: Suite, monkeypatch: pytest.MonkeyPatch, at_once: int
+):
+    monkeypatch.setitem(eval_engine.PASS_TOKENS, "cpu", at_once)
+    task = suite.tasks[0]
+    assert engine._lm._in_rows
+
+    with engine.subject(tiny_adapters[0]):
+        in_rows = engine.answers([(task, task.rows[:3]), (task, task.rows[3:])])
+        engine._lm._in_rows = False
+        padded = engine.answer(task, task.rows)
+
+    together = [sample for answers in in_rows for sample in answers.samples]
+    assert [s["nll"] for s in together] == pytest.approx([s["nll"] for s in padded.samples], rel=1e-5)
+    assert [s["tokens"] for s in together] == [s["tokens"] for s in padded.samples]
+
+
+def test_a_model_that_would_mix_up_the_samples_of_a_row_is_given_padded_batches():
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, initializer_range=0.5))
+
+    assert not eval_engine._takes_rows(bloom.eval())
+
+
+def test_rows_hold_every_sample_once_and_little_room():
+    lengths = [46, 8, 16, 22, 19, 22, 16, 30, 13, 29, 15, 30, 17, 18, 19, 26]
+
+    rows = eval_engine._rows(lengths)
+
+    assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
+    width = max(sum(lengths[place] for place in row) for row in rows)
+    assert len(rows) * width <= 1.15 * sum(lengths)
 
 
 def test_swapping_leaks_nothing(tiny_base: Path, tiny_adapters: tuple[Path, Path], suite: Suite, tmp_path: Path):
