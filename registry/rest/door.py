@@ -114,6 +114,10 @@ class Door:
             caller = await self._identify(visit)
             visit.caller = caller.name if caller else ""
             state["caller"] = caller
+            none = _none_of_mlflow(visit, caller)
+            if none is not None:
+                await answer.send_json(none)
+                return
             _check_mlflow(visit, caller)
             await self._app(scope, _limited(receive, limit, visit), answer)
         except AdapterctlError as error:
@@ -266,7 +270,17 @@ class _Answer:
             raise error
         status, extra = _status_and_headers(error)
         body = json.dumps(to_problem(error, status=status, request_id=self._visit.request_id)).encode()
-        headers = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", str(len(body)).encode()), *extra]
+        await self.send_json(body, status, MEDIA_TYPE, extra)
+
+    async def send_json(
+        self,
+        body: bytes,
+        status: int = 200,
+        media_type: str = "application/json",
+        extra: Sequence[tuple[bytes, bytes]] = (),
+    ) -> None:
+        """Answer with this text."""
+        headers = [(b"content-type", media_type.encode()), (b"content-length", str(len(body)).encode()), *extra]
         await self({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -344,6 +358,15 @@ def _limited(receive: ASGI, limit: int, visit: _Visit) -> Callable[[], Awaitable
         return message
 
     return limited
+
+
+def _none_of_mlflow(visit: _Visit, caller: Caller | None) -> bytes | None:
+    if visit.is_ours or caller is None:
+        return None
+    none = mlflow_rules.answer_of_none(visit.method, visit.path)
+    if none is not None:
+        caller.check(Scope.READ)
+    return none
 
 
 def _check_mlflow(visit: _Visit, caller: Caller | None) -> None:

@@ -2,12 +2,15 @@
 
 MLflow's pages are read with any token. Its record of versions is a projection of ours: what moves an alias or a stage,
 deletes, renames or writes artifacts could make it say something else than the ledger, and needs `admin`. Logging runs
-and metrics needs `merge`. What runs programs, calls other servers or keeps their secrets is closed to everyone.
+and metrics needs `merge`. What runs programs, calls other servers or keeps their secrets is closed to everyone. Where
+MLflow's pages only look whether there is any of it, they are told that there is none.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 
 from ..domain.access import Scope
 
@@ -25,6 +28,27 @@ _SEARCHES = re.compile(
     r"|registered-models/get-latest-versions|traces/(batchGetInfos|calculate-filter-correlation|metrics)|ui-telemetry)"
     r"|/graphql"
 )
+#: Reads of what is closed, answered as by an MLflow that has none of it. `users` are not closed: MLflow knows them only
+#: where it asks for passwords itself, but its pages ask for them at every visit.
+_NONE: Mapping[str, object] = {
+    "assistant/config": {"providers": {}, "projects": {}, "remote_access_allowed": False},
+    "assistant/providers": {"providers": [], "resolved": None, "gateway_vendor_options": {}},
+    "gateway-proxy": {"endpoints": []},
+    "gateway/budgets/list": {},
+    "gateway/budgets/windows": {},
+    "gateway/endpoints/bindings/list": {},
+    "gateway/endpoints/list": {},
+    "gateway/guardrails/list": {},
+    "gateway/model-definitions/list": {},
+    "gateway/secrets/config": {"secrets_available": False, "using_default_passphrase": False},
+    "gateway/secrets/list": {},
+    "mcp-servers": {"mcp_servers": [], "next_page_token": None},
+    "review-queues/list": {},
+    "scorers/list": {},
+    "scorers/online-configs": {"configs": []},
+    "users/current": {"user": None, "is_basic_auth": False},
+    "webhooks": {},
+}
 _LOGGING = re.compile(
     rf"{_MLFLOW}/(experiments/(create|set-experiment-tag)"
     r"|runs/(create|update|log-batch|log-inputs|log-metric|log-parameter|set-tag))"
@@ -33,7 +57,7 @@ _LOGGING = re.compile(
 
 def needed_scope(method: str, path: str) -> Scope | None:
     """The scope that a request to MLflow needs; None where nobody may. What no rule knows needs `admin`."""
-    path = re.sub("/+", "/", path)  # MLflow takes several slashes for one
+    path = _plain(path)
     if _CLOSED.fullmatch(path):
         return None
     if method in ("GET", "HEAD", "OPTIONS") or (method == "POST" and _SEARCHES.fullmatch(path)):
@@ -41,3 +65,15 @@ def needed_scope(method: str, path: str) -> Scope | None:
     if method == "POST" and _LOGGING.fullmatch(path):
         return Scope.MERGE
     return Scope.ADMIN
+
+
+def answer_of_none(method: str, path: str) -> bytes | None:
+    """JSON for a read of what is not here, of which MLflow's pages want to know only that; None for all else."""
+    found = re.fullmatch(rf"{_MLFLOW}/(?P<what>.+)", _plain(path)) if method in ("GET", "HEAD") else None
+    if found is None or found["what"] not in _NONE:
+        return None
+    return json.dumps(_NONE[found["what"]]).encode()
+
+
+def _plain(path: str) -> str:
+    return re.sub("/+", "/", path)  # MLflow takes several slashes for one

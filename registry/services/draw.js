@@ -29,8 +29,8 @@
     view.height *= bounded;
     apply();
   };
-  const centre = (ref) => {
-    const box = nodes.get(ref).getBoundingClientRect();
+  const centre = (element) => {
+    const box = element.getBoundingClientRect();
     const at = point(box.x + box.width / 2, box.y + box.height / 2);
     const factor = scale() < 0.9 ? 1 / scale() : 1;
     view.width /= factor;
@@ -39,10 +39,12 @@
     view.y = at.y - view.height / 2;
     apply();
   };
-  const reveal = (ref) => {
-    const box = nodes.get(ref).getBoundingClientRect(), frame = svg.getBoundingClientRect();
-    if (box.left < frame.left || box.right > frame.right || box.top < frame.top || box.bottom > frame.bottom) centre(ref);
+  const reveal = (element) => {
+    const box = element.getBoundingClientRect(), frame = svg.getBoundingClientRect();
+    if (box.left < frame.left || box.right > frame.right || box.top < frame.top || box.bottom > frame.bottom) centre(element);
   };
+
+  const tabbed = (element) => { if (element.matches(":focus-visible")) reveal(element); }; // not what a click is still on
 
   // --- what is known of a version
   const add = (parent, tag, text) => { const child = document.createElement(tag); child.textContent = text; parent.append(child); return child; };
@@ -104,7 +106,7 @@
   };
   const choose = (ref) => { chosen = ref; show(ref); mark(ref); history.replaceState(null, "", ref ? `#${encodeURIComponent(ref)}` : location.pathname + location.search); };
   const open = (ref) => { const page = data.get(ref).links?.[0][1]; if (page) location.assign(page); };
-  const go = (ref) => { if (nodes.has(ref)) { nodes.get(ref).focus({ preventScroll: true }); reveal(ref); } };
+  const go = (ref) => { if (nodes.has(ref)) { nodes.get(ref).focus({ preventScroll: true }); reveal(nodes.get(ref)); } };
 
   // --- search
   const seek = () => {
@@ -136,7 +138,7 @@
     ArrowDown: (ref) => data.get(ref).children[0]?.[0],
     ArrowLeft: (ref) => beside(ref, -1),
     ArrowRight: (ref) => beside(ref, 1),
-    Enter: (ref) => { centre(ref); return ref; },
+    Enter: (ref) => { centre(nodes.get(ref)); return ref; },
     o: (ref) => { open(ref); },
   };
   document.addEventListener("keydown", (event) => {
@@ -163,12 +165,13 @@
   window.addEventListener("pointerup", () => { from = null; });
   svg.addEventListener("wheel", (event) => { event.preventDefault(); zoom(event.deltaY < 0 ? 1.12 : 1 / 1.12, point(event.clientX, event.clientY)); }, { passive: false });
   for (const [ref, node] of nodes) {
-    node.addEventListener("focus", () => choose(ref));
+    node.addEventListener("focus", () => { choose(ref); tabbed(node); });
     node.addEventListener("click", () => go(ref));
     node.addEventListener("dblclick", () => open(ref));
     node.addEventListener("pointerenter", () => { if (!from) show(ref); });
     node.addEventListener("pointerleave", () => show(chosen));
   }
+  for (const more of svg.querySelectorAll("a")) more.addEventListener("focus", () => tabbed(more));
   document.getElementById("in").addEventListener("click", () => zoom(1.25));
   document.getElementById("out").addEventListener("click", () => zoom(0.8));
   document.getElementById("fit").addEventListener("click", fit);
@@ -179,6 +182,6 @@
   const follow = () => { try { const ref = decodeURIComponent(location.hash.slice(1)); if (nodes.has(ref)) go(ref); } catch { /* a broken address shows the whole graph */ } };
   window.addEventListener("hashchange", follow);
   const own = svg.querySelector(".node.root");
-  if (scale() < 0.4 && own) centre(own.dataset.ref); // the whole would be too small to read; 0 shows it
+  if (scale() < 0.4 && own) centre(own); // the whole would be too small to read; 0 shows it
   follow();
 })();

@@ -36,6 +36,11 @@ _METRICS_OFFERED = 60
 _KEYS = "Tab and arrows walk, Enter centres, + and &minus; zoom, 0 fits, / searches, Esc closes"
 _KEYS_SERVED = _KEYS.replace("centres,", "centres, o opens,")
 _STAGES = ("production", "staging")  # those with a colour, in the order of what matters most
+#: Sits on the upper edge of a box, away from where lines arrive: the badge of a stage stands below it and stays.
+_RECALLED = (
+    f'<g class="recall" transform="translate({NODE_WIDTH - 82} -9)"><rect width="72" height="17" rx="8.5"/>'
+    '<text x="36" y="12.5" text-anchor="middle">recalled</text></g>'
+)
 _NO_XML = re.compile("[\ud800-\udfff\ufffe\uffff]")
 _STYLE = Path(__file__).with_name("draw.css")
 _SCRIPT = Path(__file__).with_name("draw.js")
@@ -357,7 +362,6 @@ def _node(version: VersionView, centre: _Point, root: bool, shades: Shades, heat
     x, y = centre[0] - NODE_WIDTH / 2, centre[1] - NODE_HEIGHT / 2
     badge = "removed" if removed else "".join(stages[:1]) + (f" +{len(stages) - 1}" if stages[1:] else "")
     newer = shades.behind.get(version.ref)
-    badge = "recalled" if version.recall and not removed else badge
     lines = [
         f'<g class="{" ".join(classes)}" transform="translate({_n(x)} {_n(y)})" tabindex="0" role="img"'
         f' data-ref="{_text(version.ref)}" aria-label="{_text(_spoken(version, newer))}">',
@@ -374,7 +378,9 @@ def _node(version: VersionView, centre: _Point, root: bool, shades: Shades, heat
         if (third := _scores(version, shades.metric))
         else "",
         f'<circle class="behind" cx="{NODE_WIDTH - 14}" cy="50" r="4"/>' if newer else "",
-        "</g></g>",
+        "</g>",
+        _RECALLED if version.recall else "",
+        "</g>",
     ]
     return "".join(lines)
 
@@ -557,12 +563,22 @@ def _select(name: str, options: Iterable[tuple[str, str]], chosen: str) -> str:
 def _list(graph: _Graph, site: Site) -> str:
     """Every version drawn, as text: for who cannot see the picture, or wants to go somewhere by its name."""
     rows = [
-        f'<li><a href="{_text(_page(version, site))}">{_text(version.ref)}</a> {_text(", ".join(version.stages))}</li>'
+        f'<li><a href="{_text(_page(version, site))}">{_text(version.ref)}</a>'
+        f" {_text(', '.join(_standing(version)))}</li>"
         for version in graph.versions.values()
     ]
     return "\n".join(
         ['<nav aria-label="Versions in the picture">', "<h2>In the picture</h2>", "<ul>", *rows, "</ul>", "</nav>"]
     )
+
+
+def _standing(version: VersionView) -> list[str]:
+    """What it serves, and what is wrong with it."""
+    return [
+        *version.stages,
+        *(["recalled"] if version.recall else []),
+        *(["removed"] if version.state == "removed" else []),
+    ]
 
 
 def _page(version: VersionView, site: Site) -> str:

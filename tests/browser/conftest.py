@@ -11,6 +11,9 @@ import pytest
 
 Open = Callable[..., Any]
 
+#: What axe-core checks: the guidelines up to WCAG 2.2 AA, and what it calls good practice.
+_RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
+
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
@@ -55,3 +58,18 @@ def open_page(chromium: Any, tmp_path: Path) -> Iterator[Open]:
 
 def _own(request: Any, path: Path) -> bool:
     return str(request.url).partition("#")[0] == path.as_uri()
+
+
+@pytest.fixture(scope="session")
+def barriers() -> Callable[[Any], list[str]]:
+    """What keeps people from a page: the violations that axe-core finds in it, and pale text in its drawing."""
+    from axe_playwright_python.sync_playwright import Axe  # deferred: nobody else needs it
+
+    axe, drawing = Axe(), Path(__file__).with_name("accessible.js").read_text()
+    options = {"runOnly": {"type": "tag", "values": list(_RULES)}, "resultTypes": ["violations"]}
+
+    def find(page: Any) -> list[str]:
+        result = axe.run(page, options=options)
+        return [*([result.generate_report()] if result.violations_count else []), *page.evaluate(drawing)]
+
+    return find

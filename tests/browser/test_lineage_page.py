@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from adapterctl.registry.api import LineageView, ParentView
-from adapterctl.registry.services.draw import lineage_html, lineage_svg
+from adapterctl.registry.api import LineageView, ParentView, RecallView
+from adapterctl.registry.services.draw import Shades, Site, lineage_html, lineage_svg
 
 
 @pytest.fixture
@@ -182,6 +182,43 @@ def test_dark_mode_is_dark_and_light_mode_is_light(open_page, family, suffix: st
     assert open_page(text, suffix, scheme="light").evaluate(brightness) > 200
 
 
+@pytest.fixture
+def troubled(family) -> LineageView:
+    """The family with all that can be wrong: m:v1 serves and is recalled, a:v1 was removed."""
+    merged, first, *others = family.versions
+    recalled = dataclasses.replace(merged, recall=RecallView("m:v1", "leaked data", "ada", "2026-01-03T00:00:00Z"))
+    return dataclasses.replace(family, versions=(recalled, dataclasses.replace(first, state="removed"), *others))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_exported_page_can_be_read_heard_and_used_without_a_mouse(open_page, barriers, troubled, scheme: str):
+    shades = Shades(metric="bleu", behind={"z:v1": "m:v2"})
+    found = {}
+    for name, text in {
+        "whole": lineage_html(troubled),
+        "coloured": lineage_html(troubled, shades=shades),
+        "folded": lineage_html(troubled, most=2),
+    }.items():
+        page = open_page(text, scheme=scheme)
+        found[name] = barriers(page)
+        page.focus("[data-ref='m:v1']")
+        page.fill("#search", "speech")
+        found[f"{name}, a card and a search"] = barriers(page)
+
+    assert found == {state: [] for state in found}
+
+
+def test_a_recalled_version_that_serves_says_both_in_words(open_page, troubled):
+    page = open_page(lineage_html(troubled))
+    box = page.locator("[data-ref='m:v1']")
+    seen = {name: box.locator(f".{name} >> text={word}").bounding_box() for name, word in
+            (("badge", "production"), ("recall", "recalled"))}  # fmt: skip
+
+    assert seen["recall"]["y"] + seen["recall"]["height"] <= seen["badge"]["y"] + 3  # neither hides the other
+    assert "recalled (m:v1: leaked data), production" in box.get_attribute("aria-label")
+    assert page.locator("[data-ref='z:v1'] .recall").count() == 0
+
+
 def test_print_is_light_and_shows_the_graph_alone(open_page, family):
     page = open_page(lineage_html(family), scheme="dark")
 
@@ -234,6 +271,36 @@ def test_hostile_text_stands_in_the_card_as_it_is(open_page, hostile: LineageVie
     assert "<script>window.hit=1</script>" in page.inner_text("#card")
     assert page.locator("#card script").count() == 0
     assert page.evaluate("window.hit ?? null") is None
+
+
+def test_what_was_folded_away_unfolds_by_a_click_and_the_way_leads_back(chromium, views):
+    """Each page as a server would draw it, with room for ten versions."""
+    refs = [f"n:v{i}" for i in range(1, 101)]
+    chain = [(refs[i - 1], refs[i]) for i in range(1, 100)]
+
+    def answer(route: Any) -> None:
+        number = int(route.request.url.rpartition("/v")[2])
+        near = dataclasses.replace(views(refs, chain), root=f"n:v{number}")
+        route.fulfill(
+            body=lineage_html(near, most=10, site=Site(root="../../", mlflow="../../")), content_type="text/html"
+        )
+
+    page = chromium.new_page()
+    page.route("**/adapters/**", answer)
+    page.goto("http://lineage.example/adapters/n/v1")
+    drawn = "[...document.querySelectorAll('.node[data-ref]')].map(node => node.dataset.ref)"
+    first = page.evaluate(drawn)
+    page.get_by_role("link", name="+1 more children of n:v10").click()
+    page.wait_for_url("**/n/v10")
+    second = page.evaluate(drawn)
+    page.get_by_role("link", name="+1 more parents of n:v5").focus()  # it lies outside of what is shown at first
+    page.get_by_role("link", name="+1 more parents of n:v5").click()
+    page.wait_for_url("**/n/v5")
+
+    assert first == refs[:10]
+    assert {"n:v10", "n:v11", "n:v12", "n:v13"} <= set(second)
+    assert "n:v1" in page.evaluate(drawn)
+    page.close()
 
 
 def test_a_page_of_hundreds_of_versions_is_ready_in_two_seconds(open_page, views):

@@ -314,10 +314,23 @@ def test_only_admins_move_an_alias_in_mlflow(ask: Callable, scope: str, status: 
 
 
 def test_parts_of_mlflow_that_act_for_others_are_closed_to_admins_too(ask: Callable):
-    status, said = ask("/ajax-api/3.0/mlflow/assistant/config", "admin")
+    for method, what in (
+        ("POST", "assistant/message"),
+        ("GET", "assistant/sessions/1/stream"),
+        ("PUT", "assistant/config"),
+    ):
+        status, said = ask(f"/ajax-api/3.0/mlflow/{what}", "admin", method=method, body={} if method != "GET" else None)
 
-    assert status == 403
-    assert "switched off" in said
+        assert status == 403
+        assert "switched off" in said
+
+
+def test_a_page_that_looks_for_them_is_told_that_there_are_none(ask: Callable):
+    status, said = ask("/ajax-api/3.0/mlflow/assistant/config", "read")
+
+    assert (status, json.loads(said)["providers"]) == (200, {})
+    assert ask("/ajax-api/3.0/mlflow/gateway/endpoints/list", "read") == (200, "{}")
+    assert ask("/ajax-api/3.0/mlflow/assistant/config")[0] == 401
 
 
 @pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}])
