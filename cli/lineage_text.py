@@ -158,8 +158,10 @@ def _by_parent(edges: Sequence[LineageEdgeView]) -> _Edges:
 
 def _mermaid_text(text: str) -> str:
     """Entity codes for all that Mermaid or the HTML around it could read as more than text."""
-    return "".join(c if c.isalnum() or c in " .,:-_×%@+" else f"#{ord(c)};" for c in printable(text))
+    escaped = "".join(c if c.isalnum() or c in " .,:-_×%@+" else f"#{ord(c)};" for c in printable(text))
+    return escaped or " "  # an empty label is an error of syntax
 
 
 def _dot_text(text: str) -> str:
-    return printable(text).replace("\\", "\\\\").replace('"', '\\"')
+    """For a quoted string; Graphviz reads entities in it, and writes those that it does not know into its SVG."""
+    return printable(text).replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"')

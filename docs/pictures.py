@@ -33,7 +33,7 @@ FIGURES = {EVALUATION: ["retention.png"], SEARCH: ["pareto.png", "weights.png"]}
 
 def main() -> None:
     PICTURES.mkdir(exist_ok=True)
-    os.environ["HOME"] = tempfile.mkdtemp(prefix="pictures-")
+    os.environ.update(HOME=tempfile.mkdtemp(prefix="pictures-"), ADAPTERCTL_ACTOR="you")
     story = in_terminal([*ADAPTERCTL, "demo"]).replace(os.environ["HOME"], "/home/you")
     home = Path.home() / ".adapterctl-demo"
     with sync_playwright() as playwright:

@@ -12,7 +12,6 @@ import hashlib
 import html
 import json
 import math
-import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +40,6 @@ _RECALLED = (
     f'<g class="recall" transform="translate({NODE_WIDTH - 82} -9)"><rect width="72" height="17" rx="8.5"/>'
     '<text x="36" y="12.5" text-anchor="middle">recalled</text></g>'
 )
-_NO_XML = re.compile("[\ud800-\udfff\ufffe\uffff]")
 _STYLE = Path(__file__).with_name("draw.css")
 _SCRIPT = Path(__file__).with_name("draw.js")
 
@@ -582,14 +580,14 @@ def _standing(version: VersionView) -> list[str]:
 
 
 def _page(version: VersionView, site: Site) -> str:
-    return f"{site.root}adapters/{quote(_legal(version.name), safe='')}/v{version.number}"
+    return f"{site.root}adapters/{quote(printable(version.name), safe='')}/v{version.number}"
 
 
 def _addresses(version: VersionView, site: Site) -> Iterable[tuple[str, str]]:
     yield "Its own page", _page(version, site)
     if version.state != "removed":
-        yield "In MLflow", f"{site.mlflow}#/models/{quote(_legal(version.name), safe='')}/versions/{version.number}"
-    yield "Its family", f"{site.root}adapters/{quote(_legal(version.name), safe='')}"
+        yield "In MLflow", f"{site.mlflow}#/models/{quote(printable(version.name), safe='')}/versions/{version.number}"
+    yield "Its family", f"{site.root}adapters/{quote(printable(version.name), safe='')}"
 
 
 def _origin(version: VersionView) -> str:
@@ -612,18 +610,18 @@ def _cards(graph: _Graph, shades: Shades, site: Site | None) -> dict[str, object
     children: dict[str, list[object]] = defaultdict(list)
     for (parent, child), edges in graph.pairs.items():
         label = " + ".join(map(edge_label, edges))
-        parents[child].append([_legal(parent), _legal(label)])
-        children[parent].append([_legal(child), _legal(label)])
+        parents[child].append([printable(parent), printable(label)])
+        children[parent].append([printable(child), printable(label)])
     for ref, version in graph.versions.items():  # and those that the picture does not show
         parents[ref] += [
-            [_legal(parent.ref), _legal(edge_label(parent))]
+            [printable(parent.ref), printable(edge_label(parent))]
             for parent in version.parents
             if (parent.ref, ref) not in graph.pairs
         ]
     return {
-        _legal(ref): {
-            "facts": [[key, _legal(value)] for key, value in _facts(version, shades.behind.get(ref)) if value],
-            "metrics": [[_legal(key), number(value)] for key, value in version.metrics.items()],
+        printable(ref): {
+            "facts": [[key, printable(value)] for key, value in _facts(version, shades.behind.get(ref)) if value],
+            "metrics": [[printable(key), number(value)] for key, value in version.metrics.items()],
             "parents": parents[ref],
             "children": children[ref],
             "words": " ".join(map(str, _searched(version))).lower(),
@@ -637,7 +635,7 @@ def _receipt(version: VersionView) -> str | None:
     """Where the receipt of a merge is read, from the root of the server."""
     if not version.recipe_digest or version.state == "removed":
         return None
-    return f"v1/adapters/{quote(_legal(version.name), safe='')}/versions/{version.number}/receipt"
+    return f"v1/adapters/{quote(printable(version.name), safe='')}/versions/{version.number}/receipt"
 
 
 def _facts(version: VersionView, newer: str | None) -> Iterable[tuple[str, object]]:
@@ -674,14 +672,9 @@ def _fit(text: str, most: int) -> str:
     return f"{text[: most - tail - 1]}…{text[-tail:]}"
 
 
-def _legal(text: object) -> str:
-    """One line of text that XML may hold; what it may not is shown as an escape."""
-    return _NO_XML.sub(lambda match: f"\\u{ord(match[0]):04x}", printable(text))
-
-
 def _text(text: str) -> str:
     """For element content and quoted attributes, of XML and HTML alike."""
-    return html.escape(_legal(text), quote=True)
+    return html.escape(printable(text), quote=True)
 
 
 def _json(value: object) -> str:

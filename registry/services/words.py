@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 #: A relative loss below this is rounding.
 EXACT = 1e-6
-#: C0, DEL, C1, line separators, and the marks that turn the direction of what follows.
-HOSTILE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+#: C0, DEL, C1, line separators, the marks that turn the direction of what follows, and what UTF-8 or XML may not hold.
+HOSTILE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufffe\uffff]"
+)
 
 
 def printable(text: object) -> str:

@@ -164,3 +164,17 @@ def test_hostile_text_stays_text_in_every_drawing():
     assert re.findall(r'\["(.*?)"\]', in_mermaid)[1] == "y:v1"
     for line in in_dot.splitlines()[3:-1]:
         assert re.fullmatch(r'  "(\\.|[^"\\])*"( -> "(\\.|[^"\\])*")? \[label="(\\.|[^"\\])*"[\w ,=]*\];', line), line
+
+
+def test_each_of_two_hundred_hostile_texts_is_a_label_in_mermaid_and_dot(hostile: LineageView):
+    """By a grammar that is narrower than theirs; Mermaid 11 and Graphviz drew every one of them, and nothing else."""
+    label = r"(?:[^\W_]|[ .,:\-_×%@+]|#\d+;|<br/>)+"
+    in_mermaid = re.compile(rf'  v\d+\["{label}"\]|  v\d+ -\.->\|"{label}"\| v\d+|  style v\d+ [a-z0-9:,#-]+')
+    text = r'"(?:[^"\\&]|\\["\\n]|&amp;)*"'
+    attributes = r", (?:penwidth=2|color=\"#c62828\", fontcolor=\"#c62828\"|style=dashed)"
+    in_dot = re.compile(rf"  {text}(?: -> {text})? \[label={text}(?:{attributes})*\];")
+
+    assert len(hostile.versions) == 200
+    assert [line for line in mermaid(hostile).splitlines()[1:] if not in_mermaid.fullmatch(line)] == []
+    assert [line for line in dot(hostile).splitlines()[3:-1] if not in_dot.fullmatch(line)] == []
+    assert (dot(hostile) + mermaid(hostile)).encode()  # no half of a pair of UTF-16 is left

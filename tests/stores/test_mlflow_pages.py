@@ -61,7 +61,7 @@ def test_an_import_is_described_by_its_source(spec_of):
 
 
 def test_the_description_of_a_large_family_stays_below_mlflows_limit(spec_of, parent_named):
-    parents = [parent_named("n" * 120 + f"{number:03}") for number in range(100)]
+    parents = [parent_named("n" * 120 + f"{number:03}") for number in range(2000)]
     metrics = {f"metric {number} {HOSTILE}": float(number) for number in range(300)}
     spec = spec_of("both", "b", kind="merge", recipe={"method": "cat"}, metrics=metrics, dataset=HOSTILE * 100)
 
@@ -97,16 +97,18 @@ def test_children_are_one_line_that_follows_them_and_leaves_the_rest_alone(paren
 
 
 def test_everything_about_a_large_family_stays_below_mlflows_limit(spec_of, parent_named):
-    parents = [parent_named("n" * 120 + f"{number:03}") for number in range(100)]
-    spec = spec_of("both", "b", kind="merge", recipe={"method": "cat"}, dataset=HOSTILE * 100)
+    parents = [parent_named("n" * 120 + f"{number:03}") for number in range(2000)]
+    spec = spec_of("both", "b", kind="merge", recipe={"method": "cat"}, dataset=HOSTILE * 100, license=HOSTILE * 100)
+    spec = replace(spec, base=replace(spec.base, name=HOSTILE * 100))
     version = parent_named("m" * 128).version
 
     text = with_children(describe(spec, parents, 7), version, [parent.version for parent in parents], 10_000)
-    recalled = with_recall(text, ("a:v1", "x" * 5000))
+    recalled = with_recall(text, ("n" * 128 + ":v7", HOSTILE * 500))
     later = with_children(recalled, version, [parent.version for parent in parents[1:]], 10_001)
 
     assert "**Children** [" in text
-    assert max(map(len, (text, recalled, later))) <= MLFLOW_LIMIT
+    adapter = describe_adapter("m" * 128, spec.base)
+    assert max(map(len, (text, recalled, later, adapter))) <= MLFLOW_LIMIT
     full = "y" * MLFLOW_LIMIT
     assert with_children(full, version, [parents[0].version], 1) == full
 
