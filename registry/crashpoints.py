@@ -31,7 +31,7 @@ CRASH_POINTS = (
     "register.version",  # MLflow has the version, the ledger does not
     "ledger.writing",  # inside the transaction that ends the job, before its commit
     "ledger.committed",  # all is recorded, the supervisor was not told
-    "eval.written",  # in the child, one report is in its file, the next one is not begun
+    "eval.task",  # in the child, a task of a suite is in its file, the report of the suite is not
     "eval.taken",  # a report is in the ledger, its file is still there
     "eval.run",  # its run is in MLflow, with nothing in it
     "eval.measured",  # the figures stand on that run, and not yet on the version's

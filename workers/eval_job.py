@@ -1,14 +1,15 @@
 """Evaluate subjects on suites: what the evaluation child does between its task and its result.
 
 A pure function of files: base, adapters and suites in, reports out. Each report is a file of its own that appears at
-once, so what an interrupted evaluation has finished is kept and not computed again.
+once, and so is each task of one that is not complete: what an interrupted evaluation has finished is computed once.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from ..examples import BASE_NAME
 from ..examples.base import build_base
 from ..registry.crashpoints import reached
-from ..registry.domain.errors import JobCancelled
+from ..registry.domain.errors import Corrupt, JobCancelled
 from ..registry.domain.eval_plan import EvalPlan, Pair
-from ..registry.domain.evals import EvalReport, task_result
-from ..registry.wire import from_builtins, to_json
+from ..registry.domain.evals import EvalReport, TaskResult, task_result
+from ..registry.domain.suite import Row, SuiteTask
+from ..registry.wire import from_builtins, from_json, to_json
 
 if TYPE_CHECKING:
     from .eval_engine import Engine
@@ -43,6 +45,8 @@ QUIET = {
 def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) -> dict[str, Any]:
     """Make the reports of `task["plan"]` in the folder `task["out"]`; the result names their files.
 
+    Finished tasks lie beside that folder until their report is taken in, for the next attempt has another.
+
     Raises `JobCancelled` between two batches once `should_stop` says so.
     """
     os.environ.update(QUIET)  # before the libraries below read it
@@ -64,8 +68,7 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
         with engine.subject(folders[digest]):
             for pair in pairs:
                 progress.begin(f"evaluate {labels[digest]} on {plan.suites[pair.suite].name}")
-                files.append(_write(out, _evaluate(engine, plan, pair)))
-                reached("eval.written")
+                files.append(_write(out / f"{pair.key}.json", _evaluate(engine, plan, pair, out.parent, progress)))
     engine.check_base()
     return {"reports": files}
 
@@ -81,18 +84,28 @@ def base_of(folder: Path) -> Path:
     return build_base(folder) if folder.name == BASE_NAME else folder
 
 
-def _evaluate(engine: Engine, plan: EvalPlan, pair: Pair) -> EvalReport:
-    started = time.monotonic()
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What is kept of a task until all of its suite are done."""
+
+    result: TaskResult
+    outputs: tuple[Mapping[str, Any], ...]
+    seconds: float
+
+
+def _evaluate(engine: Engine, plan: EvalPlan, pair: Pair, beside: Path, progress: _Progress) -> EvalReport:
     suite = plan.suites[pair.suite]
-    results, outputs = [], []
-    for task in suite.tasks:
-        rows = task.samples(plan.limit)
-        answers = engine.answer(task, rows)
-        results.append(task_result(task.name, task.metrics, task.primary, answers.samples))
-        outputs += [
-            {"task": task.name, "id": row.id, "output": text}
-            for row, text in zip(rows, answers.texts, strict=bool(answers.texts))
-        ]
+    done = []
+    for position, task in enumerate(suite.tasks):
+        path = beside / f"{pair.key}-{position}.task"
+        finished = _read(path)
+        if finished is None:
+            finished = _answer(engine, task, task.samples(plan.limit))
+            _write(path, finished)
+            reached("eval.task")
+        else:
+            progress.tick(plan.cost_of_task(task))
+        done.append(finished)
     return EvalReport(
         key=pair.key,
         subject=pair.subject,
@@ -101,17 +114,36 @@ def _evaluate(engine: Engine, plan: EvalPlan, pair: Pair) -> EvalReport:
         suite_digest=pair.suite,
         limit=plan.limit,
         engine=plan.engine,
-        tasks=tuple(results),
-        seconds=round(time.monotonic() - started, 3),
-        outputs=tuple(outputs),
+        tasks=tuple(each.result for each in done),
+        seconds=round(sum(each.seconds for each in done), 3),
+        outputs=tuple(row for each in done for row in each.outputs),
     )
 
 
-def _write(out: Path, report: EvalReport) -> str:
-    path = out / f"{report.key}.json"
+def _answer(engine: Engine, task: SuiteTask, rows: Sequence[Row]) -> _Finished:
+    started = time.monotonic()
+    answers = engine.answer(task, rows)
+    result = task_result(task.name, task.metrics, task.primary, answers.samples)
+    outputs = tuple(
+        {"task": task.name, "id": row.id, "output": text}
+        for row, text in zip(rows, answers.texts, strict=bool(answers.texts))
+    )
+    return _Finished(result, outputs, time.monotonic() - started)
+
+
+def _read(path: Path) -> _Finished | None:
+    """A task that an earlier attempt finished; None where there is none, or what is there cannot be read."""
+    try:
+        return from_json(path.read_bytes(), _Finished)
+    except (FileNotFoundError, Corrupt):
+        return None
+
+
+def _write(path: Path, done: EvalReport | _Finished) -> str:
+    """Let the file appear at once, whole; returns its name."""
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.write(to_json(report))
+        file.write(to_json(done))
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from .digest import json_digest
-from .suite import Suite
+from .suite import Suite, SuiteTask
 from .version import Base
 
 #: The subject that has no adapter.
@@ -53,8 +53,10 @@ class EvalPlan:
         return sum(self.cost(pair) for pair in self.pairs)
 
     def cost(self, pair: Pair) -> int:
-        tasks = self.suites[pair.suite].tasks
-        return sum(len(task.samples(self.limit)) * (2 if task.generates else 1) for task in tasks)
+        return sum(map(self.cost_of_task, self.suites[pair.suite].tasks))
+
+    def cost_of_task(self, task: SuiteTask) -> int:
+        return len(task.samples(self.limit)) * (2 if task.generates else 1)
 
 
 def report_key(subject: str, base: Base, suite_digest: str, samples: Sequence[int], engine: Mapping[str, str]) -> str:

@@ -230,10 +230,12 @@ class EvalHandler:
         )
 
     def _take_in(self, folder: Path) -> None:
-        """Put every finished report into the ledger; then the folder is no longer needed."""
+        """Put every finished report into the ledger; then the folder is no longer needed, nor are the tasks of these."""
         for path in sorted(folder.glob("*.json")):
             self._ledger.put_report(from_json(path.read_bytes(), EvalReport))
             reached("eval.taken")
+            for task in folder.parent.glob(f"{path.stem}-*.task"):
+                task.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _record(self, wanted: Wanted) -> Mapping[str, Any]:

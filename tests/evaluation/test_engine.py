@@ -227,6 +227,29 @@ def test_a_stopped_evaluation_keeps_what_is_finished(
     assert from_json(finished.read_bytes(), EvalReport).subject == "base"
 
 
+def test_a_task_that_was_finished_is_not_evaluated_again_whatever_attempt_did_it(
+    tiny_base: Path, write_suite: Callable[..., Path], tmp_path: Path
+):
+    tasks = TASK + TASK.partition("\n")[2].replace("name: t", "name: u")
+    plan = _plan(tiny_base, load_suite(write_suite(tasks)), [("base", None)])
+    kept = tmp_path / "key-base-0.task"
+    with pytest.raises(JobCancelled):
+        _run(plan, tmp_path / "one", should_stop=kept.exists)
+    told = json.loads(kept.read_text())
+    told["outputs"][0]["output"] = "said by the first attempt"
+    kept.write_text(json.dumps(told))
+
+    (report,) = _run(plan, tmp_path / "two")
+    kept.write_text("{")  # damaged: made again
+    (anew,) = _run(plan, tmp_path / "three")
+
+    assert report.outputs[0]["output"] == "said by the first attempt"
+    assert [task.task for task in report.tasks] == ["t", "u"]
+    assert anew.tasks == report.tasks
+    assert anew.outputs[0]["output"] != report.outputs[0]["output"]
+    assert anew.outputs[1:] == report.outputs[1:]
+
+
 def test_progress_counts_every_sample(tiny_base: Path, suite: Suite, tmp_path: Path):
     plan, told = _plan(tiny_base, suite, [("base", None)]), []
     (tmp_path / "out").mkdir()

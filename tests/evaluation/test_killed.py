@@ -28,7 +28,9 @@ from adapterctl.registry.stores.mlflow_pages import mlflow_key
 from adapterctl.registry.stores.spawn_bell import only_one
 from adapterctl.registry.stores.sql.tables import metric
 
-TASK = "tasks:\n  - {name: t, data: rows.jsonl, metrics: [nll, chrf], max_new_tokens: 4}\n"
+TASK = "tasks:\n" + "".join(
+    f"  - {{name: {name}, data: rows.jsonl, metrics: [nll, chrf], max_new_tokens: 4}}\n" for name in ("t", "u")
+)
 KILLED = -signal.SIGKILL
 
 
@@ -47,36 +49,38 @@ def registry(
 
 
 def test_a_killed_evaluation_is_finished_with_no_report_made_twice_and_no_figure_twice(
-    registry: LocalRegistry, write_suite: Callable[..., Path], tmp_path: Path
+    registry: LocalRegistry, write_suite: Callable[..., Path]
 ):
     suite = str(write_suite(TASK, name="one"))
-    died = tmp_path / "died"
 
-    first = ask(registry, "translate", suite, limit=2)
-    assert supervise(registry, crash_at="eval.written", once=died) == 0  # its child dies, it tries again itself
-    assert died.exists()
-    told = check(registry, "translate", first, attempts=2)
-    # two samples, each looked at twice: the report of the base was finished by the child that died
-    assert told is not None
-    assert told.total == 4
-
-    second = ask(registry, "translate", suite, limit=3)
+    first = ask(registry, "translate", suite, limit=3)
+    assert supervise(registry, crash_at="eval.task") == 0  # each of three children dies after one more task
+    assert registry.job(first.id).state is JobState.FAILED
+    home = registry.settings.home / "evaluations"
+    assert [path.name[-7:] for path in home.glob("*.task")] == ["-0.task"]  # of translate:v1; that of the base is whole
+    again(registry, first)
     for point in ("eval.taken", "eval.logged"):
         assert supervise(registry, crash_at=point) == KILLED
     assert supervise(registry) == 0
-    assert check(registry, "translate", second, attempts=3) is None  # no further child
+    assert check(registry, "translate", first, attempts=6) is None  # the last one needed no child
 
-    third = ask(registry, "copy", suite, limit=3)  # its reports are there
+    second = ask(registry, "copy", suite, limit=3)  # its reports are there
     for point in ("eval.run", "eval.measured"):
         assert supervise(registry, crash_at=point) == KILLED
     assert supervise(registry) == 0
-    assert check(registry, "copy", third, attempts=3) is None
+    assert check(registry, "copy", second, attempts=3) is None
 
 
 def ask(registry: LocalRegistry, name: str, suite: str, *, limit: int) -> Job:
     with only_one(registry.settings.home) as mine:  # whoever is rung for finds the place taken, and leaves
         assert mine
         return registry.evaluate([parse_ref(name)], suites=[suite], limit=limit)
+
+
+def again(registry: LocalRegistry, job: Job) -> None:
+    """Three more attempts."""
+    with only_one(registry.settings.home):
+        registry.retry(job.id)
 
 
 def check(registry: LocalRegistry, name: str, job: Job, *, attempts: int) -> Progress | None:
