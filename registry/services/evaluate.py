@@ -230,7 +230,7 @@ class EvalHandler:
         )
 
     def _take_in(self, folder: Path) -> None:
-        """Put every finished report into the ledger; then the folder is no longer needed, nor are the tasks of these."""
+        """Put every finished report into the ledger; then the folder is not needed any more, nor are their tasks."""
         for path in sorted(folder.glob("*.json")):
             self._ledger.put_report(from_json(path.read_bytes(), EvalReport))
             reached("eval.taken")
