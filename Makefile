@@ -59,7 +59,7 @@ format: $(DEV) ## let ruff mend and format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(RUN) ## measure; ONLY=key,key runs some
+bench: $(DEV) ## measure; ONLY=key,key runs some
 	$(BIN)/python bench/run.py $(if $(ONLY),--only $(ONLY))
 
 chaos: $(DEV) ## kill processes while merges run, and count what is lost or doubled; SEEDS=1-4 DATABASE=celery
