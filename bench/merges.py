@@ -18,7 +18,7 @@ from measure import Figure, bench, run_process, take_turns
 from threadpoolctl import threadpool_limits
 
 from adapterctl.registry.domain.digest import file_digest
-from adapterctl.registry.domain.plan import MergePlan
+from adapterctl.registry.domain.plan import MergePlan, output_tensors
 from adapterctl.registry.merging.core import truncate
 from adapterctl.registry.merging.grams import Block, Grams, gram
 from adapterctl.registry.merging.method import find_method
@@ -105,7 +105,7 @@ def _one_module(merge_plan: MergePlan, folders: list[Path], room: Path, repeats:
     readers = [TensorReader(folder / WEIGHTS_FILE) for folder in folders]
     seconds = []
     with (
-        TensorWriter(room / "one.safetensors", engine.output_tensors(merge_plan), {}) as writer,
+        TensorWriter(room / "one.safetensors", output_tensors(merge_plan), {}) as writer,
         threadpool_limits(limits=1, user_api="blas"),
     ):
         for module in merge_plan.modules * repeats:

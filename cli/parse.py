@@ -12,6 +12,7 @@ from ..registry.domain.refs import ParentRef, parse_parent
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d|)")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([kmg])?(i)?b)?")
 _DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32", "f64": "F64"}
 
 
@@ -45,6 +46,16 @@ def duration_s(text: str | None) -> float | None:
     if not match:
         raise InvalidInput(f"duration {text!r} is not understood", hint="write 90s, 5m or 1.5h")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def size_bytes(text: str | None) -> int | None:
+    """`20MB`, `1.5GB`, `512 KiB` or `1000000` in bytes; KB and its kin count in thousands."""
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text.strip().lower())
+    if not match or not float(match[1]):
+        raise InvalidInput(f"size {text!r} is not understood", hint="write 20MB, 1.5GB or 800KiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** "bkmg".index(match[2] or "b"))
 
 
 def dtype(text: str | None) -> str | None:

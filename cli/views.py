@@ -162,7 +162,8 @@ def submitted_text(view: Submitted) -> str:
 
 
 def plan_text(view: PlanView, out: Output) -> str:
-    title = f"{out.paint(printable(view.into), 'bold')} would be merged by {printable(view.method)}"
+    made = "resized" if view.method == "resize" else f"merged by {printable(view.method)}"
+    title = f"{out.paint(printable(view.into), 'bold')} would be {made}"
     fields: list[tuple[str, Iterable[str]]] = [
         ("parents", map(weighted, view.parents)),
         ("base", [view.base]),

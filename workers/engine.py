@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from ..registry.domain.digest import canonical_json
 from ..registry.domain.errors import JobCancelled, Refused
-from ..registry.domain.plan import MergePlan, ModulePlan
+from ..registry.domain.plan import MergePlan, ModulePlan, header_metadata, output_tensors
+from ..registry.domain.recipe import RESIZE
 from ..registry.merging.grams import Factors
 from ..registry.merging.make import Outcome, arithmetic, make, promise, wider
 from ..registry.merging.method import MethodSpec, find_method
@@ -147,33 +147,15 @@ def for_each_module(
     return {module.name: results[module.name] for module in plan.modules}
 
 
-def output_tensors(plan: MergePlan) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Key, dtype and shape of every tensor of the child, in file order."""
-    dtype = plan.recipe.dtype
-    tensors = []
-    for module in plan.modules:
-        tensors.append((module.a_key, dtype, module.a_shape))
-        tensors.append((module.b_key, dtype, module.b_shape))
-        if module.bias_key:
-            tensors.append((module.bias_key, dtype, module.b_shape[:1]))
-    return tensors
-
-
-def header_metadata(plan: MergePlan) -> dict[str, str]:
-    """Provenance inside the weights file: enough to find the parents and to run the recipe again."""
-    return {
-        "format": "pt",
-        "adapterctl.recipe": canonical_json(plan.recipe.to_json()).decode(),
-        "adapterctl.recipe_digest": plan.recipe.digest,
-    }
-
-
 def readme(plan: MergePlan) -> str:
     """A model card that says what the recipe says; the same recipe gives the same text."""
     recipe = plan.recipe
     base = json.dumps(plan.config["base_model_name_or_path"], ensure_ascii=False)
     rows = "".join(f"| {i} | {p.weight!r} | `sha256:{p.digest}` |\n" for i, p in enumerate(recipe.parents, start=1))
     options = "".join(f"* {name}: {value}\n" for name, value in sorted(recipe.options.items()))
+    title, made = "Merged adapter", f"{len(recipe.parents)} LoRA adapters of one base, merged from their files"
+    if recipe.method == RESIZE:
+        title, made = "Resized adapter", "A LoRA adapter at a smaller rank, made from its file"
     return f"""---
 base_model: {base}
 base_model_relation: adapter
@@ -181,12 +163,12 @@ library_name: peft
 tags:
 - adapterctl
 - lora
-- merge
+- {RESIZE if recipe.method == RESIZE else "merge"}
 ---
 
-# Merged adapter
+# {title}
 
-{len(recipe.parents)} LoRA adapters of one base, merged from their files by adapterctl.
+{made} by adapterctl.
 
 * method: `{recipe.method}` (revision {recipe.method_rev})
 * rank: {recipe.rank}, dtype: {recipe.dtype}

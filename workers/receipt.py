@@ -23,7 +23,7 @@ from .. import __version__
 from ..registry.domain.adapter import AdapterFacts, LoraModule, read_facts
 from ..registry.domain.errors import InvalidAdapter, Problem, ReceiptFailed, raise_all
 from ..registry.domain.header import Header, read_header, strict_json_object
-from ..registry.domain.plan import MergePlan, ModulePlan, Part
+from ..registry.domain.plan import MergePlan, ModulePlan, Part, header_metadata, output_tensors
 from ..registry.merging.core import spectrum
 from ..registry.merging.grams import (
     GRAM_FLOOR,
@@ -39,7 +39,7 @@ from ..registry.merging.method import find_method
 from ..registry.merging.pairs import Meeting, meet, pairs
 from ..registry.merging.stack import Stack, coefficients, load_stack
 from ..registry.merging.tensors import TensorReader
-from .engine import CONFIG_FILE, WEIGHTS_FILE, Stop, for_each_module, header_metadata, never, output_tensors
+from .engine import CONFIG_FILE, WEIGHTS_FILE, Stop, for_each_module, never
 
 #: Relative and absolute rounding error of one stored value (unit roundoff, half of the smallest subnormal number).
 ROUNDING: Mapping[str, tuple[float, float]] = {

@@ -1,5 +1,5 @@
-"""For those who merge: what a merge would give, the merge itself, its methods, and the proof that it repeats;
-and the recipes of a family run again with another parent.
+"""For those who merge: what a merge would give, the merge itself, its methods, one adapter at a smaller rank, the proof
+that a recipe repeats; and the recipes of a family run again with another parent.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from ..connect import Session, add_verbs, confirm
 from ..follow import follow, version_of
 
 if TYPE_CHECKING:
-    from ...registry.api import RegistryAPI, Submitted, VersionView
+    from collections.abc import Sequence
+
+    from ...registry.api import PlanView, RegistryAPI, Submitted, VersionView
     from ...registry.domain.recipe import MergeRequest, OptionValue
+    from ...registry.domain.refs import Ref
 
 GROUP = "Merging"
 
@@ -55,7 +58,7 @@ MaxLoss = Annotated[float | None, typer.Option(metavar="L", help="Refuse a resul
 def add_to(app: typer.Typer) -> None:
     add_verbs(
         app,
-        {"merge": merge, "plan": plan, "methods": methods, "verify": verify, "rebuild": rebuild},
+        {"merge": merge, "plan": plan, "resize": resize, "methods": methods, "verify": verify, "rebuild": rebuild},
         group=GROUP,
     )
 
@@ -90,21 +93,61 @@ def merge(
         parents, into, method, rank, weights, layer_weights, density, option, seed, dtype, suite, max_loss
     )
     if dry_run:
-        _show_plan(session, request)
+        _tell_plan(session, session.registry(readonly=True).plan(request))
         return
     registry = session.registry()
     submitted = registry.merge(request)
-    _tell(session, request, submitted)
-    if not wait and submitted.job is not None:
-        job_id = submitted.job.id
-        session.out.say(f"queued; wait for it with: adapterctl jobs wait {job_id}")
-        session.out.data(submitted, text=lambda: job_id, names=[job_id])
+    _tell(session, [parent.ref for parent in request.parents], submitted)
+    _finish(session, registry, submitted, wait=wait, timeout_s=timeout_s)
+
+
+def resize(
+    session: Session,
+    ref: Annotated[str, typer.Argument(metavar="REF", help="The version.", autocompletion=complete_refs)],
+    rank: Annotated[int | None, typer.Option(min=1, metavar="R", help="Rank of the result.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(metavar="E", help="The smallest rank that keeps this share, e.g. 0.99.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The largest rank whose file fits, e.g. 20MB.")
+    ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The adapter it becomes.  [default: its own]", autocompletion=complete_names),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="bf16, f16 or f32.  [default: its own]")] = None,
+    suite: Suites = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan only.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result, or print the job's id.")] = True,
+    timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Wait no longer, e.g. 90s, 5m, 1.5h.")] = None,
+) -> None:
+    """Make a version of a smaller rank.
+
+    Cuts each module exactly, from the file alone: nothing of that rank is closer. The result is a new
+    version of the same adapter, proved, evaluated and kept in the lineage as a merge is.
+
+    Example: adapterctl resize translate:v3 --energy 0.99
+    """
+    from ...registry.domain.recipe import ResizeRequest  # deferred: help needs no recipes
+
+    timeout_s = parse.duration_s(timeout)
+    request = ResizeRequest(
+        ref=parse_ref(ref),
+        rank=rank,
+        energy=energy,
+        size_bytes=parse.size_bytes(size),
+        into=check_name(into) if into is not None else None,
+        dtype=parse.dtype(dtype),
+        suites=tuple(suite or ()),
+    )
+    request.check()
+    if dry_run:
+        _tell_plan(session, session.registry(readonly=True).plan_resize(request))
         return
-    version, evaluated = _made(session, registry, submitted, timeout_s)
-    parts = [views.version_line(version, session.out)]
-    if evaluated:
-        parts.append(views.retention_text(registry.retention(parse_ref(version.ref)), session.out))
-    session.out.data(version, text=lambda: "\n\n".join(parts), names=[version.ref])
+    registry = session.registry()
+    submitted = registry.resize(request)
+    _tell(session, [request.ref], submitted)
+    _finish(session, registry, submitted, wait=wait, timeout_s=timeout_s)
 
 
 def plan(
@@ -126,9 +169,8 @@ def plan(
 
     Example: adapterctl plan translate:v3 chat:v5
     """
-    _show_plan(
-        session, _request(parents, into, method, rank, weights, layer_weights, density, option, seed, dtype, None, None)
-    )
+    request = _request(parents, into, method, rank, weights, layer_weights, density, option, seed, dtype, None, None)
+    _tell_plan(session, session.registry(readonly=True).plan(request))
 
 
 def methods(
@@ -264,16 +306,15 @@ def _request(
     )
 
 
-def _show_plan(session: Session, request: MergeRequest) -> None:
-    found = session.registry(readonly=True).plan(request)
+def _tell_plan(session: Session, found: PlanView) -> None:
     session.out.data(found, text=lambda: views.plan_text(found, session.out), names=[found.into])
 
 
-def _tell(session: Session, request: MergeRequest, submitted: Submitted) -> None:
+def _tell(session: Session, asked: Sequence[Ref], submitted: Submitted) -> None:
     """Echo how the request was understood: what its references mean now, the method and the rank that follow."""
-    for asked, pinned in zip(request.parents, submitted.parents, strict=True):
-        if str(asked.ref) != pinned.ref:
-            session.out.say(f"{asked.ref} → {pinned.ref}")
+    for ref, pinned in zip(asked, submitted.parents, strict=True):
+        if str(ref) != pinned.ref:
+            session.out.say(f"{ref} → {pinned.ref}")
     session.out.say(views.submitted_text(submitted))
     for warning in submitted.warnings:
         session.out.warn(warning)
@@ -281,6 +322,22 @@ def _tell(session: Session, request: MergeRequest, submitted: Submitted) -> None
         session.out.say(f"the same recipe made {submitted.version.ref} before; nothing is new")
     elif submitted.deduplicated:
         session.out.say("the same merge is under way already; joining it")
+
+
+def _finish(
+    session: Session, registry: RegistryAPI, submitted: Submitted, *, wait: bool, timeout_s: float | None
+) -> None:
+    """Wait for the version, and print it with what it kept of its parents; or print the job's id."""
+    if not wait and submitted.job is not None:
+        job_id = submitted.job.id
+        session.out.say(f"queued; wait for it with: adapterctl jobs wait {job_id}")
+        session.out.data(submitted, text=lambda: job_id, names=[job_id])
+        return
+    version, evaluated = _made(session, registry, submitted, timeout_s)
+    parts = [views.version_line(version, session.out)]
+    if evaluated:
+        parts.append(views.retention_text(registry.retention(parse_ref(version.ref)), session.out))
+    session.out.data(version, text=lambda: "\n\n".join(parts), names=[version.ref])
 
 
 def _made(

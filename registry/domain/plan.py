@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 from .adapter import AdapterFacts, LoraModule, ModuleKind, TensorEntry
+from .digest import canonical_json
 from .errors import Problem
 from .header import DTYPE_BYTES
 from .recipe import Recipe
@@ -153,6 +154,27 @@ def build_plan(recipe: Recipe, facts: Sequence[AdapterFacts]) -> MergePlan:
     with_bias = any(m.bias is not None for f in facts for m in f.modules)
     modules = tuple(_module_plan(name, by_module[name], recipe, with_bias=with_bias) for name in sorted(by_module))
     return MergePlan(recipe, modules, _config(recipe, facts, with_bias=with_bias))
+
+
+def output_tensors(plan: MergePlan) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Key, dtype and shape of every tensor of the child, in file order."""
+    dtype = plan.recipe.dtype
+    tensors = []
+    for module in plan.modules:
+        tensors.append((module.a_key, dtype, module.a_shape))
+        tensors.append((module.b_key, dtype, module.b_shape))
+        if module.bias_key:
+            tensors.append((module.bias_key, dtype, module.b_shape[:1]))
+    return tensors
+
+
+def header_metadata(plan: MergePlan) -> dict[str, str]:
+    """Provenance inside the weights file: enough to find the parents and to run the recipe again."""
+    return {
+        "format": "pt",
+        "adapterctl.recipe": canonical_json(plan.recipe.to_json()).decode(),
+        "adapterctl.recipe_digest": plan.recipe.digest,
+    }
 
 
 def parent_warnings(facts: Sequence[AdapterFacts], labels: Sequence[str]) -> tuple[str, ...]:

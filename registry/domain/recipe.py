@@ -18,6 +18,8 @@ from .refs import ParentRef, Ref
 
 #: `sum` keeps the exact factors (`cat`) up to this rank and compresses (`svd`) to it beyond.
 SUM_RANK_LIMIT = 64
+#: The method of recipes with one parent, which is made smaller.
+RESIZE = "resize"
 
 OptionValue = float | int | str | bool
 
@@ -91,6 +93,38 @@ class MergeRequest:
     def target(self) -> str:
         """The adapter that gets a new version: the one that was named, or the parents' names joined with `-`."""
         return self.into or "-".join(dict.fromkeys(parent.ref.name for parent in self.parents))
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeRequest:
+    """A version at a smaller rank, as the caller asks for it: by one of `rank`, `energy` and `size_bytes`.
+
+    `energy` (0..1) is the share of ||delta||² over all modules that is kept, by the smallest rank that does;
+    `size_bytes` bounds the weights file, and the largest rank that fits is taken. `into` is the version's own adapter
+    unless another one is named.
+    """
+
+    ref: Ref
+    rank: int | None = None
+    energy: float | None = None
+    size_bytes: int | None = None
+    into: str | None = None
+    dtype: str | None = None
+    suites: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> str:
+        return self.into or self.ref.name
+
+    def check(self) -> None:
+        """Raises `InvalidInput` for what no version could satisfy."""
+        if sum(wish is not None for wish in (self.rank, self.energy, self.size_bytes)) != 1:
+            raise InvalidInput(
+                f"{self.ref} can be resized to a rank, to a share of its energy or to a size",
+                hint="give one of --rank 8, --energy 0.99 and --size 20MB",
+            )
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise InvalidInput(f"energy {self.energy} is no share", hint="write one above 0, at most 1: --energy 0.99")
 
 
 def request_again(

@@ -14,7 +14,7 @@ import numpy as np
 from ..domain.adapter import AdapterFacts
 from ..domain.errors import IncompatibleParents
 from ..domain.plan import Forecast, Interference, MergePlan, ModulePlan, Pair, Part
-from ..domain.recipe import OptionValue
+from ..domain.recipe import RESIZE, OptionValue
 from .core import spectrum
 from .grams import Array, Grams, block_products, error_squared
 from .make import arithmetic, promise
@@ -63,6 +63,19 @@ def forecast(
     ranks = {name: rank for name, (rank, _) in others.items()}
     by_layer = interference([module.name for module in plan.modules], meetings, signs, labels)
     return _forecasts(energy, plan, ranks, losses), pairs(meetings, labels), by_layer
+
+
+def rank_for_energy(plan: MergePlan, files: Sequence[Path], share: float) -> int:
+    """The smallest uniform rank at which the best adapter keeps `share` of ||delta||² over all modules."""
+    energy = np.zeros(max(sum(part.rank for part in module.parts) for module in plan.modules))
+    with ExitStack() as stack:
+        readers = [stack.enter_context(TensorReader(path)) for path in files]
+        for module in plan.modules:
+            sigma = spectrum(load_stack(module.parts, readers).grams())
+            energy[: len(sigma)] += sigma**2
+    held = np.cumsum(energy)
+    # all of it is less than float64 can add up
+    return int(np.searchsorted(held, share * (1 - 1e-12) * held[-1])) + 1 if held[-1] > 0 else 1
 
 
 def compare(first: AdapterFacts, first_file: Path, second: AdapterFacts, second_file: Path) -> tuple[float, float]:
@@ -128,8 +141,14 @@ def _other_methods(plan: MergePlan, full_rank: int) -> dict[str, tuple[int, Mapp
     default = max(part.rank for part in parts)
     found: dict[str, tuple[int, Mapping[str, OptionValue]]] = {}
     for method in methods().values():
-        fits = method.max_parents is None or len(recipe.parents) <= method.max_parents
-        if method.form == "choice" or method.name in {"cat", "svd"} or not fits or (method.equal_ranks and not even):
+        count = len(recipe.parents)
+        fits = method.min_parents <= count and (method.max_parents is None or count <= method.max_parents)
+        if (
+            method.form == "choice"
+            or method.name in {"cat", "svd", RESIZE}
+            or not fits
+            or (method.equal_ranks and not even)
+        ):
             continue
         asked = method.name == recipe.method
         options = dict(recipe.options) if asked else {option.name: option.default for option in method.options}
@@ -146,12 +165,20 @@ def _forecasts(
     best, full_rank, row_bytes = _losses(energy), len(energy), plan.size_bytes // plan.recipe.rank
     enough = int(np.argmax(best <= SMALL_LOSS)) + 1
     default = max(part.rank for module in plan.modules for part in module.parts)
-    notes: dict[int, list[str]] = {rank: [] for rank in (*USUAL_RANKS, plan.recipe.rank)}
-    notes.setdefault(default, []).append("the largest parent rank, svd's default")
+    resized = plan.recipe.method == RESIZE
+    notes: dict[int, list[str]] = {
+        rank: [] for rank in (*USUAL_RANKS, plan.recipe.rank, *((1, 2, 4) if resized else ()))
+    }
+    if resized:
+        for rank in notes.keys() & range(1, full_rank):
+            notes[rank].append(f"keeps {1 - best[rank - 1] ** 2:.1%} of the energy")
+    else:
+        notes.setdefault(default, []).append("the largest parent rank, svd's default")
     notes.setdefault(enough, []).append(f"the smallest that loses at most {SMALL_LOSS:.0%}")
-    rows = [Forecast("cat", full_rank, full_rank * row_bytes, 0.0, "exact")]
+    exact, cut = (RESIZE, RESIZE) if resized else ("cat", "svd")
+    rows = [Forecast(exact, full_rank, full_rank * row_bytes, 0.0, "exact")]
     rows += [
-        Forecast("svd", rank, rank * row_bytes, float(best[rank - 1]), "; ".join(notes[rank]))
+        Forecast(cut, rank, rank * row_bytes, float(best[rank - 1]), "; ".join(notes[rank]))
         for rank in sorted(notes)
         if rank < full_rank
     ]

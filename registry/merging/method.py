@@ -102,6 +102,7 @@ class MethodSpec:
     options: tuple[OptionSpec, ...]
     seeded: bool
     breaks: frozenset[str]
+    min_parents: int
     max_parents: int | None
     equal_ranks: bool
     coarse_grams: bool
@@ -120,6 +121,7 @@ def merge_method(
     cost: str,
     paper: str = "",
     breaks: Sequence[str] = (),
+    min_parents: int = 2,
     max_parents: int | None = None,
     equal_ranks: bool = False,
     coarse_grams: bool = False,
@@ -132,7 +134,7 @@ def merge_method(
         cost: work a module, in d (width) and R (sum of the ranks).
         paper: source of the formula.
         breaks: laws of `LAWS` that the method does not keep, seen with its default options.
-        max_parents: how many parents it takes at most.
+        min_parents, max_parents: how many parents it takes at least and at most.
         equal_ranks: True when it works on the factors themselves: parents need one rank, which the output has too.
         coarse_grams: True when a small error of the Grams reaches the output's error squared: for an output narrower
             than float32 they are then computed in float32, in half the time.
@@ -159,6 +161,7 @@ def merge_method(
             options=_options(function, keywords, text),
             seeded=any(p.name == "seed" for p in keywords),
             breaks=frozenset(breaks),
+            min_parents=min_parents,
             max_parents=max_parents,
             equal_ranks=equal_ranks,
             coarse_grams=coarse_grams,
@@ -273,10 +276,7 @@ def _ours() -> tuple[str, ...]:
 
 
 def _weight_problems(request: MergeRequest) -> list[Problem]:
-    problems = []
-    if len(request.parents) < 2:
-        problems.append(Problem("too_few_parents", "a merge needs at least two parents", "name two or more versions"))
-    problems += [
+    return [
         Problem(
             "bad_weight",
             f"weight {parent.weight} of {parent.ref} is not a finite number other than 0",
@@ -285,7 +285,6 @@ def _weight_problems(request: MergeRequest) -> list[Problem]:
         for parent in request.parents
         if not math.isfinite(parent.weight) or parent.weight == 0
     ]
-    return problems
 
 
 def _layer_problems(request: MergeRequest, facts: Sequence[AdapterFacts]) -> list[Problem]:
@@ -304,9 +303,13 @@ def _layer_problems(request: MergeRequest, facts: Sequence[AdapterFacts]) -> lis
 
 def _parent_problems(spec: MethodSpec, request: MergeRequest, facts: Sequence[AdapterFacts]) -> list[Problem]:
     problems = []
+    if len(request.parents) < spec.min_parents:
+        hint = "name two or more versions; `adapterctl resize` makes one of them smaller"
+        problems.append(Problem("too_few_parents", "a merge needs at least two parents", hint))
     if spec.max_parents is not None and len(request.parents) > spec.max_parents:
-        text = f"{spec.name} takes {spec.max_parents} parents, not {len(request.parents)}"
-        problems.append(Problem("too_many_parents", text, "use sum, or merge two at a time"))
+        most = "one parent" if spec.max_parents == 1 else f"{spec.max_parents} parents"
+        hint = "use svd for several" if spec.max_parents == 1 else "use sum, or merge two at a time"
+        problems.append(Problem("too_many_parents", f"{spec.name} takes {most}, not {len(request.parents)}", hint))
     if not spec.equal_ranks:
         return problems
     ranks: dict[str, set[int]] = defaultdict(set)

@@ -230,6 +230,12 @@ class TensorWriter:
         self._partial.unlink(missing_ok=True)
 
 
+def file_size(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that a `TensorWriter` of these arguments writes."""
+    header, entries = _layout(tensors, metadata)
+    return max((entry.end for entry in entries.values()), default=len(header))
+
+
 def encode(array: Array, dtype: str) -> NDArray[Any]:
     """Values as they are stored in `dtype` (contiguous, little-endian), rounded to nearest, ties to even."""
     if dtype != "BF16":

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..api import DAY_S
 from ..domain.access import EVERY_NAME, Scope
-from ..domain.recipe import MergeRequest, parse_layer_weights
+from ..domain.recipe import MergeRequest, ResizeRequest, parse_layer_weights
 from ..domain.refs import check_name, parse_parent, parse_ref
 from ..domain.tuning import DEFAULT_BUDGET, TuneRequest
 
@@ -73,6 +73,32 @@ class MergeBody(Body):
             max_loss=self.max_loss,
             layers=tuple(map(parse_layer_weights, self.layers)),
             expect=self.expect,
+        )
+
+
+class ResizeBody(Body):
+    """A version at a smaller rank, or the plan of one: exactly one of `rank`, `energy` and `size_bytes`."""
+
+    ref: Ref
+    rank: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    energy: Annotated[Finite, Field(description="Share of the squared norm that is kept.", examples=[0.99])] | None = (
+        None
+    )
+    size_bytes: Annotated[int, Field(ge=1, description="Of the weights file, at most.")] | None = None
+    into: Short | None = None
+    dtype: Short | None = None
+    suites: Annotated[list[SuiteDigest], Field(max_length=32)] = []
+
+    def request(self) -> ResizeRequest:
+        """Raises `InvalidInput` for a reference that cannot be read."""
+        return ResizeRequest(
+            ref=parse_ref(self.ref),
+            rank=self.rank,
+            energy=self.energy,
+            size_bytes=self.size_bytes,
+            into=check_name(self.into) if self.into is not None else None,
+            dtype=self.dtype,
+            suites=tuple(self.suites),
         )
 
 

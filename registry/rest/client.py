@@ -46,7 +46,7 @@ from ..domain.access import EVERY_NAME, Caller, Scope, Token
 from ..domain.errors import Unavailable, WaitTimedOut
 from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece
-from ..domain.recipe import MergeRequest
+from ..domain.recipe import MergeRequest, ResizeRequest
 from ..domain.refs import Ref, parse_source
 from ..domain.suite import Suite
 from ..domain.tuning import TuneRequest
@@ -199,6 +199,12 @@ class RemoteRegistry:
 
     def merge(self, request: MergeRequest) -> Submitted:
         return self._post("/v1/merges", self._merge_body(request), Submitted)
+
+    def plan_resize(self, request: ResizeRequest) -> PlanView:
+        return self._post("/v1/resize-plans", self._resize_body(request), PlanView)
+
+    def resize(self, request: ResizeRequest) -> Submitted:
+        return self._post("/v1/resizes", self._resize_body(request), Submitted)
 
     def verify(self, ref: Ref, *, rerun: bool = True) -> Verification:
         status, body = self._call("POST", "/v1/verifications", {"ref": str(ref), "rerun": rerun})
@@ -408,6 +414,17 @@ class RemoteRegistry:
             "max_loss": request.max_loss,
             "layers": [str(layer) for layer in request.layers],
             "expect": request.expect,
+        }
+
+    def _resize_body(self, request: ResizeRequest) -> dict[str, Any]:
+        return {
+            "ref": str(request.ref),
+            "rank": request.rank,
+            "energy": request.energy,
+            "size_bytes": request.size_bytes,
+            "into": request.into,
+            "dtype": request.dtype,
+            "suites": [self._keep_suite(suite) for suite in request.suites],
         }
 
     def _keep_suite(self, suite: str) -> str:

@@ -438,12 +438,26 @@ def merge(body: bodies.MergeBody, call: Merge) -> Response:
     """Queue a merge, or join the one that is under way."""
     request = body.request()
     call.caller.check_change(request.target)
-    submitted = call.registry.merge(request)
-    if submitted.job is not None:
-        return _accepted(submitted, submitted.job)
-    assert submitted.version is not None
-    made = f"/v1/adapters/{submitted.version.name}/versions/{submitted.version.number}"
-    return _reply(submitted, headers={"location": made})
+    return _submitted(call.registry.merge(request))
+
+
+@router.post("/resize-plans", response_model=PlanView)
+def plan_resize(body: bodies.ResizeBody, call: Read) -> Response:
+    """What a smaller rank of a version would give; changes nothing."""
+    return _reply(call.registry.plan_resize(body.request()))
+
+
+@router.post(
+    "/resizes",
+    status_code=202,
+    response_model=Submitted,
+    responses={200: {"model": Submitted, "description": "The same recipe made a version before."}},
+)
+def resize(body: bodies.ResizeBody, call: Merge) -> Response:
+    """Queue a version at a smaller rank, or join the job that is under way."""
+    request = body.request()
+    call.caller.check_change(request.target)
+    return _submitted(call.registry.resize(request))
 
 
 @router.post(
@@ -704,6 +718,14 @@ def _reply(value: Any, *, status: int = 200, headers: Mapping[str, str] | None =
 def _accepted(value: Any, job: Job) -> Response:
     headers = {"location": f"/v1/jobs/{job.id}", "retry-after": str(RETRY_AFTER_S)}
     return _reply(value, status=202, headers=headers)
+
+
+def _submitted(submitted: Submitted) -> Response:
+    if submitted.job is not None:
+        return _accepted(submitted, submitted.job)
+    assert submitted.version is not None
+    made = f"/v1/adapters/{submitted.version.name}/versions/{submitted.version.number}"
+    return _reply(submitted, headers={"location": made})
 
 
 def version_ref(name: str, version: str) -> Ref:

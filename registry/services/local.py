@@ -46,7 +46,7 @@ from ..domain.errors import Conflict, NotFound
 from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece, QueueDepth
 from ..domain.recall import RecallAction
-from ..domain.recipe import MergeRequest
+from ..domain.recipe import MergeRequest, ResizeRequest
 from ..domain.refs import Ref, check_name
 from ..domain.suite import Suite
 from ..domain.tuning import TuneRequest
@@ -69,6 +69,7 @@ from . import (
     rebuild,
     recall,
     register,
+    resize,
     schedule,
     select,
     trace,
@@ -256,6 +257,14 @@ class LocalRegistry:
     def merge(self, request: MergeRequest) -> Submitted:
         self._check_stage(*(parent.ref for parent in request.parents))
         return merge.request_merge(self.ledger, self.bell, request, actor=self.settings.actor)
+
+    def plan_resize(self, request: ResizeRequest) -> PlanView:
+        self._check_stage(request.ref)
+        return resize.plan_resize(self.ledger, self.folders, request)
+
+    def resize(self, request: ResizeRequest) -> Submitted:
+        self._check_stage(request.ref)
+        return resize.request_resize(self.ledger, self.folders, self.bell, request, actor=self.settings.actor)
 
     def verify(self, ref: Ref, *, rerun: bool = True) -> Verification:
         started = self.start_verification(ref, rerun=rerun)

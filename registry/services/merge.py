@@ -19,7 +19,7 @@ from ..domain.errors import IncompatibleParents, InvalidInput, LossTooHigh, Prob
 from ..domain.job import Job, NewJob
 from ..domain.plan import MergePlan, build_plan, check_parents, parent_warnings
 from ..domain.prompts import prompt_form, prompt_warnings, tokenizer_warnings
-from ..domain.recipe import MergeRequest, Recipe, recipe_from_json
+from ..domain.recipe import RESIZE, MergeRequest, Recipe, recipe_from_json
 from ..domain.refs import check_name
 from ..domain.suite import Suite
 from ..domain.version import AdapterVersion, NewVersion
@@ -120,10 +120,11 @@ def new_merge(
     actor: str,
 ) -> NewJob:
     """The job that makes what was planned; `tags` go to the version, and say for instance which search proposed it."""
+    verb = RESIZE if ready.recipe.method == RESIZE else "merge"
     return NewJob(
         kind="merge",
         key=":".join([adapter_id, ready.recipe.digest, *_terms(max_loss, suites, expect)]),
-        title=f"merge {' '.join(view.ref for view in ready.parent_views)} into {ready.into}",
+        title=f"{verb} {' '.join(view.ref for view in ready.parent_views)} into {ready.into}",
         spec={
             "into": ready.into,
             "adapter_id": adapter_id,

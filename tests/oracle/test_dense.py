@@ -19,7 +19,7 @@ from adapterctl.registry.merging.stack import Stack
 
 Delta = np.ndarray
 TOLERANCE = 1e-6
-CASES = 150
+CASES = 200
 
 
 def best(delta: Delta, rank: int) -> Delta:

@@ -31,7 +31,7 @@ from adapterctl.registry.domain.errors import (
     WaitTimedOut,
 )
 from adapterctl.registry.domain.job import JobState
-from adapterctl.registry.domain.recipe import LayerWeights, MergeRequest
+from adapterctl.registry.domain.recipe import LayerWeights, MergeRequest, ResizeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.domain.stage import Head
 from adapterctl.registry.domain.tuning import TuneRequest
@@ -289,6 +289,25 @@ def test_a_merge_is_made_once_proved_and_linked_to_its_parents(registry: Registr
         (made.ref, one.ref, 0.5),
         (made.ref, two.ref, 0.5),
     }
+
+
+def test_a_version_is_made_smaller(registry: RegistryAPI, add: Add):
+    whole = add()
+    request = ResizeRequest(ref(whole), rank=2, into=next(_names))
+
+    planned = registry.plan_resize(request)
+    *_, job = registry.follow(registry.resize(request).job.id, timeout_s=120)
+    again = registry.resize(request)
+
+    assert job.state is JobState.SUCCEEDED, job.error
+    assert (planned.method, planned.rank, planned.exists) == ("resize", 2, None)
+    made = registry.version(parse_ref(request.into))
+    assert (made.rank, made.receipt["passed"], [parent.ref for parent in made.parents]) == (2, True, [whole.ref])
+    assert (again.deduplicated, again.version.ref) == (True, made.ref)
+    assert registry.plan_resize(replace(request, rank=None, energy=1.0)).rank == whole.rank
+    assert registry.plan_resize(replace(request, rank=None, size_bytes=10**9)).rank == whole.rank
+    with pytest.raises(InvalidInput, match="has rank 4, 9 is more"):
+        registry.resize(replace(request, rank=9))
 
 
 def test_a_merge_is_verified_by_running_it_again(registry: RegistryAPI, merged: VersionView):

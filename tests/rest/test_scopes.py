@@ -51,6 +51,7 @@ NEEDED = {
         "GET /v1/verifications/{job_id}",
         "GET /v1/whoami",
         "POST /v1/plans",
+        "POST /v1/resize-plans",
     ],
     "merge": [
         "POST /v1/adapters/{name}/versions",
@@ -61,6 +62,7 @@ NEEDED = {
         "POST /v1/jobs/{job_id}/retry",
         "POST /v1/merges",
         "POST /v1/rebuilds",
+        "POST /v1/resizes",
         "POST /v1/suites",
         "POST /v1/tunes",
         "POST /v1/verifications",
@@ -193,6 +195,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "DELETE /v1/adapters/translate/versions/1/recall": {},
     "POST /v1/adapters/translate/versions/1/recall": {"reason": "leaked"},
     "POST /v1/merges": {"parents": ["chat:v1", "chat:v2"], "into": "translate"},
+    "POST /v1/resizes": {"ref": "chat:v1", "rank": 2, "into": "translate"},
     "POST /v1/evaluations": {"refs": ["chat:v1", "translate:v1"]},
     "POST /v1/bases": {"name": "org/base"},
     "POST /v1/base-aliases": {"spelling": "a", "base": "b"},
