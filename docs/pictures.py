@@ -47,6 +47,7 @@ def main() -> None:
         with serving(home):
             take_lineage(page)
             take_pages(page, home)
+            take_recall(page, home)
         browser.close()
 
 
@@ -109,6 +110,15 @@ def take_lineage(page: Page) -> None:
     page.goto(f"{address}/translate-chat/v1?metric=translate%2Fnll")
     page.screenshot(path=PICTURES / "lineage-metric.png")
     page.emulate_media(color_scheme="light")
+
+
+def take_recall(page: Page, home: Path) -> None:
+    """What a recall reaches, with the stage that serves it."""
+    words = ["recall", "chat:v4", "--reason", "trained on leaked data"]
+    subprocess.run([*ADAPTERCTL, "--home", str(home), *words], check=True, stdout=subprocess.DEVNULL)
+    page.set_viewport_size({"width": 1360, "height": 760})
+    page.goto(f"http://127.0.0.1:{PORT}/adapters/translate-chat/v1")
+    page.screenshot(path=PICTURES / "lineage-recall.png")
 
 
 def take_pages(page: Page, home: Path) -> None:

@@ -228,6 +228,15 @@ def test_print_is_light_and_shows_the_graph_alone(open_page, family):
     assert page.evaluate("getComputedStyle(document.querySelector('rect.paper')).fill") == "rgb(251, 251, 250)"
 
 
+def test_a_long_family_is_printed_on_one_sheet(open_page, views):
+    refs = [f"n:v{i}" for i in range(1, 31)]
+    page = open_page(lineage_html(views(refs, [(refs[i - 1], refs[i]) for i in range(1, 30)])))
+
+    sheets = page.pdf(format="A4")
+
+    assert sheets.count(b"/Type /Page\n") == 1
+
+
 def test_long_text_is_cut_to_fit_its_box(open_page, family):
     long = "translate-and-summarise-" * 4
     wide = dataclasses.replace(
