@@ -23,11 +23,13 @@ WIDTH = 4096
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def write_pair(root: Path, *, layers: int = 32, rank: int = 16, dtype: str = "BF16", width: int = WIDTH) -> list[Path]:
-    """Two adapters on q, k, v and o of `layers` layers; each module is width x width."""
+def write_pair(
+    root: Path, *, layers: int = 32, rank: int = 16, dtype: str = "BF16", width: int = WIDTH, parents: int = 2
+) -> list[Path]:
+    """Two adapters (or `parents` of them) on q, k, v and o of `layers` layers; each module is width x width."""
     names = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(layers) for name in ("q", "k", "v", "o")]
     folders = []
-    for parent in range(2):
+    for parent in range(parents):
         folder = root / f"{dtype.lower()}-r{rank}-{layers}-{parent}"
         folder.mkdir(parents=True)
         folders.append(folder)
@@ -71,5 +73,5 @@ def plan(
     """A plan as the preflight makes it; the parents' digests decide no time and are left out."""
     facts = [facts_of(folder) for folder in folders]
     parents = tuple(ParentRef(Ref(f"p{i}"), weight) for i, weight in enumerate(weights))
-    recipe = resolve(MergeRequest(parents, method=method, rank=rank), facts, ["0" * 64, "1" * 64])
+    recipe = resolve(MergeRequest(parents, method=method, rank=rank), facts, [f"{i:064x}" for i in range(len(folders))])
     return build_plan(recipe, facts)

@@ -181,26 +181,37 @@ def peak_growth(room: Path) -> Figure:
     return Figure(peaks[224] / peaks[32], ", ".join(f"{modules} modules: {mb:.1f} MB" for modules, mb in peaks.items()))
 
 
-def _growth(room: Path, sizes: Sequence[int], setting: str) -> Figure:
+def _growth(room: Path, sizes: Sequence[int], setting: str, method: str) -> Figure:
     """Slope of log CPU-seconds of one module over log size, in the upper half of them: calls cost least there."""
     seconds = {}
     for size in sizes:
         place = room / str(size)
         place.mkdir()
-        asked = {"rank": 16, "width": WIDTH, setting: size}
+        asked = {"rank": 16, "width": WIDTH, "parents": 2, setting: size}
         folders = write_pair(place, layers=1, dtype="F32", **asked)
-        seconds[size] = _one_module(plan(folders, "svd", rank=asked["rank"]), folders, place, 5)
+        weights = (0.7, *[0.3] * (asked["parents"] - 1))
+        rank = asked["rank"] if method == "svd" else None
+        seconds[size] = _one_module(plan(folders, method, rank=rank, weights=weights), folders, place, 5)
+        shutil.rmtree(place)
     upper = sizes[len(sizes) // 2 :]
     slope = float(np.polyfit(np.log(upper), np.log([seconds[size] for size in upper]), 1)[0])
     return Figure(slope, ", ".join(f"{size}: {s * 1e3:.2f} ms" for size, s in seconds.items()))
 
 
-for _setting, _sizes, _theory in (("width", (512, 1024, 2048, 4096, 8192), 1.0), ("rank", (4, 16, 64, 128, 256), 2.0)):
+_WIDTHS, _PARENTS = (512, 1024, 2048, 4096, 8192, 16384), (2, 4, 8, 16, 32, 64)
+# svd costs O(d R²) + O(R³): of 64 parents of rank 16, R is a quarter of the width and both terms are seen
+for _method, _setting, _sizes, _theory, _limit in (
+    ("svd", "width", _WIDTHS, "1", 1.5),
+    ("svd", "rank", (4, 16, 64, 128, 256), "2", 2.5),
+    ("svd", "parents", _PARENTS, "2 to 3", 3.0),
+    ("cat", "parents", _PARENTS, "1", 1.5),
+):
     bench(
-        f"svd_growth_{_setting}",
-        f"exponent of the CPU time of `svd` in the {_setting} (theory: {_theory:g}), two parents, float32",
-        at_most=_theory + 0.5,
-    )(partial(_growth, sizes=_sizes, setting=_setting))
+        f"{_method}_growth_{_setting}",
+        f"exponent of the CPU time of `{_method}` in the {_setting} (theory: {_theory}), float32,"
+        f" {_sizes[0]} to {_sizes[-1]}" + ("" if _setting == "parents" else ", two parents"),
+        at_most=_limit,
+    )(partial(_growth, sizes=_sizes, setting=_setting, method=_method))
 
 
 @bench(

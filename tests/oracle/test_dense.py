@@ -147,7 +147,7 @@ def test_the_small_matrices_give_what_the_dense_formula_gives(name: str):
 
 def test_ties_of_mergekit_is_its_formula_element_by_element():
     random = np.random.default_rng(1)
-    for case in range(30):
+    for case in range(CASES):
         a, b = random.normal(size=(6, 11)), random.normal(size=(9, 6))
         blocks, weights = tuple(Block(i, 2 * i, 2 * i + 2) for i in range(3)), random.choice((0.3, 1.0, -0.5), size=3)
         deltas = [b[:, x.start : x.stop] @ a[x.start : x.stop] for x in blocks]
