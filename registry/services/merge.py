@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..api import MethodView, OptionView, ParentView, PlanView, Submitted
+from ..api import MethodView, OptionView, ParentView, PlanView, Submitted, VersionView
 from ..domain.adapter import AdapterFacts
 from ..domain.digest import json_digest
 from ..domain.errors import IncompatibleParents, InvalidInput, LossTooHigh, Problem, Recalled, Refused, raise_all
 from ..domain.job import Job, NewJob
 from ..domain.plan import MergePlan, build_plan, check_parents, parent_warnings
-from ..domain.prompts import prompt_form, prompt_warnings, tokenizer_warnings
+from ..domain.prompts import prompt_warnings, tokenizer_warnings
 from ..domain.recipe import RESIZE, MergeRequest, Recipe, recipe_from_json
 from ..domain.refs import check_name
 from ..domain.suite import Suite
@@ -31,17 +31,18 @@ from .register import WEIGHTS_FILE, publish
 from .resolve import resolve
 from .schedule import Done, Task
 from .staging import stage_folder
-from .suites import find_suite, suites_of
+from .suites import find_suite, forms_of
 from .views import recall_views, version_view
 
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """A request that can be merged exactly: pinned parents in recipe order, and the recipe they resolve to."""
+    """A request that can be merged exactly: pinned parents in recipe order, the recipe they resolve to, its digest."""
 
     into: str
     parents: tuple[AdapterVersion, ...]
     recipe: Recipe
+    digest: str
     facts: tuple[AdapterFacts, ...]
 
     @property
@@ -79,12 +80,13 @@ def preflight(ledger: Ledger, request: MergeRequest) -> Preflight:
     problems = [*_check_recalls(ledger, parents), *_check_bases(parents), *check_parents(facts, labels)]
     raise_all(IncompatibleParents, "these adapters cannot be merged:", problems)
     recipe = resolve_recipe(request, facts, [parent.spec.content_digest for parent in parents])
-    if request.expect and recipe.digest != request.expect[0]:
+    digest = recipe.digest
+    if request.expect and digest != request.expect[0]:
         raise Refused(
-            f"these parents and options make the recipe {recipe.digest[:12]}, expected was {request.expect[0][:12]}",
+            f"these parents and options make the recipe {digest[:12]}, expected was {request.expect[0][:12]}",
             hint="the recipe was changed, or written by an adapterctl whose methods had other rules",
         )
-    return Preflight(_target(request), parents, recipe, tuple(facts))
+    return Preflight(_target(request), parents, recipe, digest, tuple(facts))
 
 
 def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, actor: str) -> Submitted:
@@ -93,20 +95,22 @@ def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, acto
     What exists is held to the terms of this request too: raises `LossTooHigh` where it lost more than `max_loss`, and
     queues a job where `suites` are asked for. Jobs of one recipe are joined only where their terms are the same.
     """
-    ready = preflight(ledger, request)
+    with ledger.snapshot():
+        ready = preflight(ledger, request)
+        warnings = _warnings(ledger, ready)
+        adapter_id = ledger.adapter_id(ready.into)
+        existing = ledger.live_version(adapter_id, recipe=ready.digest) if adapter_id else None
     suites = [find_suite(ledger, suite) for suite in request.suites]
-    adapter_id = ledger.ensure_adapter(ready.into)
-    digest = ready.recipe.digest
-    existing = ledger.live_version(adapter_id, recipe=digest)
     if existing is not None:
         check_not_recalled(ledger, [existing], "merge with another recipe")
         _check_loss(ledger, existing, request.max_loss)
         _check_content(existing.spec.content_digest, request.expect)
         if not suites:
-            return _submitted(ledger, ready, version=existing)
+            return _submitted(ready, warnings, version=version_view(ledger, existing))
+    adapter_id = adapter_id or ledger.ensure_adapter(ready.into)
     new = new_merge(ready, adapter_id, suites, max_loss=request.max_loss, expect=request.expect, actor=actor)
     job, created = schedule.submit(ledger, bell, new)
-    return _submitted(ledger, ready, job=job, deduplicated=not created)
+    return _submitted(ready, warnings, job=job, deduplicated=not created)
 
 
 def new_merge(
@@ -123,7 +127,7 @@ def new_merge(
     verb = RESIZE if ready.recipe.method == RESIZE else "merge"
     return NewJob(
         kind="merge",
-        key=":".join([adapter_id, ready.recipe.digest, *_terms(max_loss, suites, expect)]),
+        key=":".join([adapter_id, ready.digest, *_terms(max_loss, suites, expect)]),
         title=f"{verb} {' '.join(view.ref for view in ready.parent_views)} into {ready.into}",
         spec={
             "into": ready.into,
@@ -147,13 +151,13 @@ def plan_merge(ledger: Ledger, folders: Folders, request: MergeRequest) -> PlanV
     ready = preflight(ledger, request)
     plan = ready.plan()
     adapter_id = ledger.adapter_id(ready.into)
-    existing = ledger.live_version(adapter_id, recipe=ready.recipe.digest) if adapter_id else None
+    existing = ledger.live_version(adapter_id, recipe=ready.digest) if adapter_id else None
     with ExitStack() as open_folders:
         files = [open_folders.enter_context(folders(parent)) / WEIGHTS_FILE for parent in ready.parents]
         forecasts, pairs, interference = forecast(plan, files, ready.labels)
     return PlanView(
         into=ready.into,
-        recipe_digest=ready.recipe.digest,
+        recipe_digest=ready.digest,
         method=ready.recipe.method,
         rank=ready.recipe.rank,
         dtype=ready.recipe.dtype,
@@ -370,28 +374,27 @@ def _joint_license(parents: Sequence[AdapterVersion]) -> str | None:
 
 
 def _submitted(
-    ledger: Ledger,
     ready: Preflight,
+    warnings: tuple[str, ...],
     *,
     job: Job | None = None,
-    version: AdapterVersion | None = None,
+    version: VersionView | None = None,
     deduplicated: bool = True,
 ) -> Submitted:
     return Submitted(
         into=ready.into,
-        recipe_digest=ready.recipe.digest,
+        recipe_digest=ready.digest,
         method=ready.recipe.method,
         rank=ready.recipe.rank,
         parents=ready.parent_views,
         job=job,
-        version=version_view(ledger, version) if version else None,
+        version=version,
         deduplicated=deduplicated,
-        warnings=_warnings(ledger, ready),
+        warnings=warnings,
     )
 
 
 def _warnings(ledger: Ledger, ready: Preflight) -> tuple[str, ...]:
     """What is odd about these parents but no reason to refuse: their modules, their prompts, their tokenizers."""
     tags = [parent.spec.tags for parent in ready.parents]
-    forms = [prompt_form(parent.spec.tags, suites_of(ledger, parent)) for parent in ready.parents]
-    return (*ready.warnings, *prompt_warnings(ready.labels, forms), *tokenizer_warnings(ready.labels, tags))
+    return (*ready.warnings, *prompt_warnings(ready.labels, forms_of(ledger, ready.parents)), *tokenizer_warnings(ready.labels, tags))

@@ -6,10 +6,12 @@ The file is untrusted: plain YAML, data only from the suite's own folder, sizes 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..api import SuiteView
 from ..domain.errors import InvalidInput, NotFound
+from ..domain.prompts import PromptForm, prompt_form
 from ..domain.suite import Suite, check_suite
 from ..domain.version import AdapterVersion
 from ..ports import Ledger
@@ -18,7 +20,11 @@ from .read_yaml import parse_yaml, read_limited
 
 MAX_SUITE_BYTES = 1 << 20
 MAX_DATA_BYTES = 16 << 20
+#: Forms of prompts that a process keeps at hand, by the digests of the suites that show them.
+FORMS_KEPT = 256
 HINT = "docs/evaluation.md shows how a suite is written"
+
+_forms: dict[tuple[str, ...], PromptForm | None] = {}
 
 
 def load_suite(path: Path) -> Suite:
@@ -50,13 +56,41 @@ def add_suite(ledger: Ledger, adapter_id: str, suite: Suite) -> None:
 
 def suites_of(ledger: Ledger, version: AdapterVersion) -> list[Suite]:
     """The suites that judge a version: its adapter's own, or else those of the versions it was merged from."""
-    own = ledger.suites(version.adapter_id)
-    if own:
-        return [from_json(body, Suite) for _, _, body in own]
-    edges = ledger.parent_edges([version.id]).get(version.id, ())
-    parents = ledger.versions_by_id([edge.parent_id for edge in edges])
-    found = [suite for edge in edges for suite in suites_of(ledger, parents[edge.parent_id])]
-    return list({suite.digest: suite for suite in found}.values())
+    return [_kept(ledger, digest) for digest in judging(ledger, [version])[version.id]]
+
+
+def judging(ledger: Ledger, versions: Sequence[AdapterVersion]) -> dict[str, tuple[str, ...]]:
+    """The digests of the suites that judge each version, by its id; a few reads for all of them together."""
+    own = ledger.suite_digests([version.adapter_id for version in versions])
+    found = {version.id: own.get(version.adapter_id, ()) for version in versions}
+    edges = ledger.parent_edges([version_id for version_id, digests in found.items() if not digests])
+    if edges:
+        parent_ids = dict.fromkeys(edge.parent_id for each in edges.values() for edge in each)
+        above = judging(ledger, list(ledger.versions_by_id(list(parent_ids)).values()))
+        for version_id, each in edges.items():
+            found[version_id] = tuple(dict.fromkeys(digest for edge in each for digest in above[edge.parent_id]))
+    return found
+
+
+def forms_of(ledger: Ledger, versions: Sequence[AdapterVersion]) -> list[PromptForm | None]:
+    """How each version is spoken to: as its tag declares, or as the prompts of its suites show."""
+    digests = judging(ledger, versions)
+    return [prompt_form(each.spec.tags, ()) or _seen_form(ledger, digests[each.id]) for each in versions]
+
+
+def _seen_form(ledger: Ledger, digests: tuple[str, ...]) -> PromptForm | None:
+    if digests not in _forms:
+        # a digest means the same suite for good, and to read one takes longer than all else that a merge asks
+        if len(_forms) >= FORMS_KEPT:
+            _forms.clear()
+        _forms[digests] = prompt_form({}, [_kept(ledger, digest) for digest in digests])
+    return _forms[digests]
+
+
+def _kept(ledger: Ledger, digest: str) -> Suite:
+    body = ledger.kept_suite(digest)
+    assert body is not None
+    return from_json(body, Suite)
 
 
 def keep_suite(ledger: Ledger, suite: Suite) -> str:
@@ -84,9 +118,7 @@ def named_suite(ledger: Ledger, text: str) -> Suite:
             f"{text!r} means {len(found)} suites" if found else f"no suite {text!r} is kept here",
             hint=f"kept are: {shown or 'none'}",
         )
-    body = ledger.kept_suite(found[0].digest)
-    assert body is not None
-    return from_json(body, Suite)
+    return _kept(ledger, found[0].digest)
 
 
 def find_suite(ledger: Ledger, text: str) -> Suite:

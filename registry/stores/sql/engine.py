@@ -17,7 +17,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -25,15 +25,16 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from sqlalchemy import (
+    ClauseElement,
     ColumnElement,
     Connection,
     Dialect,
     Engine,
     Executable,
     Float,
+    Insert,
     NullPool,
     QueuePool,
-    Row,
     Select,
     Text,
     bindparam,
@@ -45,6 +46,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql import SyntaxExtension
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -130,6 +132,7 @@ class Database:
                 f"{url.partition(':')[0]} is no database that the ledger speaks", hint="use a home, or postgresql://"
             )
         self._engines: tuple[Engine, Engine] | None = None
+        self._mine = threading.local()
 
     @property
     def label(self) -> str:
@@ -139,8 +142,27 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """One snapshot: all that is read in the block fits together."""
+        shared: Connection | None = getattr(self._mine, "snapshot", None)
+        if shared is not None:
+            with self._translated():
+                yield shared
+            return
         with self._translated(), self._open()[0].begin() as connection:
             yield connection
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Let all reads of this thread in the block be one: they fit together, and cost one transaction, not one each.
+
+        What is written in the block is not seen by its reads.
+        """
+        with self.read() as connection:
+            outer = getattr(self._mine, "snapshot", None)
+            self._mine.snapshot = connection
+            try:
+                yield
+            finally:
+                self._mine.snapshot = outer
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -204,13 +226,22 @@ def insert_once(connection: Connection, statement: Executable) -> bool:
     return True
 
 
-def inserted(connection: Connection, statement: Executable, values: Mapping[str, Any]) -> Row[Any] | None:
-    """Run an INSERT that returns its row; None, and nothing is changed, where a unique key is taken already."""
-    try:
-        with connection.begin_nested():
-            return connection.execute(statement, values).one()
-    except IntegrityError:
-        return None
+class UnlessTaken(SyntaxExtension, ClauseElement):
+    """For `insert(...).ext()`: where a unique key is taken already, nothing is inserted, and no row returned.
+
+    `insert_once` does the same for a statement that runs seldom; this one needs no savepoint, which costs as much as
+    the INSERT itself.
+    """
+
+    _traverse_internals = ()  # nothing in it varies, so that statements with it are compiled once
+
+    def apply_to_insert(self, insert_stmt: Insert) -> None:
+        insert_stmt.apply_syntax_extension_point(lambda existing: [*existing, self], "post_values")
+
+
+@compiles(UnlessTaken)
+def _unless_taken(element: UnlessTaken, compiler: SQLCompiler, **kw: Any) -> str:
+    return "ON CONFLICT DO NOTHING"
 
 
 def among(column: ColumnElement[str]) -> ColumnElement[bool]:

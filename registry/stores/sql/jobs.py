@@ -28,7 +28,7 @@ from ...domain.job import (
     QueueDepth,
 )
 from ...domain.worker import Queue
-from .engine import Database, Now, inserted
+from .engine import Database, Now, UnlessTaken
 from .tables import job, job_event, job_log
 
 WORKER_LOST = {
@@ -265,7 +265,7 @@ def queue_job(connection: Connection, new: NewJob) -> tuple[Job | None, bool]:
         "queue": new.queue,
         "created_by": new.created_by,
     }
-    created = inserted(connection, _QUEUE, row)
+    created = connection.execute(_QUEUE, row).one_or_none()
     if created is not None:
         connection.execute(_FIRST_EVENT, {"job_id": created.id, "message": f"by {new.created_by}"})
         return _job(created), True
@@ -284,6 +284,7 @@ _QUEUE = (
         | {"state": JobState.QUEUED, "attempt": 0, "created_at": Now(), "updated_at": Now()}
         | {"cancel_requested": False, "result": "{}"}
     )
+    .ext(UnlessTaken())
     .returning(job)
 )
 _FIRST_EVENT = insert(job_event).values(

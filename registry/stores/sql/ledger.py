@@ -104,6 +104,9 @@ class SqlLedger(JobRows, WorkerRows):
     def try_exclusive(self, name: str) -> AbstractContextManager[bool]:
         return self._db.try_exclusive(name)
 
+    def snapshot(self) -> AbstractContextManager[None]:
+        return self._db.snapshot()
+
     def close(self) -> None:
         self._db.close()
 
@@ -244,7 +247,7 @@ class SqlLedger(JobRows, WorkerRows):
         return self._versions(query.order_by(adapter.c.name, version.c.number))
 
     def versions_by_id(self, version_ids: Sequence[str]) -> dict[str, AdapterVersion]:
-        return {each.id: each for each in self._versions(_VERSION.where(among(version.c.id)), these(version_ids))}
+        return {each.id: each for each in self._versions(_BY_ID, these(version_ids))}
 
     def live_version(
         self, adapter_id: str, *, content: tuple[str, str] | None = None, recipe: str | None = None
@@ -419,6 +422,13 @@ class SqlLedger(JobRows, WorkerRows):
         query = columns.where(adapter_suite.c.adapter_id == adapter_id).order_by(adapter_suite.c.position)
         with self._db.read() as connection:
             return [(row.name, row.digest, row.body) for row in connection.execute(query)]
+
+    def suite_digests(self, adapter_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        with self._db.read() as connection:
+            for adapter_id, digest in connection.execute(_SUITE_DIGESTS, these(adapter_ids)):
+                found[adapter_id] = (*found.get(adapter_id, ()), digest)
+        return found
 
     def keep_suite(self, digest: str, name: str, body: str) -> None:
         with self._db.read() as connection:
@@ -599,6 +609,12 @@ _NEWEST = (
     .order_by(version.c.number.desc())
     .limit(1)
 )
+_SUITE_DIGESTS = (
+    select(adapter_suite.c.adapter_id, adapter_suite.c.digest)
+    .where(among(adapter_suite.c.adapter_id))
+    .order_by(adapter_suite.c.adapter_id, adapter_suite.c.position)
+)
+_BY_ID = _VERSION.where(among(version.c.id))
 _ADAPTER_ID = select(adapter.c.id).where(adapter.c.name == bindparam("name"))
 
 
