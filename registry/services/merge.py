@@ -397,4 +397,5 @@ def _submitted(
 def _warnings(ledger: Ledger, ready: Preflight) -> tuple[str, ...]:
     """What is odd about these parents but no reason to refuse: their modules, their prompts, their tokenizers."""
     tags = [parent.spec.tags for parent in ready.parents]
-    return (*ready.warnings, *prompt_warnings(ready.labels, forms_of(ledger, ready.parents)), *tokenizer_warnings(ready.labels, tags))
+    prompts = prompt_warnings(ready.labels, forms_of(ledger, ready.parents))
+    return (*ready.warnings, *prompts, *tokenizer_warnings(ready.labels, tags))
