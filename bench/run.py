@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import commands  # these modules register their benchmarks
+import jobs
 import lineage
 import merges
 import pages
@@ -30,7 +31,7 @@ from adapterctl.workers.receipt import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, PAGE = ROOT / "build" / "bench.json", ROOT / "docs" / "benchmarks.md"
-MODULES = (merges, lineage, pages, commands, service, tuning)
+MODULES = (merges, lineage, pages, commands, service, jobs, tuning)
 PACKAGES = ("numpy", "torch", "peft", "transformers", "mlflow")
 
 

@@ -99,7 +99,7 @@ def submit_p99_vs_bare(room: Path) -> Figure:
     "serve_s", "`adapterctl serve` with MLflow's pages on an existing registry, to the first 200", unit=" s", at_most=3
 )
 def serve_s(room: Path) -> Figure:
-    _registry(room)
+    two_adapters(room)
     times = []
     for _ in range(5):
         begun = time.perf_counter()
@@ -110,7 +110,7 @@ def serve_s(room: Path) -> Figure:
 
 @bench("serve_mb", "memory of that server after its pages were read", unit=" MB", at_most=300)
 def serve_mb(room: Path) -> Figure:
-    _registry(room)
+    two_adapters(room)
     with _serving(room) as (process, port):
         for path in ("/", "/ajax-api/2.0/mlflow/registered-models/search", "/v1/versions"):
             urlopen(f"http://127.0.0.1:{port}{path}", timeout=60).close()
@@ -124,7 +124,7 @@ def _submits() -> tuple[list[Round], list[Round]]:
     with tempfile.TemporaryDirectory() as folder:
         room = Path(folder)
         (room / "registry").mkdir()
-        secret = _registry(room / "registry").create_token("bench", scope=Scope.MERGE).secret
+        secret = two_adapters(room / "registry").create_token("bench", scope=Scope.MERGE).secret
         with _serving(room / "registry") as (_, port), _bare(room / "bare.db") as bare_port:
             counter = itertools.count(1)
             head = f"Authorization: Bearer {secret}\r\n"
@@ -172,7 +172,7 @@ async def _load(port: int, path: str, head: str, bodies: Sequence[bytes]) -> Rou
     return Round(len(bodies) / seconds, sorted(times)[int(len(times) * 0.99)])
 
 
-def _registry(home: Path) -> LocalRegistry:
+def two_adapters(home: Path) -> LocalRegistry:
     """A registry of two adapters."""
     registry = connect(Settings(home=home, actor="bench"))
     for name in ("translate", "chat"):

@@ -233,7 +233,7 @@ class UnlessTaken(SyntaxExtension, ClauseElement):
     the INSERT itself.
     """
 
-    _traverse_internals = ()  # nothing in it varies, so that statements with it are compiled once
+    _traverse_internals = []  # noqa: RUF012 - nothing in it varies, so that statements with it are compiled once
 
     def apply_to_insert(self, insert_stmt: Insert) -> None:
         insert_stmt.apply_syntax_extension_point(lambda existing: [*existing, self], "post_values")
