@@ -36,6 +36,8 @@ from ..registry.settings import Settings, load_settings
 from ..registry.stores.spawn_bell import only_one
 
 POLL_S = 0.1
+#: Between two looks of an idle supervisor at the queue: half of it is what a job waits on average.
+LOOK_S = 0.05
 BEAT_S = 1.0
 GRACE_S = 5.0
 #: After an attempt that met an obstacle; doubled while the obstacle stays.
@@ -99,18 +101,20 @@ class Supervisor:
 
         A job that runs under another owner keeps us here: its lease may expire, and someone must be there to see it.
         """
-        quiet_since = time.monotonic()
+        quiet_since, reaped_at = time.monotonic(), -BEAT_S
         while not self.stopped:
-            self._ledger.reap()
+            if time.monotonic() - reaped_at >= BEAT_S:
+                self._ledger.reap()
+                reaped_at = time.monotonic()
             if self.run_next():
                 self._rest()
                 quiet_since = time.monotonic()
                 continue
-            if self._ledger.jobs(states=[JobState.RUNNING], limit=1):
+            if time.monotonic() - quiet_since >= self._settings.idle_s:
+                if not self._ledger.jobs(states=[JobState.RUNNING], limit=1):
+                    return
                 quiet_since = time.monotonic()
-            elif time.monotonic() - quiet_since >= self._settings.idle_s:
-                return
-            time.sleep(POLL_S)
+            time.sleep(LOOK_S)
 
     def work_off(self) -> None:
         """Work until nothing is queued for us, or we are dismissed."""

@@ -29,7 +29,7 @@ from ...domain.job import (
 )
 from ...domain.worker import Queue
 from .engine import Database, Now, UnlessTaken
-from .tables import job, job_event, job_log
+from .tables import job, job_event, job_live, job_log
 
 WORKER_LOST = {
     "code": "worker_lost",
@@ -290,9 +290,8 @@ _QUEUE = (
 _FIRST_EVENT = insert(job_event).values(
     job_id=bindparam("job_id"), seq=1, at=Now(), kind=JobState.QUEUED, message=bindparam("message")
 )
-_LIVE_WITH_KEY = select(job).where(
-    job.c.kind == bindparam("kind"), job.c.key == bindparam("key"), job.c.state.in_(LIVE)
-)
+# In the words of the index of live keys: with the states as values, SQLite would read every queued job instead.
+_LIVE_WITH_KEY = select(job).where(job.c.kind == bindparam("kind"), job.c.key == bindparam("key"), job_live)
 
 
 def held(job_id: str, attempt: int) -> ColumnElement[bool]:

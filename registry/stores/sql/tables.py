@@ -182,13 +182,13 @@ job = Table(
 )
 Index("ix_job_state_created_at_id", job.c.state, job.c.created_at, job.c.id)
 Index("ix_job_created_at_id", job.c.created_at, job.c.id)
-_job_live = text("state IN ('queued', 'running')")
+job_live = text("state IN ('queued', 'running')")
 Index(
     "uq_job_live_key",
     job.c.kind,
     job.c.key,
     unique=True,
-    sqlite_where=_job_live,
+    sqlite_where=job_live,
 )
 
 job_event = Table(
