@@ -298,6 +298,16 @@ def test_a_report_is_stored_once_and_comes_back_whole(ledger: Ledger):
     assert ledger.reports_for("aa", "base-2") == []
 
 
+def test_reads_in_a_snapshot_see_one_state_whatever_is_written_meanwhile(ledger: Ledger):
+    with ledger.snapshot():
+        before = ledger.adapter_id("late")
+        ledger.ensure_adapter("late")
+        meanwhile = ledger.adapter_id("late")
+
+    assert (before, meanwhile) == (None, None)
+    assert ledger.adapter_id("late") is not None
+
+
 def test_suites_of_an_adapter_are_replaced_in_order(ledger: Ledger):
     adapter_id = ledger.ensure_adapter("translate")
     ledger.set_suites(adapter_id, [("a", "1", "{}")])
