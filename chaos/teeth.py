@@ -111,6 +111,7 @@ def without_finding(settings: Settings, room: Path, works: bool) -> None:
         if not works:
             MlflowVersions._version_by_key = lambda self, name, key: None  # type: ignore[method-assign]
             MlflowVersions._run_by_key = lambda self, adapter_id, key: None  # type: ignore[method-assign]
+            _leave_doubles()  # for this mends the same harm
         registry = open_quietly(settings)
         registry.ledger.reap(abandoned=True)
         _supervisor(registry).run_next()
@@ -119,23 +120,39 @@ def without_finding(settings: Settings, room: Path, works: bool) -> None:
 
 
 def without_lock(settings: Settings, room: Path, works: bool) -> None:
-    """Two executors register one merge: the first is slow between looking and creating, and the second comes then."""
+    """Two executors register one merge; without the lock, and without what mends its loss, both make it."""
+    _both_register(settings, room, locks=works, clears=works)
+
+
+def without_clearing(settings: Settings, room: Path, works: bool) -> None:
+    """The same, and the lock was lost: what the ledger does not name is cleared away, or is not."""
+    _both_register(settings, room, locks=False, clears=works)
+
+
+def _both_register(settings: Settings, room: Path, *, locks: bool, clears: bool) -> None:
+    """The first one is slow between looking and creating, and the second one comes then."""
     looked, done = room / "looked", room / "done"
 
+    def switch_off() -> None:
+        if not locks:
+            SqlLedger.exclusive = lambda self, name: nullcontext(_Lost())  # type: ignore[assignment, method-assign]
+        if not clears:
+            _leave_doubles()
+
     def first() -> None:
-        _unlock(works)
+        switch_off()
         create = MlflowVersions._create_run
 
         def create_late(self: MlflowVersions, *args: Any) -> Any:
             looked.touch()
-            _wait_for(done, WAIT_S if works else PATIENCE_S)  # the lock holds the second one back
+            _wait_for(done, WAIT_S if locks else PATIENCE_S)  # the lock holds the second one back
             return create(self, *args)
 
         MlflowVersions._create_run = create_late  # type: ignore[assignment, method-assign]
         _supervisor(open_quietly(settings)).run_next()
 
     def second() -> None:
-        _unlock(works)
+        switch_off()
         _wait_for(looked, PATIENCE_S)
         registry = open_quietly(settings)
         registry.ledger.reap(abandoned=True)  # as if the lease of the first were over
@@ -168,8 +185,16 @@ ACCIDENTS: Mapping[str, Accident] = {
     "lease": without_lease,
     "find by tag": without_finding,
     "lock": without_lock,
+    "clearing away": without_clearing,
     "re-ring": without_ringing_again,
 }
+
+
+class _Lost:
+    """A lock that was lost without a sign."""
+
+    def check(self) -> None:
+        return
 
 
 class _WorksWhenRung:
@@ -233,9 +258,8 @@ def _not_fenced(job_id: str, attempt: int) -> ColumnElement[bool]:
     return (job_table.c.id == job_id) & (job_table.c.state == JobState.RUNNING)
 
 
-def _unlock(works: bool) -> None:
-    if not works:
-        SqlLedger.exclusive = lambda self, name: nullcontext()  # type: ignore[method-assign]
+def _leave_doubles() -> None:
+    MlflowVersions.doubles = lambda self, versions, key=None: []  # type: ignore[method-assign]
 
 
 def _wait_for(file: Path, seconds: float) -> None:

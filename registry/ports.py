@@ -53,6 +53,17 @@ class Beside:
     pictures: Mapping[str, bytes] = field(default_factory=dict)
 
 
+class Lock(Protocol):
+    """A lock that is held."""
+
+    def check(self) -> None:
+        """Raise `Unavailable` where the lock was lost, so that another process may hold it by now.
+
+        It is lost when the database drops the connection that holds it, or when its file is deleted.
+        """
+        ...
+
+
 class Ledger(Protocol):
     """Our own tables. Every method is one transaction; none is open while tensors move or MLflow is called."""
 
@@ -72,7 +83,7 @@ class Ledger(Protocol):
         """The time by the ledger's clock."""
         ...
 
-    def exclusive(self, name: str) -> AbstractContextManager[None]:
+    def exclusive(self, name: str) -> AbstractContextManager[Lock]:
         """Hold a lock that dies with its process; the same name excludes every other process of this registry."""
         ...
 
@@ -395,6 +406,25 @@ class Attempt:
     started_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class Double:
+    """Something that MLflow has beside what the ledger names, made under the `key` of the version `of` the ledger.
+
+    Two processes made it at once, because one of them lost its lock. `id` is the number of a model version, or MLflow's
+    id of a LoggedModel or a run; what belongs to a doubled run is part of it.
+    """
+
+    of: AdapterVersion
+    key: str
+    kind: Literal["version", "model", "run"]
+    id: str
+    size_bytes: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.of.name} version {self.id}" if self.kind == "version" else f"{self.kind} {self.id}"
+
+
 class VersionStore(Protocol):
     """MLflow: the browsable record of versions, and the place where their bytes live once."""
 
@@ -416,12 +446,22 @@ class VersionStore(Protocol):
         key: str,
         staged: Path,
         parents: Sequence[Parent],
+        check: Callable[[], None],
     ) -> tuple[str, Placement]:
         """Find by `key`, else create: run, LoggedModel, files, finalize, model version. Safe to run again.
 
         Returns the version id that MLflow carries (an earlier attempt's, where one got that far) and the placement.
-        The files of `staged` are moved into the artifact store. The caller holds the lock of `key`.
+        The files of `staged` are moved into the artifact store. The caller holds the lock of `key`; `check` raises
+        where it was lost, and is asked before each step and after the last one that makes something.
         """
+        ...
+
+    def doubles(self, versions: Sequence[AdapterVersion], key: str | None = None) -> list[Double]:
+        """What MLflow has twice of these live versions of the ledger; with `key`, of the one that was made under it."""
+        ...
+
+    def drop_double(self, double: Double) -> None:
+        """Delete it, and its files; what is gone already is fine."""
         ...
 
     def folder(self, version: AdapterVersion) -> AbstractContextManager[Path]:

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ..api import Check
 from ..domain.version import AdapterVersion
-from ..ports import Ledger, SeenModel, VersionStore
+from ..ports import Double, Ledger, SeenModel, VersionStore
 
 
 def drift(ledger: Ledger, store: VersionStore, stages: Sequence[str]) -> Iterator[Check]:
     """One check a difference, by adapter; none where MLflow says what the ledger says. `stages` are the settings'."""
     seen = store.seen()
+    doubles = store.doubles(ledger.versions())
     ours = {model.adapter_id: model for model in seen if model.adapter_id is not None}
     by_adapter: dict[str, list[AdapterVersion]] = {}
     for version in ledger.versions():
@@ -28,7 +29,7 @@ def drift(ledger: Ledger, store: VersionStore, stages: Sequence[str]) -> Iterato
         if model.name != versions[0].name:
             yield _renamed(versions[0].name, model.name)
             continue
-        yield from _versions(model, versions)
+        yield from _versions(model, versions, [each for each in doubles if each.of.adapter_id == adapter_id])
         yield from _stages(store, versions, held.get(adapter_id, {}), stages)
     known = {ledger.adapter_id(name) for name in ledger.adapter_names()}
     strangers = [model.name for model in seen if model.adapter_id is None]
@@ -61,8 +62,9 @@ def _renamed(name: str, now: str) -> Check:
     )
 
 
-def _versions(model: SeenModel, versions: Sequence[AdapterVersion]) -> Iterator[Check]:
-    unknown = dict(model.versions)
+def _versions(model: SeenModel, versions: Sequence[AdapterVersion], doubles: Sequence[Double]) -> Iterator[Check]:
+    doubled = {int(each.id) for each in doubles if each.kind == "version"}
+    unknown = model.versions.keys() - doubled
     for version in versions:
         if version.number not in model.versions:
             yield Check(
@@ -79,13 +81,20 @@ def _versions(model: SeenModel, versions: Sequence[AdapterVersion]) -> Iterator[
                 f"MLflow's {version.label} is another version: the registered model was deleted and made again",
                 "restore MLflow from a backup",
             )
-        unknown.pop(version.number, None)
+        unknown.discard(version.number)
     for number in sorted(unknown):
         yield Check(
             "unknown",
             "warning",
             f"MLflow has {model.name} version {number}, which the ledger does not know",
             f"adapterctl register models:/{model.name}/{number} --name {model.name}; or delete it in MLflow",
+        )
+    for double in doubles:
+        yield Check(
+            "doubled",
+            "warning",
+            f"MLflow has {double.label} beside {double.of.label}: it was made twice, and the ledger names the other",
+            "adapterctl gc",
         )
 
 

@@ -1,9 +1,8 @@
 """Free what nobody refers to: what kills and removals left in the artifact store and in this machine's home.
 
 Everything is looked at again under the lock that its makers hold, so nothing that is being made is taken. What MLflow
-has a version for is never touched, even where the ledger knows nothing of it: a ledger that came from a backup knows
-less than MLflow does, and `doctor` names such versions. Lock files stay: to remove one that another process is about
-to lock would let two processes hold it.
+has a version for is not touched, even where the ledger knows nothing of it: a ledger that came from a backup knows less
+than MLflow does, and `doctor` names such versions. Only what was made beside a version that the ledger names is taken.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ def collect(ledger: Ledger, store: VersionStore, home: Path, *, older_than_s: fl
     found = tuple(
         chain(
             _removed_versions(ledger, store, dry_run=dry_run),
+            _doubles(ledger, store, dry_run=dry_run),
             _attempts(ledger, store, before=before, dry_run=dry_run),
             _stages(home / "staging", dry_run=dry_run),
             _job_files(ledger, home, before=before, dry_run=dry_run),
@@ -52,6 +52,17 @@ def _removed_versions(ledger: Ledger, store: VersionStore, *, dry_run: bool) -> 
         if not dry_run:
             store.remove(version)
         yield Garbage("version", version.label, size, "was removed, and its files were not")
+
+
+def _doubles(ledger: Ledger, store: VersionStore, *, dry_run: bool) -> Iterator[Garbage]:
+    """What was made beside a version that the ledger names; see `doubles.py`."""
+    for double in store.doubles(ledger.versions()):
+        with ledger.try_exclusive(lock_of(double.key)) as free:
+            if not free:  # its maker clears it away itself
+                continue
+            if not dry_run:
+                store.drop_double(double)
+        yield Garbage("double", double.label, double.size_bytes, f"the ledger names {double.of.label} instead")
 
 
 def _attempts(ledger: Ledger, store: VersionStore, *, before: float, dry_run: bool) -> Iterator[Garbage]:

@@ -32,6 +32,7 @@ from ..domain.refs import Source, check_name, parse_source
 from ..domain.version import AdapterVersion, Base, Edge, NewVersion
 from ..ports import Ledger, Parent, VersionStore
 from . import bases
+from .doubles import clear_doubles
 from .origins import check_bytes, origins, recipe_in
 from .recall import mark
 from .staging import stage_folder
@@ -191,7 +192,7 @@ def _find_or_create(
     job: tuple[str, int] | None = None,
     then: Callable[[str], Sequence[NewJob]] = lambda version_id: (),
 ) -> tuple[AdapterVersion, bool]:
-    with ledger.exclusive(key):
+    with ledger.exclusive(key) as lock:
         reached("register.locked")
         adapter_id = ledger.ensure_adapter(spec.adapter)
         existing = _live_version(ledger, adapter_id, spec)
@@ -199,39 +200,45 @@ def _find_or_create(
             check_bytes(ledger, spec.content_digest, _recipe(spec.facts)[0])
             if existing is not None:
                 return existing, False
-        versions = open_versions()
-        if existing is not None:  # the write is idempotent by id: what is left of it is the end of the job
-            placed = (existing.id, existing.placement)
-        else:
-            versions.ensure_adapter(spec.adapter, adapter_id, spec.base)
-            placed = versions.place(
+        versions, generation = open_versions(), _generation(ledger, spec, key)
+        try:
+            if existing is not None:  # the write is idempotent by id: what is left of it is the end of the job
+                placed = (existing.id, existing.placement)
+            else:
+                versions.ensure_adapter(spec.adapter, adapter_id, spec.base)
+                placed = versions.place(
+                    spec,
+                    adapter_id=adapter_id,
+                    version_id=str(uuid7()),
+                    key=generation,
+                    staged=staged,
+                    parents=parents,
+                    check=lock.check,
+                )
+            version_id, placement = placed
+            version = ledger.add_version(
+                version_id,
+                adapter_id,
                 spec,
-                adapter_id=adapter_id,
-                version_id=str(uuid7()),
-                key=_generation(ledger, spec, key),
-                staged=staged,
-                parents=parents,
+                placement,
+                _edges(version_id, spec, parents, supersedes),
+                created_by=created_by,
+                job=job,
+                then=then(version_id) if job else (),
             )
-        version_id, placement = placed
-        edges = [
-            Edge(version_id, position, parent.version.id, parent.kind, parent.weight, spec.recipe_digest)
-            for position, parent in enumerate(parents)
-        ]
-        if supersedes is not None:
-            edges.append(Edge(version_id, len(edges), supersedes, "supersedes"))
-        version = ledger.add_version(
-            version_id,
-            adapter_id,
-            spec,
-            placement,
-            edges,
-            created_by=created_by,
-            job=job,
-            then=then(version_id) if job else (),
-        )
+        finally:  # also where it failed: perhaps because the lock was lost, and another process was first
+            clear_doubles(versions, generation, lambda: _live_version(ledger, adapter_id, spec))
         mark(ledger, versions, version)
         tell_parents(ledger, versions, [parent.version for parent in parents])
         return version, existing is None
+
+
+def _edges(version_id: str, spec: NewVersion, parents: Sequence[Parent], supersedes: str | None) -> list[Edge]:
+    edges = [
+        Edge(version_id, position, parent.version.id, parent.kind, parent.weight, spec.recipe_digest)
+        for position, parent in enumerate(parents)
+    ]
+    return edges if supersedes is None else [*edges, Edge(version_id, len(edges), supersedes, "supersedes")]
 
 
 def tell_parents(ledger: Ledger, versions: VersionStore, parents: Sequence[AdapterVersion]) -> None:

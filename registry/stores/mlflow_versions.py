@@ -22,7 +22,7 @@ from ..domain.digest import json_digest
 from ..domain.errors import NotFound, Refused
 from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion, Base, FileRecord, NewVersion, Placement
-from ..ports import Attempt, Beside, Parent, SeenModel
+from ..ports import Attempt, Beside, Double, Parent, SeenModel
 from ..wire import from_json, to_builtins, to_json
 from .artifacts import files_are_gone, list_files, local_folder, move_into_place, own_folder
 from .mlflow_access import (
@@ -38,6 +38,7 @@ from .mlflow_access import (
     in_our_words,
     missing_is_fine,
 )
+from .mlflow_doubles import bytes_of_run, find_doubles, model_id, models_of, pages
 from .mlflow_layers import layers_picture
 from .mlflow_pages import (
     LAYERS_FILE,
@@ -120,25 +121,33 @@ class MlflowVersions:
         key: str,
         staged: Path,
         parents: Sequence[Parent],
+        check: Callable[[], None] = lambda: None,
     ) -> tuple[str, Placement]:
         """Write one version, or what is missing of it after a kill; see the head of this file for the order."""
         found = self._version_by_key(spec.adapter, key)
         if found is not None:
             files = from_json(self._mlflow.read_file(found.run_id, MANIFEST), tuple[FileRecord, ...])
         else:
-            run = self._run_by_key(adapter_id, key) or self._create_run(spec, adapter_id, version_id, key)
+            run = self._run_by_key(adapter_id, key)
+            if run is None:
+                check()
+                run = self._create_run(spec, adapter_id, version_id, key)
             reached("register.run")
+            check()
             model = self._model_of(run) or self._create_model(spec, run, parents)
             reached("register.model")
-            files = self._move_in(spec, run, model, staged)
+            files = self._move_in(spec, run, model, staged, check)
             reached("register.files")
             self._client.finalize_logged_model(model.model_id, "READY")
             reached("register.finalized")
+            check()
             self._link(spec, run, model, parents, files)
             reached("register.linked")
+            check()
             found = self._create_version(spec, run, model, parents)
             reached("register.version")
-        model = self._client.get_logged_model(_model_id(found))
+        check()
+        model = self._client.get_logged_model(model_id(found))
         self._complete(spec, found, parents)
         placement = Placement(int(found.version), model.model_id, found.run_id, model.artifact_location, files)
         return str(found.tags[VERSION_ID]), placement
@@ -190,22 +199,13 @@ class MlflowVersions:
     @in_our_words
     def seen(self) -> list[SeenModel]:
         versions: dict[str, dict[int, str | None]] = {}
-        for version in self._pages(self._client.search_model_versions):
+        for version in pages(self._client.search_model_versions):
             versions.setdefault(version.name, {})[int(version.version)] = version.tags.get(VERSION_ID)
-        models = self._pages(self._client.search_registered_models)
+        models = pages(self._client.search_registered_models)
         return sorted(
             (SeenModel(each.name, each.tags.get(ADAPTER_ID), versions.get(each.name, {})) for each in models),
             key=lambda model: model.name,
         )
-
-    def _pages(self, search: Callable[..., Any]) -> Iterator[Any]:
-        token = None
-        while True:
-            found = search(max_results=1000, page_token=token)
-            yield from found
-            token = found.token
-            if not token:
-                return
 
     @in_our_words
     def project_stage(self, name: str, stage: str, *, number: int | None, legacy: Mapping[int, str]) -> None:
@@ -307,28 +307,47 @@ class MlflowVersions:
 
         return [
             Attempt(run.info.run_id, run.data.tags[VERSION_ID], run.data.tags[KEY], run.info.start_time / 1000)
-            for run in self._pages(search)
+            for run in pages(search)
             if {VERSION_ID, KEY} <= run.data.tags.keys()
         ]
 
     @in_our_words
     def attempt_bytes(self, attempt: Attempt) -> int | None:
-        models = self._models_of(attempt.run_id)
+        models = models_of(self._mlflow, attempt.run_id)
         sources = [f"source_path LIKE '%{model.model_id}%'" for model in models]
         for condition in (f"run_id = '{attempt.run_id}'", *sources):
             if self._client.search_model_versions(condition, max_results=1):
                 return None
-        locations = [self._client.get_run(attempt.run_id).info.artifact_uri, *(m.artifact_location for m in models)]
-        return sum(self._mlflow.size_of_files(location) for location in locations)
+        return bytes_of_run(self._mlflow, self._client.get_run(attempt.run_id), models)
 
     @in_our_words
     def drop_attempt(self, attempt: Attempt) -> None:
+        self._drop_run(attempt.run_id)
+
+    @in_our_words
+    def doubles(self, versions: Sequence[AdapterVersion], key: str | None = None) -> list[Double]:
+        return find_doubles(self._mlflow, versions, key)
+
+    @in_our_words
+    def drop_double(self, double: Double) -> None:
+        with missing_is_fine():
+            if double.kind == "version":
+                self._client.delete_model_version(double.of.name, double.id)
+            elif double.kind == "model":
+                self._drop_model(self._client.get_logged_model(double.id))
+            else:
+                self._drop_run(double.id)
+
+    def _drop_run(self, run_id: str) -> None:
         # the run last: by it the rest is found again after a kill
-        for model in self._models_of(attempt.run_id):
-            self._delete_files(model.artifact_location, model.model_id)
-            self._client.delete_logged_model(model.model_id)
-        self._delete_files(self._client.get_run(attempt.run_id).info.artifact_uri, attempt.run_id)
-        self._client.delete_run(attempt.run_id)
+        for model in models_of(self._mlflow, run_id):
+            self._drop_model(model)
+        self._delete_files(self._client.get_run(run_id).info.artifact_uri, run_id)
+        self._client.delete_run(run_id)
+
+    def _drop_model(self, model: LoggedModel) -> None:
+        self._delete_files(model.artifact_location, model.model_id)
+        self._client.delete_logged_model(model.model_id)
 
     def _create_adapter(self, name: str, adapter_id: str, base: Base) -> Any:
         try:
@@ -359,12 +378,9 @@ class MlflowVersions:
         return self._client.create_run(self._mlflow.experiment_id, tags=tags, run_name=f"{spec.kind} {spec.adapter}")
 
     def _model_of(self, run: Run) -> LoggedModel | None:
-        found = self._models_of(run.info.run_id)
+        linked = {output.model_id for output in _outputs(run)}  # one that is, where a lost lock made two
+        found = sorted(models_of(self._mlflow, run.info.run_id), key=lambda model: model.model_id not in linked)
         return found[0] if found else None
-
-    def _models_of(self, run_id: str) -> list[LoggedModel]:
-        condition = f"source_run_id = '{run_id}'"
-        return list(self._client.search_logged_models([self._mlflow.experiment_id], condition))
 
     def _create_model(self, spec: NewVersion, run: Run, parents: Sequence[Parent]) -> LoggedModel:
         return self._client.create_logged_model(
@@ -380,7 +396,9 @@ class MlflowVersions:
             model_type="peft-lora",
         )
 
-    def _move_in(self, spec: NewVersion, run: Run, model: LoggedModel, staged: Path) -> tuple[FileRecord, ...]:
+    def _move_in(
+        self, spec: NewVersion, run: Run, model: LoggedModel, staged: Path, check: Callable[[], None]
+    ) -> tuple[FileRecord, ...]:
         """Complete the staged folder by its MLmodel and make it the model's artifacts; returns the manifest."""
         text = mlmodel(
             spec,
@@ -392,6 +410,7 @@ class MlflowVersions:
         (staged / "MLmodel").write_text(text, encoding="utf-8")
         files = list_files(staged)
         target = local_folder(model.artifact_location)
+        check()  # to read the files takes a while
         if target is None:
             self._client.log_model_artifacts(model.model_id, str(staged))
         else:
@@ -485,14 +504,14 @@ class MlflowVersions:
         # MLflow's server does this for whoever asks it; the SQL store in this process does not
         shown = json.dumps([{"name": spec.adapter, "version": int(version.version)}])
         text = describe(spec, parents, int(version.version))
-        self._client.set_logged_model_tags(_model_id(version), {_MODEL_VERSIONS: shown, _NOTE: text})
+        self._client.set_logged_model_tags(model_id(version), {_MODEL_VERSIONS: shown, _NOTE: text})
         self._client.set_tag(version.run_id, _NOTE, text)
         if version.description == describe(spec, parents):  # as it was made, before it had a number
             self._client.update_model_version(spec.adapter, version.version, description=text)
         self._set_task(spec, parents)
         run = self._client.get_run(version.run_id)
         at = run.info.start_time
-        values = [Metric(key, value, at, 0, model_id=_model_id(version)) for key, value in figures(spec).items()]
+        values = [Metric(key, value, at, 0, model_id=model_id(version)) for key, value in figures(spec).items()]
         for position, parent in enumerate(parents):
             name, weight = (TRAINED_FROM, 1.0) if parent.weight is None else (MERGE_WEIGHT, parent.weight)
             values.append(Metric(name, weight, at, position, model_id=parent.version.placement.model_id))
@@ -567,7 +586,3 @@ def _parent_params(parents: Sequence[Parent]) -> dict[str, str]:
 
 def _outputs(run: Run) -> Sequence[LoggedModelOutput]:
     return (run.outputs.model_outputs if run.outputs else None) or ()
-
-
-def _model_id(version: ModelVersion) -> str:
-    return str(version.source).removeprefix("models:/")

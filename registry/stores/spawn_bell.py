@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from fcntl import LOCK_EX, LOCK_NB, flock
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..domain.errors import NotAllowed
+from ..locks import locked_if_free
 from ..settings import Settings
 
 SUPERVISOR = "adapterctl.workers.supervisor"
@@ -72,15 +72,10 @@ class SpawnBell:
 def only_one(home: Path) -> Iterator[bool]:
     """Hold the supervisor's lock of this home; False, without waiting, where another process holds it."""
     file = home / "locks" / "supervisor.lock"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle = file.open("a")
-    except OSError as error:
-        raise NotAllowed(f"{file} cannot be written: {error.strerror}", hint="use a home that is yours") from error
-    with handle:
+    with ExitStack() as stack:
         try:
-            flock(handle, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(locked_if_free(file))
+        except OSError as error:
+            raise NotAllowed(f"{file} cannot be written: {error.strerror}", hint="use a home that is yours") from error
+        yield lock is not None

@@ -40,4 +40,4 @@ def test_one_promoter_wins_each_round_and_one_executor_each_race_and_a_missing_s
     assert done.returncode == 0, done.stdout + done.stderr
     assert "moves 3, refused 21" in done.stdout
     assert "races 8, registered by the rightful one 8, by the one that lost its lease 0, versions 8" in done.stdout
-    assert done.stdout.count("without ") == 5
+    assert done.stdout.count("without ") == 6

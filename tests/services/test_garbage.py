@@ -151,6 +151,43 @@ def test_what_mlflow_has_a_version_for_is_left_to_doctor(two_parents: LocalRegis
     assert two_parents.verify(Ref("late")).files == "intact"
 
 
+def test_what_was_made_twice_is_named_by_doctor_and_freed(two_parents: LocalRegistry):
+    """As after two processes registered one version at once, and the one that the ledger refused was killed then."""
+    version = two_parents.ledger.version_by_number("chat", 1)
+    assert version is not None
+    client, store = mlflow(two_parents), two_parents.version_store
+    run = client.get_run(version.placement.run_id)
+    experiment, tags = run.info.experiment_id, {k: v for k, v in run.data.tags.items() if k.startswith("adapterctl.")}
+    other_run = client.create_run(experiment, tags={**tags, "adapterctl.version_id": "of-the-killed"}).info.run_id
+    client.set_terminated(other_run)
+    made = [
+        client.create_logged_model(experiment, source_run_id=each) for each in (version.placement.run_id, other_run)
+    ]
+    for model in made:
+        client.finalize_logged_model(model.model_id, "READY")
+        with store._mlflow.as_global_uri():
+            client.create_model_version(
+                "chat", f"models:/{model.model_id}", model.source_run_id, tags=tags, model_id=model.model_id
+            )
+            client.copy_model_version("models:/chat/1", "copied")  # a person's copy carries every tag
+
+    named = [check.detail for check in two_parents.doctor() if check.name in ("doubled", "unknown")]
+    told, freed, again = (two_parents.gc(dry_run=dry_run) for dry_run in (True, False, False))
+
+    doubles = ["chat version 2", "chat version 3", f"model {made[0].model_id}", f"run {other_run}"]
+    beside = "beside chat:v1: it was made twice, and the ledger names the other"
+    assert named == [f"MLflow has {each} {beside}" for each in doubles]
+    assert [(each.kind, each.name) for each in told.found] == [("double", each) for each in doubles]
+    assert freed.found == told.found
+    assert again.found == ()
+    assert [each.version for each in client.search_model_versions("name = 'chat'")] == [1]
+    assert client.search_model_versions("name = 'copied'")
+    assert models(two_parents).isdisjoint({model.model_id for model in made})
+    assert client.get_run(other_run).info.lifecycle_stage == "deleted"
+    assert client.get_run(version.placement.run_id).info.lifecycle_stage == "active"
+    assert two_parents.verify(Ref("chat")).files == "intact"
+
+
 def test_logs_and_work_go_by_what_became_of_their_job(two_parents: LocalRegistry):
     ledger, folder = two_parents.ledger, two_parents.settings.home / "jobs"
     folder.mkdir(exist_ok=True)

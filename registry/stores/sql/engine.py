@@ -11,7 +11,6 @@ session-level advisory lock on a connection of its own, so it dies with its proc
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +60,8 @@ from ...domain.errors import (
     NotFound,
     Unavailable,
 )
+from ...locks import FileLock, locked, locked_if_free
+from ...ports import Lock
 
 BUSY_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10
@@ -183,7 +185,7 @@ class Database:
         """Make the place of a new database."""
         self._product.prepare()
 
-    def exclusive(self, name: str) -> AbstractContextManager[None]:
+    def exclusive(self, name: str) -> AbstractContextManager[Lock]:
         """Hold the lock `name` of this registry. It dies with its process; a process must not take it twice."""
         return self._product.exclusive(name)
 
@@ -305,7 +307,7 @@ class _Product(Protocol):
     def engine(self) -> Engine: ...
     def check_writable(self) -> None: ...
     def prepare(self) -> None: ...
-    def exclusive(self, name: str) -> AbstractContextManager[None]: ...
+    def exclusive(self, name: str) -> AbstractContextManager[Lock]: ...
     def try_exclusive(self, name: str) -> AbstractContextManager[bool]: ...
     def turn(self) -> AbstractContextManager[None]:
         """Held by a thread while it writes."""
@@ -353,20 +355,21 @@ class _Sqlite:
         return os.access(self._path.parent, os.W_OK) and (not self.exists or os.access(self._path, os.W_OK))
 
     @contextmanager
-    def exclusive(self, name: str) -> Iterator[None]:
-        with self._lock_file(name).open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+    def exclusive(self, name: str) -> Iterator[Lock]:
+        with locked(self._lock_file(name)) as lock:
+            try:
+                yield _LockOnFile(lock)
+            finally:
+                lock.delete()  # one for each merge ever made would be many
 
     @contextmanager
     def try_exclusive(self, name: str) -> Iterator[bool]:
-        with self._lock_file(name).open("a") as handle:
+        with locked_if_free(self._lock_file(name)) as lock:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+                yield lock is not None
+            finally:
+                if lock is not None:
+                    lock.delete()
 
     def _lock_file(self, name: str) -> Path:
         self.check_writable()
@@ -416,6 +419,15 @@ class _Sqlite:
         return Corrupt(f"{self.label} is damaged: {error.orig}", hint="restore it from a backup")
 
 
+@dataclass(frozen=True, slots=True)
+class _LockOnFile:
+    lock: FileLock
+
+    def check(self) -> None:
+        if not self.lock.is_held:
+            raise _lost(f"somebody deleted {self.lock.path}")
+
+
 def _begin(connection: Connection) -> None:
     writes = connection.get_execution_options().get("writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
@@ -458,17 +470,17 @@ class _Postgres:
         """The server decides, when it is asked."""
 
     @contextmanager
-    def exclusive(self, name: str) -> Iterator[None]:
-        with self._locking("pg_advisory_lock", name):
-            yield
+    def exclusive(self, name: str) -> Iterator[Lock]:
+        with self._locking("pg_advisory_lock", name) as (connection, _):
+            yield _LockOnServer(connection)
 
     @contextmanager
     def try_exclusive(self, name: str) -> Iterator[bool]:
-        with self._locking("pg_try_advisory_lock", name) as got_it:
+        with self._locking("pg_try_advisory_lock", name) as (_, got_it):
             yield bool(got_it)
 
     @contextmanager
-    def _locking(self, function: str, name: str) -> Iterator[Any]:
+    def _locking(self, function: str, name: str) -> Iterator[tuple[Connection, Any]]:
         engine = self._engine(poolclass=NullPool, isolation_level="AUTOCOMMIT")
         try:
             connection = engine.connect()
@@ -476,7 +488,7 @@ class _Postgres:
         except DBAPIError as error:
             raise self.in_our_words(error) from error
         try:
-            yield answer
+            yield connection, answer
         finally:
             connection.close()  # and with it the lock: the connection is in no pool
 
@@ -503,6 +515,21 @@ class _Postgres:
         return Unavailable(f"the ledger at {self.label} cannot be used: {error.orig}", hint="see `adapterctl doctor`")
 
 
+@dataclass(frozen=True, slots=True)
+class _LockOnServer:
+    connection: Connection
+
+    def check(self) -> None:
+        try:  # as long as the server knows the connection, it knows its lock
+            self.connection.execute(text("SELECT 1"))
+        except DBAPIError as error:
+            raise _lost("the database dropped the connection that held it") from error
+
+
+def _lost(why: str) -> Unavailable:
+    return Unavailable(f"the lock of this work was lost: {why}", hint="try again: what was begun is gone on with")
+
+
 _CONNECT = {
     "connect_timeout": CONNECT_TIMEOUT_S,
     "application_name": "adapterctl",
@@ -510,6 +537,7 @@ _CONNECT = {
     "keepalives_idle": 15,
     "keepalives_interval": 5,
     "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
 }
 
 

@@ -36,7 +36,7 @@ from ...domain.version import (
     VersionSpec,
     summarise,
 )
-from ...ports import GateFile
+from ...ports import GateFile, Lock
 from .engine import Database, Now, among, insert_once, these
 from .graph import add_recall, check_not_recalled, descend, edges_at, labels, lock_recalls, recalled, walk
 from .jobs import JobRows, end_job, held, queue_job
@@ -98,7 +98,7 @@ class SqlLedger(JobRows, WorkerRows):
         with self._db.read() as connection:
             return float(connection.execute(select(Now())).scalar_one())
 
-    def exclusive(self, name: str) -> AbstractContextManager[None]:
+    def exclusive(self, name: str) -> AbstractContextManager[Lock]:
         return self._db.exclusive(name)
 
     def try_exclusive(self, name: str) -> AbstractContextManager[bool]:
