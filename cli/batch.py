@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import yaml
 
 from ..registry.api import Registered, RegistryAPI
 from ..registry.domain.errors import InvalidInput, Problem, raise_all
 from ..registry.domain.refs import check_name, parse_ref, parse_source
+from ..registry.services.read_yaml import parse_yaml, read_limited
+
+MAX_BATCH_BYTES = 1 << 24
+HINT = "see `adapterctl register --help`"
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,13 +58,11 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 def read_batch(path: Path) -> list[Entry]:
-    """The entries of a YAML (or JSON) list. Raises `InvalidInput` with the problems of every entry."""
-    try:
-        items = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidInput(f"{path} cannot be read: {error.strerror}", hint="give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidInput(f"{path} is not YAML: {error}", hint="see `adapterctl register --help`") from error
+    """The entries of a YAML (or JSON) list.
+
+    Raises `NotFound` where there is no such file, `InvalidInput` with the problems of every entry.
+    """
+    items = parse_yaml(read_limited(path, MAX_BATCH_BYTES, hint=HINT), path, hint=HINT)
     if not isinstance(items, list) or not items:
         raise InvalidInput(
             f"{path} is not a list of adapters", hint="write '- source: ./adapter' and 'name: translate'"

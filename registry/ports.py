@@ -228,7 +228,7 @@ class Ledger(Protocol):
     ) -> Job | None:
         """Take the oldest queued job, of these kinds and queues where any are named; None when there is none.
 
-        One conditional UPDATE, which raises `attempt`.
+        One of a kind that is `URGENT` goes before those of other kinds. One conditional UPDATE, which raises `attempt`.
         """
         ...
 

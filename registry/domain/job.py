@@ -16,6 +16,11 @@ from .worker import Queue
 JobKind = Literal["merge", "eval", "tune", "verify", "recall", "rebuild"]
 
 
+#: Claimed before all others, however long those have waited: they take milliseconds, and until they ran MLflow's pages
+#: recommend what the ledger knows to be recalled.
+URGENT: tuple[JobKind, ...] = ("recall",)
+
+
 class JobState(StrEnum):
     """`cancel_requested` is a flag on a running job, not a state: the job ends when its child stopped."""
 

@@ -186,6 +186,10 @@ class LocalRegistry:
         trained_on: str | None = None,
         descends_from: Ref | None = None,
     ) -> list[VersionView]:
+        if stage is not None:
+            check_stage_name(
+                stage, self.settings.stages, kept={key for held in self.ledger.stages().values() for key in held}
+            )
         found = select.candidates(
             self.ledger, name, removed=removed, stage=stage, trained_on=trained_on, descends_from=descends_from
         )
@@ -443,7 +447,8 @@ class LocalRegistry:
     def history(
         self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
     ) -> HistoryView:
-        return stage_history(self.ledger, name, stage=stage, verify=verify, head=head)
+        names = self.settings.stages
+        return stage_history(self.ledger, name, names=names, stage=stage, verify=verify, head=head)
 
     # gates
 

@@ -12,7 +12,7 @@ What was recalled goes to no stage by any of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ..api import HistoryView, StageEventView
@@ -49,9 +49,9 @@ def check_stage(ledger: Ledger, versions: VersionStore, name: str, stage: str) -
     _check_alias(versions, holder, versions.alias(name, stage), name, stage)
 
 
-def check_stage_name(stage: str, names: Sequence[str]) -> None:
-    """Raise `InvalidInput` for a stage that the settings do not name."""
-    if stage not in names:
+def check_stage_name(stage: str, names: Sequence[str], *, kept: Collection[str] = ()) -> None:
+    """Raise `InvalidInput` for a stage that the settings do not name; where one reads, what was `kept` may be, too."""
+    if stage not in names and stage not in kept:
         raise InvalidInput(f"{stage!r} is no stage", hint=f"stages are {', '.join(names)}; settings: ADAPTERCTL_STAGES")
 
 
@@ -238,18 +238,27 @@ class Stages:
 
 
 def history(
-    ledger: Ledger, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
+    ledger: Ledger,
+    name: str,
+    *,
+    names: Sequence[str] = (),
+    stage: str | None = None,
+    verify: bool = False,
+    head: str | None = None,
 ) -> HistoryView:
     """Every change of an adapter's stages, and every approval, oldest first.
 
     `verify` checks the whole chain, whatever `stage` shows of it, and the kept evidence. A history that was cut at its
     end or written anew from its start has no broken link: it is found only against `head`, as it was exported or the
-    hash alone, that was kept elsewhere. Raises `InvalidInput` for the head of another history.
+    hash alone, that was kept elsewhere. Raises `InvalidInput` for the head of another history, and for a stage that
+    neither `names`, those of the settings, nor a row of this history know.
     """
     kept = None if head is None else read_head(head)
     if isinstance(kept, Head) and (kept.registry, kept.name) != (ledger.registry_id, name):
         raise InvalidInput(f"that head is of {kept.name} in the registry {kept.registry}, not of {name} here")
     events = ledger.stage_history(known_adapter(ledger, name))
+    if stage is not None:
+        check_stage_name(stage, names, kept={event.stage for event in events})
     findings = None
     if verify:
         findings = verify_chain(events) + _verify_evidence(ledger, events)

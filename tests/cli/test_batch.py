@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adapterctl.cli.batch import read_batch
-from adapterctl.registry.domain.errors import InvalidInput
+from adapterctl.registry.domain.errors import InvalidInput, NotFound
 
 
 def batch(folder: Path, text: str) -> Path:
@@ -58,12 +58,12 @@ def test_every_bad_entry_is_named_at_once(tmp_path: Path):
     assert "unknown field `metric`" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "a: b", "- 1", "- {source: [", "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", "a: b", "- 1", "- {source: [", "\x00", "- {source: a, name: x, name: y}"])
 def test_what_is_no_list_of_adapters_is_refused(text: str, tmp_path: Path):
     with pytest.raises(InvalidInput):
         read_batch(batch(tmp_path, text))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path):
-    with pytest.raises(InvalidInput, match="cannot be read"):
+    with pytest.raises(NotFound, match="no file"):
         read_batch(tmp_path / "none.yaml")

@@ -46,6 +46,16 @@ def test_the_oldest_job_of_a_wanted_kind_is_claimed_first(ledger: Ledger):
     assert claimed[0].lease_until == pytest.approx(claimed[0].started_at + 10, abs=0.1)
 
 
+def test_the_mark_of_a_recall_does_not_wait_behind_what_was_queued_before(ledger: Ledger):
+    kinds = ["eval", "merge", "recall", "eval", "recall"]
+    jobs = [ledger.submit(new(str(number), kind))[0] for number, kind in enumerate(kinds)]
+
+    not_for_me = ledger.claim("w", 10, kinds=["merge", "eval"])
+    claimed = [ledger.claim("w", 10) for _ in range(4)]
+
+    assert [job.id for job in (not_for_me, *claimed) if job] == [jobs[k].id for k in (0, 2, 4, 1, 3)]
+
+
 def test_renewal_extends_the_lease_and_carries_progress(ledger: Ledger):
     job, _ = ledger.submit(new())
     ledger.claim("w", 10)

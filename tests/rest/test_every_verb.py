@@ -643,8 +643,20 @@ def test_stages_move_back_and_forth_and_are_recorded(registry: RegistryAPI, add:
 def test_a_stage_that_does_not_exist_or_is_not_held_is_refused(registry: RegistryAPI, add: Add):
     version = add()
 
-    with pytest.raises(InvalidInput, match="nirvana"):
-        registry.promote(ref(version), to="nirvana")
+    asked: list[Callable[[], object]] = [
+        lambda: registry.promote(ref(version), to="nirvana"),
+        lambda: registry.rollback(version.name, stage="nirvana"),
+        lambda: registry.demote(version.name, stage="nirvana"),
+        lambda: registry.adopt(version.name, stage="nirvana"),
+        lambda: registry.approve(ref(version), to="nirvana"),
+        lambda: registry.gate_check(ref(version), to="nirvana"),
+        lambda: registry.history(version.name, stage="nirvana"),
+        lambda: registry.versions(stage="nirvana"),
+    ]
+    for verb in asked:
+        with pytest.raises(InvalidInput, match="'nirvana' is no stage") as caught:
+            verb()
+        assert "stages are staging, production" in caught.value.hint
     with pytest.raises(AdapterctlError):
         registry.rollback(version.name, stage="production")
     with pytest.raises((Refused, NotFound, StageMoved)):

@@ -19,6 +19,7 @@ from ...domain.job import (
     DEFAULT_MAX_ATTEMPTS,
     ENDED,
     LIVE,
+    URGENT,
     Job,
     JobEvent,
     JobState,
@@ -88,10 +89,11 @@ class JobRows:
             if connection.execute(select(job.c.id).where(waiting).limit(1)).first() is None:
                 return None
         oldest = select(job.c.id).where(waiting).order_by(job.c.created_at, job.c.id).limit(1)
+        first = [each.with_for_update(skip_locked=True) for each in (oldest.where(job.c.kind.in_(URGENT)), oldest)]
         with self._db.write() as connection:
             moved = _update(
                 connection,
-                (job.c.id == oldest.with_for_update(skip_locked=True).scalar_subquery()) & waiting,
+                (job.c.id == func.coalesce(*(each.scalar_subquery() for each in first))) & waiting,
                 state=JobState.RUNNING,
                 attempt=job.c.attempt + 1,
                 owner=owner,
