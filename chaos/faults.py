@@ -239,6 +239,24 @@ def restart_postgres(by: Injector) -> bool:
     return True
 
 
+def lose_locks(by: Injector) -> bool:
+    """The server drops every connection that holds a lock, while a supervisor sleeps past its lease.
+
+    Where that one held the lock, it wakes up inside MLflow, and another one has registered the same meanwhile.
+    """
+    assert by.scene.postgres is not None
+    held = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted"
+    try:
+        with psycopg.connect(by.scene.postgres.url("ledger"), connect_timeout=2, autocommit=True) as server:
+            if server.execute(held).fetchone() is None:
+                return False
+            by.stop_for(by.scene.supervisors(), LEASE_S + by.dice.uniform(0.5, 2.0))
+            dropped = server.execute(f"SELECT pg_terminate_backend(pid) FROM ({held}) AS held").fetchall()
+    except psycopg.Error:
+        return False
+    return bool(dropped)
+
+
 def step_host_clock(by: Injector) -> bool:
     by.scene.clocks["host"].step(by.dice.choice((-3600.0, -60.0, 60.0, 3600.0)))
     return True
@@ -276,6 +294,7 @@ FAULTS: Mapping[str, tuple[int, Callable[[Scene], bool], Fault]] = {
     "file size limit": (5, lambda scene: scene.disk is None, forbid_long_files),
     "MLflow's database held": (4, always, hold_mlflow),
     "ledger held past the lease": (4, always, hold_ledger),
+    "lock's connection dropped": (6, lambda scene: scene.postgres is not None, lose_locks),
     "PostgreSQL restarted at once": (10, lambda scene: scene.postgres is not None, restart_postgres),
     "clock of the machines stepped": (5, lambda scene: "host" in scene.clocks, step_host_clock),
     "clock of the database stepped": (3, lambda scene: "database" in scene.clocks, step_database_clock),
