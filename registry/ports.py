@@ -284,6 +284,13 @@ class Ledger(Protocol):
         ...
 
     def log(self, job_id: str, after: int = 0) -> list[LogPiece]: ...
+    def old_logs(self, before: float) -> dict[str, int]:
+        """The jobs that ended before then and have a log, the oldest first, each with its length."""
+        ...
+
+    def drop_log(self, job_id: str) -> None:
+        """Forget what the attempts of an ended job wrote; its history stays."""
+        ...
 
     # workers
     def add_worker(self, worker_id: str, *, name: str, host: str, queues: Sequence[Queue], device: str) -> None:

@@ -48,8 +48,8 @@ def gc(
 ) -> None:
     """Free what no version, job, decision or report refers to.
 
-    Files of removed versions, attempts that never became a version, abandoned stage folders, logs and
-    work files of ended jobs. What MLflow has a version for stays, whoever made it.
+    Files of removed versions, attempts that never became a version, what was made twice, abandoned stage
+    folders, logs and work files of ended jobs. Any other version that MLflow has stays, whoever made it.
 
     Example: adapterctl gc --dry-run
     """

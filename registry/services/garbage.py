@@ -21,6 +21,8 @@ from ..wire import to_json
 from .register import lock_of
 from .staging import abandoned, remove
 
+#: The ledger's copy of a log serves those who are on another machine, and outlives the file by this.
+LOGS_KEPT_S = 30 * 86_400.0
 _ALL = 1_000_000
 
 
@@ -36,6 +38,7 @@ def collect(ledger: Ledger, store: VersionStore, home: Path, *, older_than_s: fl
             _attempts(ledger, store, before=before, dry_run=dry_run),
             _stages(home / "staging", dry_run=dry_run),
             _job_files(ledger, home, before=before, dry_run=dry_run),
+            _kept_logs(ledger, before=min(before, ledger.now() - LOGS_KEPT_S), dry_run=dry_run),
         )
     )
     return GarbageView(found, sum(each.size_bytes for each in found), dry_run)
@@ -116,6 +119,13 @@ def _job_files(ledger: Ledger, home: Path, *, before: float, dry_run: bool) -> I
         if not dry_run:
             _delete(path)
         yield Garbage("log" if is_log else "work", str(path), size, f"job {job.id} {job.state}")
+
+
+def _kept_logs(ledger: Ledger, *, before: float, dry_run: bool) -> Iterator[Garbage]:
+    for job_id, size in ledger.old_logs(before).items():
+        if not dry_run:
+            ledger.drop_log(job_id)
+        yield Garbage("log", f"log of job {job_id} in the ledger", size, "its job ended long ago")
 
 
 def _job_of(ledger: Ledger, path: Path) -> Job | None:

@@ -15,6 +15,7 @@ from adapterctl.registry.api import GarbageView
 from adapterctl.registry.domain.errors import InvalidInput
 from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.domain.refs import Ref
+from adapterctl.registry.services import garbage
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.services.staging import stage_folder
 from adapterctl.registry.stores.spawn_bell import only_one
@@ -186,6 +187,31 @@ def test_what_was_made_twice_is_named_by_doctor_and_freed(two_parents: LocalRegi
     assert client.get_run(other_run).info.lifecycle_stage == "deleted"
     assert client.get_run(version.placement.run_id).info.lifecycle_stage == "active"
     assert two_parents.verify(Ref("chat")).files == "intact"
+
+
+def test_what_the_ledger_keeps_of_a_log_goes_a_month_later(two_parents: LocalRegistry, monkeypatch: pytest.MonkeyPatch):
+    ledger, ids = two_parents.ledger, []
+    for key in ("ended", "running"):
+        ledger.submit(NewJob("tune", key, key, {}, "ada"))
+        job = ledger.claim("me", 60.0, kinds=["tune"])
+        assert job is not None
+        ledger.append_log(job.id, "one\n")
+        ledger.append_log(job.id, "two\n")
+        ids.append(job.id)
+    ledger.finish(ids[0], 1, JobState.FAILED)
+
+    young = two_parents.gc(older_than_s=0.0)
+    monkeypatch.setattr(garbage, "LOGS_KEPT_S", 0.0)
+    told, freed, again = (two_parents.gc(older_than_s=0.0, dry_run=dry_run) for dry_run in (True, False, False))
+
+    assert [each.name for each in young.found if "in the ledger" in each.name] == []
+    mine = [(each.kind, each.size_bytes) for each in told.found if ids[0] in each.name]
+    assert mine == [("log", 8)]
+    assert freed.found == told.found
+    assert again.found == ()
+    assert ledger.log(ids[0]) == []
+    assert [piece.text for piece in ledger.log(ids[1])] == ["one\n", "two\n"]
+    assert [event.kind for event in ledger.events(ids[0])][-1] == "failed"
 
 
 def test_logs_and_work_go_by_what_became_of_their_job(two_parents: LocalRegistry):

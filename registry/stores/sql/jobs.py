@@ -10,7 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import uuid6
-from sqlalchemy import ColumnElement, Connection, Row, bindparam, case, func, insert, literal, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    literal,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 
 from ... import wire
@@ -233,6 +246,18 @@ class JobRows:
         query = select(job_log.c.seq, job_log.c.text).where(job_log.c.job_id == job_id, job_log.c.seq > after)
         with self._db.read() as connection:
             return [LogPiece(*row) for row in connection.execute(query.order_by(job_log.c.seq))]
+
+    def old_logs(self, before: float) -> dict[str, int]:
+        old = job.c.state.in_(ENDED) & (job.c.ended_at < before)
+        size = func.sum(func.length(job_log.c.text))
+        query = select(job_log.c.job_id, size).join(job, job.c.id == job_log.c.job_id).where(old)
+        with self._db.read() as connection:
+            rows = connection.execute(query.group_by(job_log.c.job_id).order_by(job_log.c.job_id))
+            return {job_id: int(characters) for job_id, characters in rows}
+
+    def drop_log(self, job_id: str) -> None:
+        with self._db.write() as connection:
+            connection.execute(delete(job_log).where(job_log.c.job_id == job_id))
 
     def _reap_one(self, connection: Connection, lost: Job) -> Job:
         mine = held(lost.id, lost.attempt)
