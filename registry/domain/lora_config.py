@@ -87,7 +87,7 @@ class _Refusal:
 
 _NOT_ADDITIVE = "train or convert it as plain LoRA"
 _REFUSALS: Mapping[str, _Refusal] = {
-    "peft_type": _Refusal("not_lora", "only LoRA adapters are kept here", accepted=("LORA",)),
+    "peft_type": _Refusal("not_lora", "only LoRA adapters are kept here", _NOT_ADDITIVE, accepted=("LORA",)),
     "bias": _Refusal(
         "bias", "biases of the base were trained, they are no part of B·A", "train with bias='none'", (None, "none")
     ),
@@ -264,7 +264,11 @@ def _check_init(value: Any, findings: Findings, assume_converted: bool) -> None:
                 "save with path_initial_model_for_weight_conversion; if that was done, register --assume-converted",
             )
         return
-    findings.add("unknown_init", f"init_lora_weights is {_short(value)}, which is not known here")
+    findings.add(
+        "unknown_init",
+        f"init_lora_weights is {_short(value)}, which is not known here",
+        "set it to true if the training left the base weights alone",
+    )
 
 
 class _Reader:

@@ -202,6 +202,41 @@ def test_modules_are_targeted_as_in_peft(config, module):
     assert read.is_targeted(module) == (isinstance(theirs, bool) and theirs)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"peft_type": "ADALORA"},
+        {"use_dora": True},
+        {"kasa_config": {"a": 1}},
+        {"alora_invocation_tokens": [1]},
+        {"use_qalora": True},
+        {"monteclora_config": {"a": 1}},
+        {"arrow_config": {"a": 1}},
+        {"layer_replication": [[0, 4]]},
+        {"use_bdlora": {"a": 1}},
+        {"target_parameters": ["x"]},
+        {"bias": "all"},
+        {"ensure_weight_tying": True},
+        {"megatron_core": "os"},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "surprise"},
+    ],
+    ids=lambda config: next(iter(config)),
+)
+def test_what_is_no_sum_of_deltas_is_refused_with_its_value_the_reason_and_a_way_out(tmp_path, config):
+    [(field, value)] = config.items()
+
+    with pytest.raises(InvalidAdapter) as caught:
+        facts_of(write_tiny_adapter(tmp_path, config=config))
+
+    [problem] = caught.value.problems
+    assert problem.message.startswith(f"{field} is {value!r}")
+    assert len(problem.message) > len(f"{field} is {value!r}: ")
+    assert problem.hint
+
+
 @pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_initialisations_that_leave_the_base_alone_are_accepted(tmp_path, value):
     facts_of(write_tiny_adapter(tmp_path, config={"init_lora_weights": value}))
