@@ -98,6 +98,25 @@ def test_stock_pages_lead_from_child_to_grandparent_and_from_root_to_grandchild(
     assert grandchild.url.endswith("#/models/leaf/versions/1")
 
 
+def test_mlflows_own_links_lead_from_child_to_grandparent_and_from_root_to_grandchild(visit: Callable):
+    """By source runs and logged models alone. The links of our descriptions open a tab, so they are left out."""
+    page = visit("/#/models/leaf/versions/1")
+    version = "a[href$='#/models/{}/versions/1']:not([target])"
+    for child, parent in (("leaf", "middle"), ("middle", "root")):
+        page.locator("a[href*='/runs/']", has_text=f" {child}:v1").first.click()
+        page.locator(version.format(parent)).first.click()
+        page.wait_for_url(f"**/models/{parent}/versions/1*")
+    grandparent = page.url
+    for child in ("middle", "leaf"):
+        page.locator("a[href*='/experiments/1/models/m-']:not([target])").first.click()
+        page.locator("a[href*='/runs/']", has_text=f" {child}:v1").first.click()
+        page.locator(version.format(child)).first.click()
+        page.wait_for_url(f"**/models/{child}/versions/1*")
+
+    assert grandparent.endswith("#/models/root/versions/1")
+    assert page.url.endswith("#/models/leaf/versions/1")
+
+
 def test_a_stock_page_shows_the_picture_which_leads_to_our_page_and_back(visit: Callable):
     stock = visit("/#/models/middle/versions/1")
     picture = stock.locator("img[src*='lineage.svg']")
