@@ -72,7 +72,7 @@ def lineage_p99_ms_pg(room: Path) -> Figure:
 
 @bench(
     "lineage_growth",
-    "how the time of a walk over 200 versions grows with the edges of the registry: the exponent (SQLite)",
+    "how the CPU time of a walk over 200 versions grows with the edges of the registry: the exponent (SQLite)",
     at_most=0.2,
 )
 def lineage_growth(room: Path) -> Figure:
@@ -135,7 +135,14 @@ def _walk_families(database: Database, first: Sequence[str], last: Sequence[str]
     return Figure(p99_ms, f"median {median_ms:.1f} ms; {statistics.median(nodes):,.0f} versions a walk in the median")
 
 
-def _walk(database: Database, first: Sequence[str], last: Sequence[str], queries: int) -> tuple[list[float], list[int]]:
+def _walk(
+    database: Database,
+    first: Sequence[str],
+    last: Sequence[str],
+    queries: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[float], list[int]]:
     """Milliseconds and versions of walks down from the first and up from the last generation, in any order."""
     ledger = SqlLedger(database)
     walks: list[tuple[Callable[[str, int], list[Edge]], str]]
@@ -144,9 +151,9 @@ def _walk(database: Database, first: Sequence[str], last: Sequence[str], queries
     gc.freeze()  # else the ids and rows of this script are searched for garbage again and again, in our time
     times_ms, nodes = [], []
     for walk, version_id in walks[:queries]:
-        begun = time.perf_counter()
+        begun = clock()
         edges = walk(version_id, 20)
-        times_ms.append((time.perf_counter() - begun) * 1000)
+        times_ms.append((clock() - begun) * 1000)
         nodes.append(len({edge.child_id for edge in edges} | {edge.parent_id for edge in edges}))
     gc.unfreeze()
     ledger.close()
@@ -154,13 +161,14 @@ def _walk(database: Database, first: Sequence[str], last: Sequence[str], queries
 
 
 def _walk_time(room: Path, shape: Shape) -> tuple[int, int, float]:
-    """Of a registry of this shape: its edges; the versions of a walk and its milliseconds, both in the median."""
+    """Of a registry of this shape: its edges; the versions of a walk and its CPU milliseconds, both in the median."""
     with tempfile.TemporaryDirectory(dir=room) as home:
         database = _registry(Path(home))
         first, last = _fill_lineage(database, shape)
         with database.read() as connection:
             edges = connection.execute(text("SELECT count(*) FROM edge")).scalar_one()
-        times_ms, nodes = _walk(database, first, last, QUERIES)
+        # SQLite works in this process: its CPU time grows as the work does, whoever else is on the machine
+        times_ms, nodes = _walk(database, first, last, QUERIES, clock=time.process_time)
     return int(edges), round(statistics.median(nodes)), statistics.median(times_ms)
 
 
