@@ -1,6 +1,6 @@
 """Our edges against a model in plain Python while people work through every verb, and in MLflow behind our back.
 
-The real ledger and the real MLflow; merges by the real engine, in this process. How many steps: `LINEAGE_STEPS=500
+The real ledger and the real MLflow; merges by the real engine, in this process. How many steps: `LINEAGE_STEPS=525
 pytest --timeout=0 tests/services/test_lineage_model.py`. tests/contract has the ledger's part, at ten thousand steps.
 """
 
@@ -273,7 +273,7 @@ class Lineage(RuleBasedStateMachine):
 
 def test_edges_obey_their_model_on_the_real_mlflow(two_parents: LocalRegistry, tmp_path: Path):
     two_parents.bell = Silent()
-    steps = int(os.environ.get("LINEAGE_STEPS", "75"))
+    steps = int(os.environ.get("LINEAGE_STEPS", "150"))
 
     run_state_machine_as_test(
         type("Lineage", (Lineage,), {"registry": two_parents, "room": tmp_path}),
