@@ -1,7 +1,8 @@
 """Our edges against a model in plain Python while people work through every verb, and in MLflow behind our back.
 
 The real ledger and the real MLflow; merges by the real engine, in this process. How many steps: `LINEAGE_STEPS=525
-pytest --timeout=0 tests/services/test_lineage_model.py`. tests/contract has the ledger's part, which is quick enough for ten thousand.
+pytest --timeout=0 tests/services/test_lineage_model.py`. tests/contract has the ledger's part,
+which is quick enough for ten thousand.
 """
 
 from __future__ import annotations
