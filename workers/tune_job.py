@@ -33,12 +33,14 @@ from ..registry.domain.tuning import (
     STEP,
     Finding,
     HeldOut,
+    Margin,
     Trial,
     TunePlan,
     choose_finalists,
     front,
     goes_on,
     held_out,
+    margin,
     share,
 )
 from ..registry.merging.grams import Grams
@@ -178,6 +180,9 @@ class Search:
     def __init__(self, plan: TunePlan, journal: Journal, bench: Bench) -> None:
         self._plan, self._journal, self._bench = plan, journal, bench
         self._trials = [from_builtins(record, Trial) for record in journal.of("trial")]
+        self._seen: dict[int, list[Samples]] = {
+            record["trial"]["number"]: record["samples"] for record in journal.records if "samples" in record
+        }
         self._used = sum(trial.samples for trial in self._trials)
 
     def run(self) -> Finding:
@@ -186,7 +191,10 @@ class Search:
         owners = [self._owner(task, parents) for task in range(len(self._plan.tasks))]
         while self._affords(self._step(0)) and (found := propose(self._trials, self._plan)) is not None:
             self._try(*found, parents, owners)
-        numbers = choose_finalists(self._trials, [kind.recipe.rank for kind in self._plan.kinds], self._plan.finalists)
+        ranks = [kind.recipe.rank for kind in self._plan.kinds]
+        numbers, margins = choose_finalists(
+            self._trials, ranks, self._plan.finalists, lambda trial: self._margin(trial, base)
+        )
         samples = {number: self._hold_out(number) for number in dict.fromkeys([*numbers, PLAIN])}
         self._bench.check()
         return Finding(
@@ -197,6 +205,7 @@ class Search:
             heldout=tuple(self._rows(samples, base, parents, owners)),
             against_plain=tuple(self._against_plain(samples, base, numbers[0])),
             used=(self._used + len(samples) * self._plan.heldout_samples) / self._plan.tuning_samples,
+            margins=tuple(margins),
         )
 
     def _reference(self, subject: int) -> list[Samples]:
@@ -244,10 +253,19 @@ class Search:
                 )
                 rungs.append(min(shares))
         trial = Trial(number, kind, weights, samples, shares, tuple(rungs))
-        self._journal.add({"trial": to_builtins(trial)})
+        if trial.complete:
+            self._seen[number] = found
+        # one line: the samples decide who wins, so a trial without its own would end another way after a kill
+        self._journal.add({"trial": to_builtins(trial)} | ({"samples": found} if trial.complete else {}))
         self._trials.append(trial)
         self._used += samples
         reached("tune.trial")
+
+    def _margin(self, trial: Trial, base: list[Samples]) -> Margin:
+        place = self._trials[PLAIN].binding
+        task, plain = self._plan.tasks[place], self._seen[PLAIN][place]
+        rows = base[place][: len(task.tuning)]
+        return margin(trial.number, place, task.metric, rows, plain, self._seen[trial.number][place])
 
     def _stays(self, number: int, rungs: Sequence[float], samples: int) -> bool:
         if number == PLAIN:  # what all others are held against is looked at in full

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .digest import json_digest
 from .errors import InvalidInput
 from .eval_plan import Subject
-from .evals import MEASURES, Interval, Kept, Metric, kept
+from .evals import CONFIDENCE, MEASURES, Interval, Kept, Metric, kept, spread
 from .plan import MergePlan
 from .recipe import MergeRequest
 from .refs import ParentRef, Ref
@@ -29,6 +29,8 @@ RUNGS = (0.25, 0.5, 1.0)
 LOWEST, HIGHEST, STEP = 0.05, 1.5, 0.01
 #: The candidate that the others have to beat: every parent at weight 1, by the first of the methods.
 PLAIN = 0
+#: How a winner is chosen, for the digest of a search: see `choose_finalists`.
+DECISION = ("plain unless beaten beyond the interval", CONFIDENCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ class TunePlan:
                 "kinds": [kind.recipe.to_json() for kind in self.kinds],
                 "rows": [[row.id, row.prompt, row.target] for t in self.tasks for row in (*t.tuning, *t.heldout)],
                 "tasks": [[t.suite, t.task.name, t.task.primary, len(t.tuning), list(t.owners)] for t in self.tasks],
-                "search": [self.budget, self.seed, self.finalists, *RUNGS, LOWEST, HIGHEST, STEP],
+                "search": [self.budget, self.seed, self.finalists, *RUNGS, LOWEST, HIGHEST, STEP, *DECISION],
                 "engine": dict(self.engine),
             }
         )
@@ -138,8 +140,28 @@ class Trial:
         return self.rungs[-1]
 
     @property
+    def binding(self) -> int:
+        """The task that it keeps least of."""
+        return self.shares.index(min(self.shares))
+
+    @property
     def complete(self) -> bool:
         return len(self.rungs) == len(RUNGS)
+
+
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """A candidate against the plain one, sample by sample, on the tuning samples of the task that the plain one keeps
+    least of.
+
+    `ratio` reads as a retention: above 1 the candidate does better; None where the plain one scores 0. `beyond` says
+    whether it does better by more than the interval.
+    """
+
+    trial: int
+    task: int
+    ratio: Interval | None
+    beyond: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +183,8 @@ class HeldOut:
 class Finding:
     """What a search found. `finalists` begin with the winner; `used` is of the budget, in full evaluations.
 
-    `against_plain` compares the winner with the plain candidate on each task, held out: 1 is as good.
+    `against_plain` compares the winner with the plain candidate on each task, held out: 1 is as good. `margins` are
+    those that decided, on the tuning samples: of every candidate that was asked for one, the best first.
     """
 
     trials: tuple[Trial, ...]
@@ -171,6 +194,7 @@ class Finding:
     heldout: tuple[HeldOut, ...]
     against_plain: tuple[Interval | None, ...]
     used: float
+    margins: tuple[Margin, ...] = ()
 
     @property
     def winner(self) -> Trial:
@@ -225,12 +249,41 @@ def ranking(trials: Sequence[Trial], ranks: Sequence[int]) -> list[Trial]:
     return sorted(complete, key=lambda t: (-t.worst, ranks[t.kind], t.number))
 
 
-def choose_finalists(trials: Sequence[Trial], ranks: Sequence[int], count: int) -> list[int]:
-    """The winner, then the others of the front and after them the rest, best first: at most `count`."""
+def margin(
+    trial: int,
+    task: int,
+    metric: Metric,
+    base: Sequence[Mapping[str, float]],
+    plain: Sequence[Mapping[str, float]],
+    candidate: Sequence[Mapping[str, float]],
+) -> Margin:
+    ratio = kept(metric, base, plain, candidate).retention
+    beyond = ratio.low > 1 if ratio else spread(metric, candidate).low > 0
+    return Margin(trial, task, ratio, beyond)
+
+
+def choose_finalists(
+    trials: Sequence[Trial], ranks: Sequence[int], count: int, against_plain: Callable[[Trial], Margin]
+) -> tuple[list[int], list[Margin]]:
+    """The winner, then the others of the front and after them the rest, best first: at most `count`; and the margins
+    that decided.
+
+    The largest of many figures is partly luck, as each was taken on the same few samples. So the winner is the best one
+    that also beats the plain candidate beyond the interval, and the plain one where none does: the simplest candidate
+    that cannot be told from the best, in the spirit of the one-standard-error rule (Breiman et al. 1984, section 3.4).
+    """
     order = ranking(trials, ranks)
+    winner, margins = trials[PLAIN], list[Margin]()
+    for trial in order:
+        if trial.worst <= winner.worst:
+            break
+        margins.append(against_plain(trial))
+        if margins[-1].beyond:
+            winner = trial
+            break
     on_front = set(front(trials))
-    rest = sorted(order[1:], key=lambda t: t.number not in on_front)
-    return [trial.number for trial in [*order[:1], *rest][:count]]
+    rest = sorted((t for t in order if t is not winner), key=lambda t: t.number not in on_front)
+    return [trial.number for trial in [winner, *rest][:count]], margins
 
 
 def held_out(
@@ -259,21 +312,30 @@ def explain(finding: Finding, labels: Sequence[str], kinds: Sequence[str], tasks
     """Why the winner won, in sentences. `labels` of the parents, `kinds` of the ways to merge, `tasks` by name."""
     winner, plain = finding.winner, finding.trials[PLAIN]
     complete = [trial for trial in finding.trials if trial.complete]
-    binding = tasks[winner.shares.index(min(winner.shares))]
+    passed_over = [each for each in finding.margins if not each.beyond]
     lines = [
         f"{len(finding.trials)} candidates were tried for {finding.used:.1f} full evaluations; "
         f"{len(finding.trials) - len(complete)} were dropped early, {len(complete)} saw every tuning sample",
-        f"trial {winner.number} ({describe(winner, labels, kinds)}) keeps at least {winner.worst:.1%} of every task, "
-        f"the most of all; it is {binding} that holds it there",
+        f"trial {winner.number} ({describe(winner, labels, kinds)}) keeps at least {winner.worst:.1%} of every task"
+        f"{'' if passed_over else ', the most of all'}; it is {tasks[winner.binding]} that holds it there",
     ]
     others = [trial for trial in complete if trial.number not in (winner.number, PLAIN)]
-    if others:
+    if passed_over:
+        lines.append(_passed_over(passed_over, finding, labels, kinds, tasks))
+    elif others:
         best = max(others, key=lambda trial: (trial.worst, -trial.number))
         lines.append(f"the next is trial {best.number} ({describe(best, labels, kinds)}) with {best.worst:.1%}")
-    if winner.number == PLAIN:
-        lines.append("no candidate beats the plain sum on the tuning samples: leave the weights at 1")
-    else:
+    if winner.number != PLAIN:
         lines.append(f"the plain sum ({describe(plain, labels, kinds)}) keeps {plain.worst:.1%}")
+        lines += [
+            f"the winner beats it by more than the tuning samples leave open: {_ratio_words(each, tasks)}"
+            for each in finding.margins
+            if each.beyond
+        ]
+    elif passed_over:
+        lines.append("no candidate is told apart from the plain sum on the tuning samples: leave the weights at 1")
+    else:
+        lines.append("no candidate beats the plain sum on the tuning samples: leave the weights at 1")
     told = dict.fromkeys([winner.number, PLAIN])
     lines += [f"held out, {_held_out_words(finding, number, tasks)}" for number in told]
     if winner.number != PLAIN:
@@ -284,6 +346,25 @@ def explain(finding: Finding, labels: Sequence[str], kinds: Sequence[str], tasks
 def describe(trial: Trial, labels: Sequence[str], kinds: Sequence[str]) -> str:
     weights = " ".join(f"{label}={weight:g}" for label, weight in zip(labels, trial.weights, strict=True))
     return f"{kinds[trial.kind]}, {weights}"
+
+
+def _passed_over(
+    margins: Sequence[Margin], finding: Finding, labels: Sequence[str], kinds: Sequence[str], tasks: Sequence[str]
+) -> str:
+    """Of those that keep more than the winner but may owe it to luck: the best in words, the others counted."""
+    best = finding.trials[margins[0].trial]
+    more = f", nor are {len(margins) - 1} more" if len(margins) > 1 else ""
+    return (
+        f"trial {best.number} ({describe(best, labels, kinds)}) keeps {best.worst:.1%}, the most of all, but is not "
+        f"told apart from the plain sum where that keeps least: {_ratio_words(margins[0], tasks)}{more}"
+    )
+
+
+def _ratio_words(each: Margin, tasks: Sequence[str]) -> str:
+    name, ratio = tasks[each.task], each.ratio
+    if ratio is None:
+        return f"{name}, of which the plain sum keeps nothing"
+    return f"{name} {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
 def _held_out_words(finding: Finding, number: int, tasks: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -12,11 +13,13 @@ from adapterctl.registry.domain.suite import Row, SuiteTask
 from adapterctl.registry.domain.tuning import (
     Finding,
     HeldOut,
+    Margin,
     Trial,
     choose_finalists,
     explain,
     front,
     goes_on,
+    margin,
     share,
     split,
 )
@@ -32,6 +35,18 @@ def _task(count: int, *, seed: int = 0) -> SuiteTask:
 def _trial(number: int, *shares: float, complete: bool = True, kind: int = 0) -> Trial:
     rungs = (min(shares),) * (3 if complete else 1)
     return Trial(number, kind, (1.0, 1.0 + number / 100), 10, shares, rungs)
+
+
+def _beyond(*numbers: int) -> Callable[[Trial], Margin]:
+    return lambda trial: Margin(trial.number, 0, None, trial.number in numbers)
+
+
+def _looks(count: int, factor: float, noise: float, *, seed: int = 1) -> list[dict[str, float]]:
+    """Likelihoods of some samples of unlike difficulty; a candidate's differ by a factor and by chance."""
+    difficulty, chance = random.Random(0), random.Random(seed)
+    return [
+        {"nll": difficulty.uniform(5, 40) * factor * (1 + chance.gauss(0, noise)), "tokens": 10.0} for _ in range(count)
+    ]
 
 
 def test_every_sample_is_a_tuning_sample_or_a_held_out_one():
@@ -79,12 +94,55 @@ def test_the_front_is_what_nothing_beats_on_every_task_at_once():
     trials = [_trial(0, 0.9, 0.9), _trial(1, 0.95, 0.8), _trial(2, 0.89, 0.9), _trial(3, 0.99, 0.99, complete=False)]
 
     assert front(trials) == [0, 1]
-    assert choose_finalists(trials, [8], 2) == [0, 1]
-    assert choose_finalists(trials, [8], 9) == [0, 1, 2]
+    assert choose_finalists(trials, [8], 2, _beyond(1, 2, 3)) == ([0, 1], [])
+    assert choose_finalists(trials, [8], 9, _beyond(1, 2, 3)) == ([0, 1, 2], [])
 
 
 def test_of_equal_candidates_the_smaller_adapter_wins():
-    assert choose_finalists([_trial(0, 0.9, 0.9, kind=0), _trial(1, 0.9, 0.9, kind=1)], [8, 4], 1) == [1]
+    trials = [_trial(0, 0.8, 0.8), _trial(1, 0.9, 0.9, kind=0), _trial(2, 0.9, 0.9, kind=1)]
+
+    assert choose_finalists(trials, [8, 4], 1, _beyond(1, 2))[0] == [2]
+
+
+def test_the_winner_is_the_best_of_those_that_beat_the_plain_sum_beyond_the_interval():
+    trials = [_trial(0, 0.8, 0.9), _trial(1, 0.95, 0.95), _trial(2, 0.85, 0.85), _trial(3, 0.88, 0.9)]
+
+    def asked(*beyond: int) -> tuple[list[int], list[int]]:
+        finalists, margins = choose_finalists(trials, [8], 4, _beyond(*beyond))
+        return finalists, [each.trial for each in margins]
+
+    assert asked(1, 2, 3) == ([1, 3, 2, 0], [1])
+    assert asked(2, 3) == ([3, 1, 2, 0], [1, 3])
+    assert asked(2) == ([2, 1, 3, 0], [1, 3, 2])
+    assert asked() == ([0, 1, 3, 2], [1, 3, 2])
+
+
+def test_a_candidate_that_is_better_by_luck_loses_to_the_plain_sum_and_one_that_is_better_wins():
+    nll, base, plain = MEASURES["nll"], _looks(16, 2.0, 0.0), _looks(16, 1.0, 0.0)
+    looks = {1: _looks(16, 1.0, 0.15, seed=2), 2: _looks(16, 0.97, 0.02)}
+    shares = {number: share(nll, plain, found) for number, found in looks.items()}
+    trials = [_trial(0, 1.0), _trial(1, shares[1]), _trial(2, shares[2])]
+
+    def against_plain(trial: Trial) -> Margin:
+        return margin(trial.number, 0, nll, base, plain, looks[trial.number])
+
+    assert shares[1] > shares[2] > 1  # luck leads
+    assert choose_finalists(trials[:2], [8], 1, against_plain)[0] == [0]
+    finalists, (lucky, better) = choose_finalists(trials, [8], 1, against_plain)
+    assert finalists == [2]
+    assert (lucky.trial, lucky.beyond, better.trial, better.beyond) == (1, False, 2, True)
+
+
+def test_where_the_plain_sum_scores_nothing_a_candidate_wins_that_scores_beyond_chance():
+    exact = MEASURES["exact_match"]
+    nothing = [{"exact": 0.0}] * 16
+
+    def beyond(hits: int) -> bool:
+        found = [{"exact": float(i < hits)} for i in range(16)]
+        return margin(1, 0, exact, nothing, nothing, found).beyond
+
+    assert not beyond(1)
+    assert beyond(8)
 
 
 def test_the_explanation_names_winner_runner_up_plain_sum_and_the_held_out_verdict():
@@ -95,14 +153,32 @@ def test_the_explanation_names_winner_runner_up_plain_sum_and_the_held_out_verdi
         for task, value in enumerate(values)
     )
     against = (Interval(1.1, 1.05, 1.15), Interval(0.99, 0.97, 1.01))
-    finding = Finding(trials, (1, 2), (1,), (0, 1), rows, against, 7.25)
+    margins = (Margin(1, 0, Interval(1.14, 1.04, 1.2), beyond=True),)
+    finding = Finding(trials, (1, 2), (1,), (0, 1), rows, against, 7.25, margins)
 
     text = "\n".join(explain(finding, ["a:v1", "b:v1"], ["cat r8"], ["one", "two"]))
 
     assert "4 candidates were tried for 7.2 full evaluations; 1 were dropped early" in text
-    assert "trial 1 (cat r8, a:v1=1 b:v1=1.01) keeps at least 91.0% of every task" in text
+    assert "trial 1 (cat r8, a:v1=1 b:v1=1.01) keeps at least 91.0% of every task, the most of all" in text
     assert "it is two that holds it there" in text
     assert "the next is trial 2" in text
     assert "the plain sum (cat r8, a:v1=1 b:v1=1) keeps 80.0%" in text
     assert "trial 1 keeps 88.0% [86.0%, 90.0%] of two, its least" in text
     assert "one better (1.100 [1.050, 1.150]), two not told apart" in text
+    assert "beats it by more than the tuning samples leave open: one 1.140 [1.040, 1.200]" in text
+
+
+def test_the_explanation_says_why_a_candidate_that_keeps_more_did_not_win():
+    trials = (_trial(0, 0.8, 0.9), _trial(1, 0.92, 0.91), _trial(2, 0.85, 0.99))
+    rows = tuple(HeldOut(0, task, "nll", 6.0, 2.0, 2.2, Interval(0.9, 0.8, 0.95), None) for task in (0, 1))
+    margins = tuple(Margin(n, 0, Interval(1.14, 0.99, 1.2), beyond=False) for n in (1, 2))
+    finding = Finding(trials, (1, 2), (0,), (0, 1), rows, (None, None), 7.25, margins)
+
+    text = "\n".join(explain(finding, ["a:v1", "b:v1"], ["cat r8"], ["one", "two"]))
+
+    assert "trial 0 (cat r8, a:v1=1 b:v1=1) keeps at least 80.0% of every task; it is one" in text
+    assert (
+        "trial 1 (cat r8, a:v1=1 b:v1=1.01) keeps 91.0%, the most of all, but is not told apart from the plain sum "
+        "where that keeps least: one 1.140 [0.990, 1.200], nor are 1 more"
+    ) in text
+    assert "no candidate is told apart from the plain sum on the tuning samples: leave the weights at 1" in text

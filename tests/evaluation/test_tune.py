@@ -115,7 +115,11 @@ def test_a_search_keeps_to_its_budget_and_reports_what_it_held_out(search: TuneP
     assert search.budget - 2 <= finding.used <= search.budget
     assert finding.trials[PLAIN].weights == (1.0, 1.0)
     assert finding.trials[PLAIN].complete
-    assert finding.winner.worst == max(trial.worst for trial in finding.trials if trial.complete)
+    # five samples a task are few: only a candidate that is told apart from the plain sum may win
+    passed_over = {each.trial for each in finding.margins if not each.beyond}
+    complete = [trial for trial in finding.trials if trial.complete and trial.number not in passed_over]
+    assert finding.winner.worst == max(trial.worst for trial in complete)
+    assert finding.winner.number in {PLAIN, *(each.trial for each in finding.margins if each.beyond)}
     assert {row.trial for row in finding.heldout} == {*finding.finalists, PLAIN}
     assert len({(trial.kind, trial.weights) for trial in finding.trials}) == len(finding.trials)
     assert {trial.kind for trial in finding.trials} == {0, 1}
