@@ -84,7 +84,8 @@ def soak(scene: Scene, seconds: float) -> dict[str, Any]:
             "of them refused for a while": asked["unavailable"],
             "server at first": f"{statistics.median(mb for _, mb in server[:6]):.0f} MB",
             "at the end": f"{statistics.median(mb for _, mb in server[-6:]):.0f} MB",
-            "slope after five minutes": _slope(server),
+            "slope after five minutes": _slope(server, WARM_S),
+            "in the second half": _slope(server, max(WARM_S, seconds / 2)),
             "largest supervisor": f"{max((mb for _, mb in memory.get('supervisor', [])), default=0):.0f} MB",
         },
         "findings": verdict.findings,
@@ -144,8 +145,8 @@ def _resident_mb(pid: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
 
 
-def _slope(samples: list[tuple[float, float]]) -> str:
-    late = [(at / 3600, mb) for at, mb in samples if at >= WARM_S]
+def _slope(samples: list[tuple[float, float]], from_s: float) -> str:
+    late = [(at / 3600, mb) for at, mb in samples if at >= from_s]
     if len(late) < 2:
         return "not measured: too short"
     return f"{statistics.linear_regression(*zip(*late, strict=True)).slope:+.1f} MB an hour"
