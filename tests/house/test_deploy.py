@@ -1,6 +1,6 @@
 """The containers: what the compose file and the Dockerfile promise, read; and their scripts, run against real servers.
 
-No Docker runs here, so nothing proves that the images build or that compose starts them.
+No container runs here: that the image builds and that compose starts it was tried by hand (docs/operations.md).
 """
 
 from __future__ import annotations
