@@ -93,6 +93,7 @@ def _pieces(pieces: Sequence[Mapping[str, Any]]) -> list[str]:
     columns = ("seed", "database", "faults", "merges", "jobs", "attempts", "cut short", "used up", *KINDS, "minutes")
     rows += [f"| {' | '.join((*columns, 'date'))} |", "|---" * (len(columns) + 1) + "|"]
     total: Counter[str] = Counter()
+    unnoted: Counter[str] = Counter()
     for line in pieces:
         figures = {
             "faults": sum(line["faults"].values()),
@@ -102,11 +103,16 @@ def _pieces(pieces: Sequence[Mapping[str, Any]]) -> list[str]:
             **{name: line[name] for name in ("merges", "jobs", "attempts", *KINDS)},
         }
         total.update(figures)
+        if "note" not in line:
+            unnoted.update({**figures, "pieces": 1})
         shown = {**figures, "seed": line["seed"], "database": line["database"]}
         rows.append(f"| {' | '.join(str(shown[column]) for column in columns)} | {line['date']} |")
     notes = {line["note"]: None for line in pieces if "note" in line}
-    if pieces:
-        whole = {**total, "minutes": round(total["minutes"]), "seed": "**all**", "database": f"{len(pieces)} pieces"}
+    sums = [("**all**", len(pieces), total)]
+    if notes:
+        sums.append(("**all without a note below**", unnoted["pieces"], unnoted))
+    for name, count, figures in sums if pieces else ():
+        whole = {**figures, "minutes": round(figures["minutes"]), "seed": name, "database": f"{count} pieces"}
         rows.append(f"| {' | '.join(str(whole[column]) for column in columns)} | |")
     return [*rows, *(f"\n{note}" for note in notes)]
 
