@@ -34,7 +34,7 @@ help: ## list the tasks
 demo: $(RUN) ## install, then tell the whole story on shipped adapters of a real 135M model
 	$(BIN)/adapterctl demo
 
-article: $(RUN) ## do the article again: its weightings against searched ones, docs/article.md; 20 minutes, goes on if stopped
+article: $(RUN) ## do the article again: its weightings against searched ones, docs/article.md; half an hour, goes on if stopped
 	$(BIN)/python bench/article.py $(ARGS)
 
 up: $(RUN) ## serve the embedded registry and MLflow's pages on this machine (ADAPTERCTL_HOME, or the default home)
