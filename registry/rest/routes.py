@@ -422,6 +422,11 @@ def methods(call: Read) -> Response:
     return _reply(call.registry.methods())
 
 
+_MADE_BEFORE: dict[int | str, dict[str, Any]] = {
+    200: {"model": Submitted, "description": "The same recipe made a version before."}
+}
+
+
 @router.post("/plans", response_model=PlanView)
 def plan(body: bodies.MergeBody, call: Read) -> Response:
     """What a merge would give; changes nothing."""
@@ -432,7 +437,7 @@ def plan(body: bodies.MergeBody, call: Read) -> Response:
     "/merges",
     status_code=202,
     response_model=Submitted,
-    responses={200: {"model": Submitted, "description": "The same recipe made a version before."}},
+    responses=_MADE_BEFORE,
 )
 def merge(body: bodies.MergeBody, call: Merge) -> Response:
     """Queue a merge, or join the one that is under way."""
@@ -451,7 +456,7 @@ def plan_resize(body: bodies.ResizeBody, call: Read) -> Response:
     "/resizes",
     status_code=202,
     response_model=Submitted,
-    responses={200: {"model": Submitted, "description": "The same recipe made a version before."}},
+    responses=_MADE_BEFORE,
 )
 def resize(body: bodies.ResizeBody, call: Merge) -> Response:
     """Queue a version at a smaller rank, or join the job that is under way."""

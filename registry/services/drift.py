@@ -15,10 +15,11 @@ from ..ports import Double, Ledger, SeenModel, VersionStore
 def drift(ledger: Ledger, store: VersionStore, stages: Sequence[str]) -> Iterator[Check]:
     """One check a difference, by adapter; none where MLflow says what the ledger says. `stages` are the settings'."""
     seen = store.seen()
-    doubles = store.doubles(ledger.versions())
+    live = ledger.versions()
+    doubles = store.doubles(live)
     ours = {model.adapter_id: model for model in seen if model.adapter_id is not None}
     by_adapter: dict[str, list[AdapterVersion]] = {}
-    for version in ledger.versions():
+    for version in live:
         by_adapter.setdefault(version.adapter_id, []).append(version)
     held = ledger.stages()
     for adapter_id, versions in by_adapter.items():
