@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from measure import Figure, bench, run_process, take_turns
+from measure import Figure, bench, exponent, run_process, take_turns
 from sqlalchemy import Connection, insert, text
 
 from adapterctl.migrations import migrate
@@ -84,12 +84,12 @@ def lineage_growth(room: Path) -> Figure:
     for generations in (4, 8, 14, 21):
         _, nodes, ms = _walk_time(room, Shape(10, generations))
         of_walk[nodes] = ms
-    logarithm = _exponent({edges: math.log(edges) for edges in of_registry})
-    exponent = _exponent(of_registry)
+    logarithm = exponent({edges: math.log(edges) for edges in of_registry})
+    of_edges = exponent(of_registry)
     return Figure(
-        exponent,
-        f"edges: {_series(of_registry)}; exponent {exponent:.2f}, of log n {logarithm:.2f}. "
-        f"Versions walked: {_series(of_walk)}; exponent {_exponent(of_walk):.2f}, by theory 1",
+        of_edges,
+        f"edges: {_series(of_registry)}; exponent {of_edges:.2f}, of log n {logarithm:.2f}. "
+        f"Versions walked: {_series(of_walk)}; exponent {exponent(of_walk):.2f}, by theory 1",
     )
 
 
@@ -170,12 +170,6 @@ def _walk_time(room: Path, shape: Shape) -> tuple[int, int, float]:
         # SQLite works in this process: its CPU time grows as the work does, whoever else is on the machine
         times_ms, nodes = _walk(database, first, last, QUERIES, clock=time.process_time)
     return int(edges), round(statistics.median(nodes)), statistics.median(times_ms)
-
-
-def _exponent(points: Mapping[int, float]) -> float:
-    """The slope of the straight line through the logarithms: y grows as x to this power."""
-    slope, _ = statistics.linear_regression([math.log(x) for x in points], [math.log(y) for y in points.values()])
-    return slope
 
 
 def _series(points: Mapping[int, float]) -> str:

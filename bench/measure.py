@@ -9,6 +9,7 @@ folder. Everything registered under a key is run by `bench/run.py`.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import subprocess
@@ -98,6 +99,12 @@ class Ended:
     cpu_s: float
     wall_s: float
     peak_bytes: int
+
+
+def exponent(points: Mapping[int, float]) -> float:
+    """The slope of the straight line through the logarithms: y grows as x to this power."""
+    slope, _ = statistics.linear_regression([math.log(x) for x in points], [math.log(y) for y in points.values()])
+    return slope
 
 
 def run_process(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from adapters import WEIGHTS_FILE, WIDTH, factors, plan, write_pair
-from measure import Figure, bench, run_process, take_turns
+from measure import Figure, bench, exponent, run_process, take_turns
 from threadpoolctl import threadpool_limits
 
 from adapterctl.registry.domain.digest import file_digest
@@ -194,7 +194,7 @@ def _growth(room: Path, sizes: Sequence[int], setting: str, method: str) -> Figu
         seconds[size] = _one_module(plan(folders, method, rank=rank, weights=weights), folders, place, 5)
         shutil.rmtree(place)
     upper = sizes[len(sizes) // 2 :]
-    slope = float(np.polyfit(np.log(upper), np.log([seconds[size] for size in upper]), 1)[0])
+    slope = exponent({size: seconds[size] for size in upper})
     return Figure(slope, ", ".join(f"{size}: {s * 1e3:.2f} ms" for size, s in seconds.items()))
 
 
