@@ -14,6 +14,7 @@ import uuid6
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from walks import around
 
 from adapterctl.registry.domain.errors import HasDescendants, Recalled, Refused, StageMoved
 from adapterctl.registry.domain.version import Base, Edge, FileRecord, NewVersion, Placement
@@ -49,21 +50,6 @@ class Model:
     def needed(self, version: str) -> bool:
         children = {child for child, _, parent, kind in self.edges if parent == version and kind != "supersedes"}
         return bool(children - self.removed) or version in self.stages.values()
-
-    def around(self, version: str, *, up: bool) -> set[tuple[str, int, str, str]]:
-        """All edges on the way up (or down), of every kind."""
-        found: set[tuple[str, int, str, str]] = set()
-        waiting, seen = [version], {version}
-        while waiting:
-            node = waiting.pop()
-            for edge in self.edges:
-                if edge[0 if up else 2] == node:
-                    found.add(edge)
-                    following = edge[2 if up else 0]
-                    if following not in seen:
-                        seen.add(following)
-                        waiting.append(following)
-        return found
 
 
 class Lineage(RuleBasedStateMachine):
@@ -188,7 +174,7 @@ class Lineage(RuleBasedStateMachine):
         for edges, up in ((self.ledger.edges_up(self.touched), True), (self.ledger.edges_down(self.touched), False)):
             found = {(each.child_id, each.position, each.parent_id, each.kind) for each in edges}
             assert len(found) == len(edges)
-            assert found == self.model.around(self.touched, up=up)
+            assert found == around(self.model.edges, self.touched, up=up)
         below = {each for each in ours if self.touched in self.model.made_of(each)}
         assert set(self.ledger.descendants([self.touched])) == below | {self.touched}
         version = self.ledger.version(self.touched)

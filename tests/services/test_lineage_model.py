@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from tiny import write_tiny_adapter
+from walks import around
 
 from adapterctl.bootstrap import job_handlers
 from adapterctl.registry.domain.errors import HasDescendants, Recalled, Refused
@@ -87,20 +88,6 @@ class Model:
     def needed(self, version: str) -> bool:
         children = {child for child in self.versions if version in self.parents(child)}
         return bool(children - self.removed) or version in self.stages.values()
-
-    def around(self, version: str, *, up: bool) -> set[Row]:
-        found: set[Row] = set()
-        waiting, seen = [version], {version}
-        while waiting:
-            node = waiting.pop()
-            for edge in self.edges:
-                if edge[0 if up else 2] == node:
-                    found.add(edge)
-                    following = edge[2 if up else 0]
-                    if following not in seen:
-                        seen.add(following)
-                        waiting.append(following)
-        return found
 
 
 class Lineage(RuleBasedStateMachine):
@@ -269,7 +256,7 @@ class Lineage(RuleBasedStateMachine):
         for edges, up in ((ledger.edges_up(root), True), (ledger.edges_down(root), False)):
             found = {(labels[e.child_id], e.position, labels[e.parent_id], e.kind, e.weight) for e in edges}
             assert len(found) == len(edges)
-            assert found == self.model.around(self.touched, up=up)
+            assert found == around(self.model.edges, self.touched, up=up)
 
 
 def test_edges_obey_their_model_on_the_real_mlflow(two_parents: LocalRegistry, tmp_path: Path):
