@@ -15,12 +15,14 @@ from .output import Output, printable
 if TYPE_CHECKING:
     from ..registry.api import (
         AdapterView,
+        Both,
         Check,
         DiffView,
         GarbageView,
         GateCheck,
         GatesView,
         HistoryView,
+        LayerDiff,
         MethodView,
         ParentView,
         PlanView,
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
 #: Layers of a plan that are shown without being asked for.
 SHOWN_LAYERS = 5
+#: Modules that `diff --layers` shows without being asked for more.
+SHOWN_MODULES = 10
 _STATE_STYLES = {
     "succeeded": "green", "running": "cyan", "failed": "red", "cancelled": "yellow",
     "ok": "green", "warning": "yellow", "error": "red", "passed": "green", "inconclusive": "yellow",
@@ -205,7 +209,7 @@ def _layers_text(layers: Sequence[Interference], out: Output) -> str:
     return out.table(header, rows, right=range(2, 6)) + more
 
 
-def diff_text(view: DiffView, out: Output) -> str:
+def diff_text(view: DiffView, out: Output, *, top: int | None = None) -> str:
     lines = [f"{out.paint(printable(view.first), 'bold')} and {out.paint(printable(view.second), 'bold')}"]
     lines.append("  the same content" if view.same_content else "  different content")
     if view.cosine is not None and view.distance is not None:
@@ -217,7 +221,80 @@ def diff_text(view: DiffView, out: Output) -> str:
     if view.fields:
         rows = [[name, _brief(first), _brief(second)] for name, first, second in _differences(view.fields)]
         lines += ["", out.table(["FIELD", view.first, view.second], rows)]
+    if view.layers is not None:
+        lines += ["", *_layers_apart(view, view.layers, out, top or SHOWN_MODULES)]
     return "\n".join(lines)
+
+
+def _layers_apart(view: DiffView, layers: Sequence[LayerDiff], out: Output, top: int) -> Iterator[str]:
+    """Module by module, A the first and B the second version: how far apart they are, then what their receipts say."""
+    if not layers:
+        yield "no module is in both"
+        return
+    yield printable(f"A is {view.first}, B is {view.second}; {len(layers)} modules in both")
+    yield from (f"  {line}" for line in _apart_in_words(view, layers))
+    shown = layers[:top]
+    rows = [
+        [
+            row.module, _share(row.distance), _share(row.share), f"{row.cosine:.3f}", *map(number, row.norm),
+            f"{row.row_overlap:.3f}", f"{row.column_overlap:.3f}",
+        ]
+        for row in shown
+    ]  # fmt: skip
+    header = ["MODULE", "DISTANCE", "SHARE", "COSINE", "NORM A", "NORM B", "ROW OVERLAP", "COLUMN OVERLAP"]
+    yield ""
+    yield out.table(header, rows, right=range(1, 8))
+    if any(row.loss != (None, None) for row in layers):
+        parents = list(dict.fromkeys(parent for row in layers for parent in row.retention))
+        rows = [
+            [
+                row.module, *map(loss, row.loss), _change(row.loss), *map(loss, row.predicted_loss),
+                *(cell for parent in parents for cell in _kept_by_both(row.retention.get(parent, (None, None)))),
+            ]
+            for row in shown
+        ]  # fmt: skip
+        header = ["MODULE", "LOSS A", "LOSS B", "B - A", "PROMISED A", "PROMISED B"]
+        header += [name for parent in parents for name in (f"KEPT {parent} A", "B", "B - A")]
+        told = [column for column in zip(header, *rows, strict=True) if set(column[1:]) != {"-"}]
+        header, *rows = [list(row) for row in zip(*told, strict=True)]
+        yield ""
+        yield out.table(header, rows, right=range(1, len(header)))
+    if len(layers) > len(shown):
+        yield f"{len(layers) - len(shown)} more modules with --top {len(layers)} or -o json"
+
+
+def _apart_in_words(view: DiffView, layers: Sequence[LayerDiff]) -> Iterator[str]:
+    found = sorted(row.distance for row in layers if row.distance is not None)
+    if found:
+        middle = found[len(found) // 2]
+        yield f"distance of a module: {_share(found[0])} to {_share(found[-1])}, median {_share(middle)}"
+    if view.only_first or view.only_second:
+        held = _share(sum(row.share for row in layers))
+        yield f"they hold {held} of the squared distance, the modules that one alone has the rest"
+    both = [(a, b) for a, b in (row.loss for row in layers) if a is not None and b is not None]
+    if both:
+        more = sum(b > a for a, b in both), sum(a > b for a, b in both)
+        yield f"B lost more of its exact sum than A in {more[0]} modules, less in {more[1]}"
+    for parent in dict.fromkeys(parent for row in layers for parent in row.retention):
+        kept = [row.retention.get(parent, (None, None)) for row in layers]
+        less = sum(a is not None and b is not None and b < a for a, b in kept)
+        more_kept = sum(a is not None and b is not None and b > a for a, b in kept)
+        if any(a is not None and b is not None for a, b in kept):
+            yield printable(f"B holds less of {parent} than A in {less} modules, more in {more_kept}")
+
+
+def _kept_by_both(pair: Both) -> list[str]:
+    return [*map(_share, pair), _change(pair)]
+
+
+def _change(pair: Both) -> str:
+    """In points of a percent."""
+    first, second = pair
+    return "-" if first is None or second is None else f"{100 * (second - first):+.2f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.2%}"
 
 
 def retention_text(view: RetentionView, out: Output) -> str:
@@ -554,6 +631,8 @@ def _brief(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return number(value)
+    if isinstance(value, Mapping):  # a parent that came from a server
+        value = ParentView(**value)
     if isinstance(value, ParentView):
         return weighted(value)
     text = ", ".join(map(_brief, value)) if isinstance(value, list | tuple) else str(value)

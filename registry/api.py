@@ -238,9 +238,38 @@ class RebuildView:
     job: Job | None = None
 
 
+Both = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDiff:
+    """One module that both versions change; two values are those of the first and of the second.
+
+    From the files: `distance` is ||first - second|| / ||first|| (None where only the second is not zero), `share` the
+    part of the squared distance of the whole adapters that lies in this module, the overlaps how far the deltas read
+    from and write to the same directions of the base (0..1). From the receipts: what a merge lost and had promised to
+    lose, relative to its own exact sum, and how much of each parent its directions still hold; None where a version is
+    no merge, or not of that parent.
+    """
+
+    module: str
+    distance: float | None
+    share: float
+    cosine: float
+    norm: tuple[float, float]
+    row_overlap: float
+    column_overlap: float
+    loss: Both = (None, None)
+    predicted_loss: Both = (None, None)
+    retention: Mapping[str, Both] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class DiffView:
-    """Two versions side by side: fields that differ, and how their deltas relate (None where bases differ)."""
+    """Two versions side by side: fields that differ, and how their deltas relate (None where bases differ).
+
+    `layers` is None unless it was asked for; the modules that are farthest apart come first.
+    """
 
     first: str
     second: str
@@ -250,6 +279,7 @@ class DiffView:
     only_second: tuple[str, ...]
     cosine: float | None
     distance: float | None
+    layers: tuple[LayerDiff, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,7 +551,10 @@ class RegistryAPI(Protocol):
         ...
 
     def version(self, ref: Ref) -> VersionView: ...
-    def diff(self, first: Ref, second: Ref) -> DiffView: ...
+    def diff(self, first: Ref, second: Ref, *, layers: bool = False) -> DiffView:
+        """With `layers` module by module too, which takes versions of one base: else `IncompatibleParents`."""
+        ...
+
     def pull(self, ref: Ref, folder: Path) -> VersionView: ...
     def bases(self) -> list[tuple[Base, tuple[str, ...]]]: ...
     def add_base(self, name: str, *, folder: Path | None = None, revision: str | None = None) -> Base: ...

@@ -164,12 +164,12 @@ def _compare(stored: Path, again: Path, facts: AdapterFacts, bound: float) -> di
     other BLAS kernels give other last bits in float64 factors, which may round to a neighbour.
     """
     # deferred: see run_merge
-    from ..registry.merging.forecast import compare
+    from ..registry.merging.distance import distances, in_all
 
     if file_digest(stored) == file_digest(again):
         return {"verdict": "identical", "distance": 0.0, "details": []}
     stored_facts = read_facts(facts.config, read_header(stored))
-    _, distance = compare(stored_facts, stored, facts, again)
+    _, distance = in_all(distances(stored_facts, stored, facts, again))
     verdict = "equal within bound" if 0 < distance <= bound else "different"
     return {"verdict": verdict, "distance": distance, "details": [f"distance {distance:.3g}, bound {bound:.3g}"]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -172,15 +173,26 @@ def diff(
     session: Session,
     first: RefArgument,
     second: Annotated[str, typer.Argument(metavar="REF", help="Another.", autocompletion=complete_refs)],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Module by module too, those that are farthest apart first.")
+    ] = False,
+    top: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --layers: modules at most.  [default: 10, all as JSON]")
+    ] = None,
 ) -> None:
     """Compare two versions.
 
-    Tells what differs in their records, and how their deltas relate.
+    Tells what differs in their records, and how their deltas relate. Of merges, --layers tells what each lost, too.
 
-    Example: adapterctl diff translate:v2 translate:v3
+    Example: adapterctl diff translate:v2 translate:v3 --layers
     """
-    found = session.registry(readonly=True).diff(parse_ref(first), parse_ref(second))
-    session.out.data(found, text=lambda: views.diff_text(found, session.out), names=[found.first, found.second])
+    if top and not layers:
+        raise InvalidInput("--top is how many modules of --layers to show", hint="add --layers")
+    found = session.registry(readonly=True).diff(parse_ref(first), parse_ref(second), layers=layers)
+    shown = replace(found, layers=found.layers[:top]) if found.layers and top else found
+    session.out.data(
+        shown, text=lambda: views.diff_text(found, session.out, top=top), names=[found.first, found.second]
+    )
 
 
 def pull(

@@ -1,22 +1,21 @@
-"""What a merge would give, before it is made: the loss of each method and how the parents meet; and how far apart two
-adapters are. Reads the parents' factors once, keeps only Gram matrices, and writes nothing.
+"""What a merge would give, before it is made: the loss of each method and how the parents meet.
+
+Reads the parents' factors once, keeps only Gram matrices, and writes nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from ..domain.adapter import AdapterFacts
-from ..domain.errors import IncompatibleParents
-from ..domain.plan import Forecast, Interference, MergePlan, ModulePlan, Pair, Part
+from ..domain.plan import Forecast, Interference, MergePlan, ModulePlan, Pair
 from ..domain.recipe import RESIZE, OptionValue
 from .core import spectrum
-from .grams import Array, Grams, block_products, error_squared
+from .grams import Array, Grams, error_squared
 from .make import arithmetic, promise
 from .method import find_method, methods
 from .pairs import compare_signs, interference, meet, pairs
@@ -78,28 +77,6 @@ def rank_for_energy(plan: MergePlan, files: Sequence[Path], share: float) -> int
     return int(np.searchsorted(held, share * (1 - 1e-12) * held[-1])) + 1 if held[-1] > 0 else 1
 
 
-def compare(first: AdapterFacts, first_file: Path, second: AdapterFacts, second_file: Path) -> tuple[float, float]:
-    """(cosine, distance) of two adapters over all modules: distance is ||first - second|| / ||first||, 0 when equal.
-
-    Biases are left out. Where `first` is zero the distance is ||second||. Raises `IncompatibleParents` where a module
-    has another shape in the other adapter, as adapters of different bases have.
-    """
-    squares = [0.0, 0.0]
-    product = difference = 0.0
-    with TensorReader(first_file) as one, TensorReader(second_file) as other:
-        for parts in _differences(first, second):
-            products = block_products(load_stack(parts, (one, other)).grams())
-            for place, part in enumerate(parts):
-                squares[part.parent] += float(products[place, place])
-            if len(parts) == 2:
-                product -= float(products[0, 1])
-            difference += float(products.sum())
-    sizes = [math.sqrt(max(0.0, square)) for square in squares]
-    distance = math.sqrt(max(0.0, difference))
-    cosine = product / (sizes[0] * sizes[1]) if sizes[0] * sizes[1] > 0 else 0.0
-    return cosine, (distance / sizes[0] if sizes[0] > 0 else distance)
-
-
 def _error_squared(
     name: str,
     rank: int,
@@ -115,20 +92,6 @@ def _error_squared(
     # the one that was asked for
     stack = load_stack(module.parts, readers, arithmetic(method, plan.recipe.dtype))
     return promise(module, method, stack, plan.recipe)[0]
-
-
-def _differences(first: AdapterFacts, second: AdapterFacts) -> Iterator[list[Part]]:
-    """The parts of `first - second`, module by module."""
-    modules: dict[str, list[Part]] = {}
-    for place, (adapter, sign) in enumerate(((first, 1.0), (second, -1.0))):
-        for m in adapter.modules:
-            modules.setdefault(m.name, []).append(Part(place, m.rank, sign, m.scaling, m.a, m.b))
-    for name, parts in modules.items():
-        if len({(part.a.shape[1:], part.b.shape[:1]) for part in parts}) > 1:
-            raise IncompatibleParents(
-                f"{name} has another shape in each adapter: their bases differ", hint="compare adapters of one base"
-            )
-        yield parts
 
 
 def _other_methods(plan: MergePlan, full_rank: int) -> dict[str, tuple[int, Mapping[str, OptionValue]]]:

@@ -165,8 +165,9 @@ class RemoteRegistry:
     def version(self, ref: Ref) -> VersionView:
         return self._get(_path(ref), VersionView)
 
-    def diff(self, first: Ref, second: Ref) -> DiffView:
-        return self._get("/v1/diff", DiffView, {"first": str(first), "second": str(second)})
+    def diff(self, first: Ref, second: Ref, *, layers: bool = False) -> DiffView:
+        query = {"first": str(first), "second": str(second), "layers": "true" if layers else None}
+        return self._get("/v1/diff", DiffView, query)
 
     def pull(self, ref: Ref, folder: Path) -> VersionView:
         version = self.version(ref)

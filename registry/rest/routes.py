@@ -323,10 +323,13 @@ def retention(name: str, version: str, call: Read) -> Response:
 
 @router.get("/diff", response_model=DiffView)
 def diff(
-    call: Read, first: Annotated[str, Query(max_length=300)], second: Annotated[str, Query(max_length=300)]
+    call: Read,
+    first: Annotated[str, Query(max_length=300)],
+    second: Annotated[str, Query(max_length=300)],
+    layers: bool = False,
 ) -> Response:
-    """Two versions side by side."""
-    return _reply(call.registry.diff(parse_ref(first), parse_ref(second)))
+    """Two versions side by side; with `layers` module by module too, those that are farthest apart first."""
+    return _reply(call.registry.diff(parse_ref(first), parse_ref(second), layers=layers))
 
 
 # stages

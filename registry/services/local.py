@@ -199,8 +199,9 @@ class LocalRegistry:
     def version(self, ref: Ref) -> VersionView:
         return views.version_view(self.ledger, resolve(self.ledger, ref, removed=True))
 
-    def diff(self, first: Ref, second: Ref) -> DiffView:
-        return diff.diff(self.ledger, self.folders, resolve(self.ledger, first), resolve(self.ledger, second))
+    def diff(self, first: Ref, second: Ref, *, layers: bool = False) -> DiffView:
+        found = resolve(self.ledger, first), resolve(self.ledger, second)
+        return diff.diff(self.ledger, self.folders, *found, layers=layers)
 
     def pull(self, ref: Ref, folder: Path) -> VersionView:
         self._check_stage(ref)

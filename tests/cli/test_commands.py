@@ -152,6 +152,24 @@ def test_diff_compares_two_versions(read: Run):
     assert "cosine of the deltas" in read("diff", "translate:v1", "translate:v2").stdout
 
 
+def test_diff_tells_the_modules_that_are_farthest_apart_first(read: Run):
+    whole = read("diff", "translate:v1", "translate-chat:v1", "--layers", "-o", "json").data["layers"]
+    text = read("diff", "translate:v1", "translate-chat:v1", "--layers", "--top", "2").stdout.splitlines()
+
+    assert len(whole) == 4
+    assert [row["distance"] for row in whole] == sorted((row["distance"] for row in whole), reverse=True)
+    assert sum(row["share"] for row in whole) == pytest.approx(1)
+    shown = [line.split()[0] for line in text if line.startswith("model.layers.")]
+    assert shown == [row["module"] for row in whole[:2]] * 2, "once with distances, once from the receipt"
+    assert text[-1] == "2 more modules with --top 4 or -o json"
+    cut = read("diff", "translate:v1", "translate-chat:v1", "--layers", "--top", "2", "-o", "json").data["layers"]
+    assert cut == whole[:2]
+
+
+def test_a_number_of_modules_goes_with_layers(read: Run):
+    assert "--top" in read("diff", "translate:v1", "translate:v2", "--top", "3", code=2).stderr
+
+
 def test_plan_tells_what_each_method_would_lose_and_changes_nothing(read: Run):
     plan = read("plan", "translate:v2", "chat:v1", "-o", "json").data
     dry = read("merge", "translate:v2", "chat:v1", "--dry-run", "-o", "json").data

@@ -14,6 +14,7 @@ COMMANDS = {
     "show": "show translate:v2",
     "show-merge": "show translate-chat:v1",
     "diff": "diff translate:v1 translate:v2",
+    "diff-layers": "diff translate-chat:v1 translate:v1 --layers",
     "plan": "plan translate:v2 chat:v1",
     "methods": "methods",
     "method": "methods svd",
@@ -25,7 +26,7 @@ COMMANDS = {
     "ui": "ui --links",
 }
 # Their keys are the user's own, or those of a document with a version of its own.
-FREE = {"metrics", "params", "tags", "recipe", "receipt", "spec", "result", "stages", "fields", "default"}
+FREE = {"metrics", "params", "tags", "recipe", "receipt", "spec", "result", "stages", "fields", "default", "retention"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -9,7 +9,7 @@ import pytest
 
 from adapterctl.cli import views
 from adapterctl.cli.output import Output
-from adapterctl.registry.api import DiffView, RetentionRow, RetentionView
+from adapterctl.registry.api import DiffView, LayerDiff, RetentionRow, RetentionView
 from adapterctl.registry.domain.evals import Interval
 from adapterctl.registry.domain.job import Job, JobState, Progress
 
@@ -81,6 +81,29 @@ def test_what_was_not_evaluated_says_so():
     assert views.retention_text(RetentionView("a:v1", ()), Output()).splitlines() == ["a:v1", "  not evaluated yet"]
 
 
+def test_layers_of_two_merges_are_told_with_what_changed():
+    rows = (
+        LayerDiff("up", None, 0.25, 0.0, (0.0, 2.0), 0.5, 0.25),
+        LayerDiff("down", 0.5, 0.25, 0.9, (2.0, 2.0), 1.0, 1.0, (0.02, 0.05), (0.02, 0.05), {"p:v1": (1.0, 0.75)}),
+        LayerDiff("same", 0.0, 0.0, 1.0, (2.0, 2.0), 1.0, 1.0, (0.0, None), (0.0, None), {"q:v1": (1.0, None)}),
+    )
+    view = DiffView("a:v1", "a:v2", False, {}, ("m1",), (), 0.5, 1.0, layers=rows)
+
+    lines = views.diff_text(view, Output(), top=2).splitlines()
+
+    assert "  they hold 50.00% of the squared distance, the modules that one alone has the rest" in lines
+    assert "  B lost more of its exact sum than A in 1 modules, less in 0" in lines
+    assert "  B holds less of p:v1 than A in 1 modules, more in 0" in lines
+    assert not any("B holds less of q:v1" in line for line in lines), "B is not made of it"
+    assert [line.split() for line in lines if line.startswith(("up", "down", "same"))] == [
+        ["up", "-", "25.00%", "0.000", "0", "2", "0.500", "0.250"],
+        ["down", "50.00%", "25.00%", "0.900", "2", "2", "1.000", "1.000"],
+        ["up", "-", "-", "-", "-", "-", "-", "-", "-"],
+        ["down", "2.00%", "5.00%", "+3.00", "2.00%", "5.00%", "100.00%", "75.00%", "-25.00"],
+    ]
+    assert lines[-1] == "1 more modules with --top 3 or -o json"
+
+
 def test_diff_shows_metrics_one_by_one_and_modules_that_one_side_lacks():
     view = DiffView(
         first="a:v1", second="a:v2", same_content=False, only_first=("m1",), only_second=("n1", "n2", "n3", "n4"),
@@ -90,6 +113,7 @@ def test_diff_shows_metrics_one_by_one_and_modules_that_one_side_lacks():
 
     lines = views.diff_text(view, Output()).splitlines()
 
+    assert "no module is in both" in views.diff_text(dataclasses.replace(view, layers=()), Output()).splitlines()
     assert "  1 modules only in a:v1: m1" in lines
     assert "  4 modules only in a:v2: n1, n2, n3, …" in lines
     assert [line.split() for line in lines[-3:]] == [

@@ -1,4 +1,4 @@
-"""What a plan promises is what the merge then does; and how adapters are compared."""
+"""What a plan promises is what the merge then does."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny import LINEAR, write_tiny_adapter
-from tiny_merge import WEIGHTS, deltas, distance, facts_of, plan_of, run_merge, write_factors
+from tiny_merge import WEIGHTS, deltas, plan_of, run_merge, write_factors
 
-from adapterctl.registry.domain.errors import IncompatibleParents
-from adapterctl.registry.merging.forecast import compare, forecast
+from adapterctl.registry.merging.forecast import forecast
 from adapterctl.registry.merging.method import methods
 
 
@@ -146,42 +145,3 @@ def test_an_adapter_overlaps_itself_wholly(tmp_path: Path):
     _, (pair,), _ = forecast(plan_of([folder, folder]), [folder / WEIGHTS] * 2, ["a", "a"])
 
     assert (pair.cosine, pair.row_overlap, pair.column_overlap) == pytest.approx((1, 1, 1))
-
-
-def test_comparing_gives_cosine_and_relative_distance(tmp_path: Path):
-    one, other = write_tiny_adapter(tmp_path / "p0", seed=0), write_tiny_adapter(tmp_path / "p1", seed=1)
-    first, second = deltas(one), deltas(other)
-
-    cosine, apart = compare(facts_of(one), one / WEIGHTS, facts_of(other), other / WEIGHTS)
-
-    flat = [np.concatenate([side[name].ravel() for name in sorted(side)]) for side in (first, second)]
-    assert cosine == pytest.approx(float(flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])))
-    assert apart == pytest.approx(distance(second, first))
-
-
-def test_an_adapter_is_at_no_distance_from_itself(tmp_path: Path):
-    folder = write_tiny_adapter(tmp_path / "p")
-
-    cosine, apart = compare(facts_of(folder), folder / WEIGHTS, facts_of(folder), folder / WEIGHTS)
-
-    assert cosine == pytest.approx(1)
-    assert apart <= 1e-7
-
-
-def test_adapters_that_share_no_module_are_at_a_right_angle(tmp_path: Path):
-    names = list(LINEAR)
-    one = write_tiny_adapter(tmp_path / "p0", linear={names[0]: LINEAR[names[0]]})
-    other = write_tiny_adapter(tmp_path / "p1", linear={names[1]: LINEAR[names[1]]})
-
-    cosine, apart = compare(facts_of(one), one / WEIGHTS, facts_of(other), other / WEIGHTS)
-
-    assert cosine == 0
-    assert apart > 1
-
-
-def test_adapters_of_different_bases_cannot_be_compared(tmp_path: Path):
-    one = write_tiny_adapter(tmp_path / "p0", linear={"m": (8, 16)})
-    other = write_tiny_adapter(tmp_path / "p1", linear={"m": (8, 24)})
-
-    with pytest.raises(IncompatibleParents, match="m has another shape"):
-        compare(facts_of(one), one / WEIGHTS, facts_of(other), other / WEIGHTS)

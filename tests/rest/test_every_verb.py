@@ -196,6 +196,31 @@ def test_two_versions_are_compared(registry: RegistryAPI, add: Add):
 
     assert (found.first, found.second, found.same_content) == (one.ref, two.ref, False)
     assert found.distance > 0
+    assert found.layers is None
+
+
+def test_two_merges_of_the_same_parents_are_compared_layer_by_layer(registry: RegistryAPI, add: Add):
+    parents = add(), add()
+    one, two = merge(registry, *parents), merge(registry, *parents, method="svd", rank=3)
+
+    found = registry.diff(ref(one), ref(two), layers=True)
+
+    assert len(found.layers) == one.modules
+    lost = dict(zip(two.receipt["layers"]["module"], two.receipt["layers"]["loss"], strict=True))
+    for row in found.layers:
+        assert row.loss == (pytest.approx(0, abs=1e-6), lost[row.module])
+        assert row.predicted_loss[1] == pytest.approx(row.loss[1], rel=1e-2)
+        assert row.distance == pytest.approx(lost[row.module], rel=1e-2), "cat is the exact sum"
+        assert set(row.retention) == {parent.ref for parent in parents}
+        assert all(kept[1] < kept[0] == 1 for kept in row.retention.values())
+
+
+def test_layers_of_different_bases_are_refused(registry: RegistryAPI, add: Add):
+    one, two = add(), add(base="tiny/other")
+
+    assert registry.diff(ref(one), ref(two)).cosine is None
+    with pytest.raises(IncompatibleParents, match=r"tiny/base, .* applies to tiny/other"):
+        registry.diff(ref(one), ref(two), layers=True)
 
 
 def test_files_are_not_pulled_over_others(registry: RegistryAPI, add: Add, tmp_path: Path):

@@ -115,6 +115,7 @@ def test_commands_say_the_same_wherever_the_registry_is(run: Callable):
         ["ls", "both", "-o", "json"],
         ["show", "both@staging", "-o", "yaml"],
         ["diff", "translate:v1", "chat:v1"],
+        ["diff", "translate:v1", "both:v1", "--layers"],
         ["lineage", "both:v1", "-o", "json"],
         ["history", "both", "--verify"],
         ["jobs", "ls"],

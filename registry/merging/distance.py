@@ -1,0 +1,110 @@
+"""How far apart two adapters are, module by module and in all, from Gram matrices of their factors alone.
+
+Reads each file once and holds one module of both at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..domain.adapter import AdapterFacts
+from ..domain.errors import IncompatibleParents
+from ..domain.plan import Part
+from .grams import GRAM_FLOOR, block_products, overlaps
+from .stack import load_stack
+from .tensors import TensorReader
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleDistance:
+    """One module: ||first||², ||second||², their inner product, ||first - second||², and how far their row and column
+    spaces are the same (0..1). A side without the module counts as zero, and nothing is `shared` then.
+    """
+
+    module: str
+    shared: bool
+    squares: tuple[float, float]
+    product: float
+    difference: float
+    row_overlap: float
+    column_overlap: float
+
+    @property
+    def norms(self) -> tuple[float, float]:
+        return math.sqrt(self.squares[0]), math.sqrt(self.squares[1])
+
+    @property
+    def cosine(self) -> float:
+        """0 where either is zero."""
+        return _cosine(self.product, *self.norms)
+
+    @property
+    def distance(self) -> float | None:
+        """||first - second|| / ||first||; what float64 Grams cannot tell from nothing is 0. None where only the second
+        is not zero.
+        """
+        distance, sizes = math.sqrt(self.difference), self.norms
+        if distance <= GRAM_FLOOR * sum(sizes):
+            return 0.0
+        return distance / sizes[0] if sizes[0] > 0 else None
+
+
+def distances(
+    first: AdapterFacts, first_file: Path, second: AdapterFacts, second_file: Path
+) -> Iterator[ModuleDistance]:
+    """Every module of either, by name. Biases are left out.
+
+    Raises `IncompatibleParents` where a module has another shape in the other adapter, as adapters of different bases
+    have.
+    """
+    with TensorReader(first_file) as one, TensorReader(second_file) as other:
+        for name, parts in _differences(first, second):
+            grams = load_stack(parts, (one, other)).grams()
+            products, shared = block_products(grams), len(parts) == 2
+            squares = [0.0, 0.0]
+            for place, part in enumerate(parts):
+                squares[part.parent] = max(0.0, float(products[place, place]))
+            yield ModuleDistance(
+                module=name,
+                shared=shared,
+                squares=(squares[0], squares[1]),
+                product=-float(products[0, 1]) if shared else 0.0,
+                difference=max(0.0, float(products.sum())),
+                row_overlap=float(overlaps(grams.a, grams.blocks)[0, 1]) if shared else 0.0,
+                column_overlap=float(overlaps(grams.b, grams.blocks)[0, 1]) if shared else 0.0,
+            )
+
+
+def in_all(found: Iterable[ModuleDistance]) -> tuple[float, float]:
+    """(cosine, distance) over all modules: distance is ||first - second|| / ||first||, 0 when equal.
+
+    Where the first is zero the distance is ||second||.
+    """
+    found = list(found)
+    sizes = [math.sqrt(math.fsum(each.squares[side] for each in found)) for side in (0, 1)]
+    distance = math.sqrt(math.fsum(each.difference for each in found))
+    cosine = _cosine(math.fsum(each.product for each in found), *sizes)
+    return cosine, (distance / sizes[0] if sizes[0] > 0 else distance)
+
+
+def _cosine(product: float, first: float, second: float) -> float:
+    return product / (first * second) if first * second > 0 else 0.0
+
+
+def _differences(first: AdapterFacts, second: AdapterFacts) -> Iterator[tuple[str, list[Part]]]:
+    """The parts of `first - second`, module by module."""
+    modules: dict[str, list[Part]] = {}
+    for place, (adapter, sign) in enumerate(((first, 1.0), (second, -1.0))):
+        for m in adapter.modules:
+            modules.setdefault(m.name, []).append(Part(place, m.rank, sign, m.scaling, m.a, m.b))
+    for name, parts in sorted(modules.items()):
+        if len({(part.a.shape[1:], part.b.shape[:1]) for part in parts}) > 1:
+            shapes = " and ".join(str([part.b.shape[0], *part.a.shape[1:]]) for part in parts)
+            raise IncompatibleParents(
+                f"{name} has another shape in each adapter, {shapes}: their bases differ",
+                hint="compare adapters of one base",
+            )
+        yield name, parts
