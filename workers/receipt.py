@@ -37,7 +37,7 @@ from ..registry.merging.grams import (
 from ..registry.merging.make import Outcome
 from ..registry.merging.method import find_method
 from ..registry.merging.pairs import Meeting, meet, pairs
-from ..registry.merging.stack import Stack, coefficients, load_stack
+from ..registry.merging.stack import Stack, load_stack
 from ..registry.merging.tensors import TensorReader
 from .engine import CONFIG_FILE, WEIGHTS_FILE, Stop, for_each_module, never
 
@@ -72,6 +72,17 @@ class Proof:
     meeting: Meeting
 
 
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """`receipt` as plain JSON values, `facts` of the child as a stranger would read them, and the Frobenius norm of
+    each module's delta.
+    """
+
+    receipt: dict[str, Any]
+    facts: AdapterFacts
+    norms: Mapping[str, float]
+
+
 def prove(
     plan: MergePlan,
     parent_files: Sequence[Path],
@@ -80,8 +91,8 @@ def prove(
     *,
     threads: int = 1,
     should_stop: Stop = never,
-) -> tuple[dict[str, Any], AdapterFacts]:
-    """The receipt as plain JSON values, and the facts of the child as a stranger would read them.
+) -> Proven:
+    """Read the child and its parents and hold them against the plan and what was promised.
 
     Raises `ReceiptFailed` with everything that is wrong.
     """
@@ -103,7 +114,8 @@ def prove(
         hint="nothing was registered; merge again with --dtype f32, and check the memory and disk of this machine",
     )
     proofs = {name: found for name, found in findings.items() if isinstance(found, Proof)}
-    return _receipt(plan, outcomes, proofs), facts
+    norms = {name: proof.child_norm for name, proof in proofs.items()}
+    return Proven(_receipt(plan, outcomes, proofs), facts, norms)
 
 
 def fingerprint() -> dict[str, Any]:
@@ -160,12 +172,12 @@ def _prove_module(
     own = Part(len(readers) - 1, child.rank, -1.0, 1.0, child.a, child.b)
     stack = load_stack([*module.parts, own], readers)
     rank = len(stack.c) - child.rank
-    problems = _value_problems(module, stack, rank, plan)
+    grams = stack.grams()
+    problems = _value_problems(module, stack, grams, rank, plan)
     if module.bias_key:
         problems += _bias_problems(module, child, plan, readers)
     if problems:
         return problems
-    grams = stack.grams()
     error, promised, bound = exact_norm(grams), math.sqrt(outcome.error_squared), _bound(grams, outcome, plan, stack)
     if not abs(error - promised) <= bound:
         text = f"is {error:.3g} away from the exact sum, {promised:.3g} was promised, rounding explains {bound:.3g}"
@@ -198,10 +210,11 @@ def _bound(grams: Grams, outcome: Outcome, plan: MergePlan, stack: Stack) -> flo
     return rounding + outcome.arithmetic + GRAM_FLOOR * size_of_parts(grams)
 
 
-def _value_problems(module: ModulePlan, stack: Stack, rank: int, plan: MergePlan) -> list[Problem]:
+def _value_problems(module: ModulePlan, stack: Stack, grams: Grams, rank: int, plan: MergePlan) -> list[Problem]:
     a, b = stack.a[rank:], stack.b[:, rank:]
-    for key, values in ((module.a_key, a), (module.b_key, b)):
-        if not np.isfinite(values).all():
+    for key, square, values in ((module.a_key, grams.a, a), (module.b_key, grams.b, b)):
+        # a finite sum of squares has finite values; only large ones in float64 make another one
+        if not (np.isfinite(square.diagonal()[rank:]).all() or np.isfinite(values).all()):
             hint = "its values are too large for the output type: use --dtype f32"
             return [Problem("not_finite", f"{key} holds values that are not finite", hint)]
     # what is made of the deltas' elements has directions that no parent has
@@ -221,14 +234,13 @@ def _touched(module: ModulePlan, stack: Stack, a: Rows, b: Rows, plan: MergePlan
     method = find_method(plan.recipe.method)
     if method.form != "factors":
         return False
-    factors = method.function(coefficients(module.parts))
+    factors, copied = method.function(stack.c[: stack.blocks[-1].start]), np.zeros(stack.blocks[-1].start, bool)
     for part, block in zip(module.parts, stack.blocks, strict=False):
-        if plan.recipe.dtype not in {part.a.dtype, "F64"} or part.a.dtype != part.b.dtype:
-            continue
-        rows = slice(block.start, block.stop)
-        if np.all(factors.a[rows] == 1) and not np.array_equal(a[rows], stack.a[rows]):
-            return True
-        if np.all(factors.b[rows] == 1) and not np.array_equal(b[:, rows], stack.b[:, rows]):
+        copied[block.start : block.stop] = plan.recipe.dtype in {part.a.dtype, "F64"} and part.a.dtype == part.b.dtype
+    for scale, child, parents in ((factors.a, a, stack.a), (factors.b, b.T, stack.b.T)):
+        same = copied & (scale == 1)
+        rows = slice(len(same)) if same.all() else np.flatnonzero(same)  # one look at all is faster than two at halves
+        if not np.array_equal(child[rows], parents[rows]):
             return True
     return False
 

@@ -116,7 +116,7 @@ def run(task: Mapping[str, Any], conversation: Conversation) -> Mapping[str, Any
 def run_merge(task: Mapping[str, Any], conversation: Conversation) -> dict[str, Any]:
     """Check the parents, merge, prove; the stage folder then holds the three files of the child."""
     # deferred: numpy, which an evaluation brings along itself and a usage error does not need
-    from ..registry.merging.tensors import measure
+    from ..registry.merging.tensors import digest_of
     from . import engine, receipt
 
     plan = from_json(json.dumps(task["plan"]), MergePlan)
@@ -137,16 +137,16 @@ def run_merge(task: Mapping[str, Any], conversation: Conversation) -> dict[str, 
 
     outcomes = engine.merge(plan, parents, out, threads=threads, on_progress=on_progress, should_stop=stop)
     conversation.stage = "prove"
-    proof, facts = receipt.prove(plan, parents, out, outcomes, threads=threads, should_stop=stop)
+    proven = receipt.prove(plan, parents, out, outcomes, threads=threads, should_stop=stop)
+    proof, facts = proven.receipt, proven.facts
     if plan.max_loss is not None:
         # rounding to the output type is not what the limit is about, so the bound of it is allowed for
         _refuse_loss(proof["loss"] - proof["loss_bound"], plan.max_loss, "lost")
-    measured = measure(out / engine.WEIGHTS_FILE, facts)
     result = {
-        "content_digest": measured.content_digest,
+        "content_digest": digest_of(out / engine.WEIGHTS_FILE, facts),
         "receipt": proof,
         "facts": to_builtins(facts),
-        "norms": dict(measured.norms),
+        "norms": dict(proven.norms),
     }
     if "compare" in task:
         stored = Path(task["compare"]["folder"]) / engine.WEIGHTS_FILE

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .grams import ENERGY_FLOOR, Array, Block, Grams, Maps
+from .grams import ENERGY_FLOOR, Array, Block, Grams, Maps, cholesky
 
-#: Below this smallest pivot the Cholesky root has lost half of float64; the eigenvector root has not.
-MIN_PIVOT = 1e-5
 #: A singular direction weaker than this share of the strongest is taken for rounding where a rule would strengthen it.
 WEAKEST = 1e-6
 #: Directions of several parents closer than this (squared sine) are one; the map that would part them divides by it.
@@ -124,17 +122,9 @@ def _equilibrate(grams: Grams) -> tuple[Array, Array, Array, Array, Array]:
 
 def _root(unit: Array) -> Array:
     """L with L Lᵀ = unit."""
-    try:
-        lower = np.linalg.cholesky(unit)
-    except np.linalg.LinAlgError:
-        return _eigen_root(unit)
-    if float(np.min(np.diag(lower))) < MIN_PIVOT:
-        return _eigen_root(unit)
-    root: Array = lower.astype(np.float64, copy=False)
-    return root
-
-
-def _eigen_root(unit: Array) -> Array:
+    lower = cholesky(unit)
+    if lower is not None:
+        return lower
     values, vectors = np.linalg.eigh(unit)
     root: Array = vectors * np.sqrt(np.maximum(values, 0.0))
     return root

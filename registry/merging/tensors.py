@@ -28,6 +28,8 @@ from ..domain.errors import Corrupt, InvalidAdapter, Problem, Unavailable
 from ..domain.header import DTYPE_BYTES, open_plain_file
 
 Array = NDArray[np.floating]
+#: Name, dtype, shape and SHA-256 of a tensor, as the content digest takes them.
+_Hashed = tuple[str, str, tuple[int, ...], str]
 
 #: numpy type of the stored bytes; numpy has no bfloat16, so BF16 is the 16 bits as they are.
 STORED: Mapping[str, str] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
@@ -127,21 +129,36 @@ class Measured:
 
 def measure(path: Path, facts: AdapterFacts) -> Measured:
     """Read every tensor once. Raises `InvalidAdapter` for a value that is not finite, `Corrupt` for a short file."""
-    tensors: list[tuple[str, str, tuple[int, ...], str]] = []
+    hashed: list[_Hashed] = []
     norms: dict[str, float] = {}
     with TensorReader(path) as reader:
         for module in facts.modules:
             arrays: list[Array] = []
-            for entry in (module.a, module.b, module.bias):
-                if entry is None:
-                    continue
+            for entry in _entries(module):
                 raw = reader.raw(entry)
-                sha = hashlib.sha256(raw).hexdigest()
-                tensors.append((canonical_name(entry.key), entry.dtype, entry.shape, sha))
+                hashed.append(_hash(entry, raw))
                 arrays.append(_finite(decode(raw, entry), entry))
             norms[module.name] = _norm(module, arrays[0], arrays[1])
-    digest = content_digest(tensors, scaling=facts.scaling, fan_in_fan_out=facts.fan_in_fan_out)
-    return Measured(digest, norms)
+    return Measured(_digest(hashed, facts), norms)
+
+
+def digest_of(path: Path, facts: AdapterFacts) -> str:
+    """The content digest alone, in a third of the time of `measure`: for files whose values are known to be sound."""
+    with TensorReader(path) as reader:
+        hashed = [_hash(entry, reader.raw(entry)) for module in facts.modules for entry in _entries(module)]
+    return _digest(hashed, facts)
+
+
+def _entries(module: LoraModule) -> list[TensorEntry]:
+    return [entry for entry in (module.a, module.b, module.bias) if entry is not None]
+
+
+def _hash(entry: TensorEntry, raw: memoryview) -> _Hashed:
+    return canonical_name(entry.key), entry.dtype, entry.shape, hashlib.sha256(raw).hexdigest()
+
+
+def _digest(hashed: Sequence[_Hashed], facts: AdapterFacts) -> str:
+    return content_digest(hashed, scaling=facts.scaling, fan_in_fan_out=facts.fan_in_fan_out)
 
 
 def _finite(array: Array, entry: TensorEntry) -> Array:

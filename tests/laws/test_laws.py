@@ -110,7 +110,7 @@ def merge(name: str, case: Case, *, threads: int = 1, dtype: str = "F64", stored
         files, out = [folder / WEIGHTS for folder in folders], root / "out"
         out.mkdir()
         outcomes = engine.merge(plan, files, out, threads=threads)
-        proof, _ = receipt.prove(plan, files, out, outcomes)
+        proof = receipt.prove(plan, files, out, outcomes).receipt
         contents = {path.name: path.read_bytes() for path in sorted(out.iterdir())}
         return Result(deltas(out), proof["loss"], proof["predicted_loss"], proof["loss_bound"], contents)
 

@@ -137,6 +137,20 @@ def test_overlap_is_one_for_one_space_and_zero_for_orthogonal_ones():
     assert overlaps(gram(apart), blocks) == pytest.approx(np.eye(2))
 
 
+def test_overlap_is_that_of_orthonormal_bases(case: tuple[np.ndarray, np.ndarray, Grams]):
+    a, b, grams = case
+
+    for square, rows in ((grams.a, a), (grams.b, b.T)):
+        bases = []
+        for block in BLOCKS:
+            part = rows[block.start : block.stop]
+            sizes = np.linalg.norm(part, axis=1, keepdims=True)
+            _, sigma, vt = np.linalg.svd(part / np.where(sizes > 0, sizes, 1), full_matrices=False)
+            bases.append(vt[sigma > 1e-9])
+        shared = np.sum((bases[0] @ bases[1].T) ** 2) / min(len(bases[0]), len(bases[1]))
+        assert overlaps(square, BLOCKS)[0, 1] == pytest.approx(shared, abs=1e-7)
+
+
 def test_a_delta_is_retained_as_far_as_the_spaces_of_the_child_hold_it():
     random = np.random.default_rng(2)
     a, b = random.normal(size=(5, D_IN)), random.normal(size=(D_OUT, 5))

@@ -68,8 +68,8 @@ def run_merge(folders: Sequence[Path], out: Path, *, threads: int = 1, **asked: 
     out.mkdir(parents=True)
     files = [folder / WEIGHTS for folder in folders]
     outcomes = engine.merge(plan, files, out, threads=threads)
-    proof, facts = receipt.prove(plan, files, out, outcomes, threads=threads)
-    return Merged(plan, out, proof, facts)
+    proven = receipt.prove(plan, files, out, outcomes, threads=threads)
+    return Merged(plan, out, proven.receipt, proven.facts)
 
 
 def deltas(folder: Path) -> dict[str, np.ndarray]:

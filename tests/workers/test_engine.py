@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import write_tiny_adapter
+from tiny import encode, write_tiny_adapter
 from tiny_merge import WEIGHTS, deltas, distance, exact_sum, facts_of, plan_of, run_merge, write_factors
 
 from adapterctl.registry.domain.errors import Corrupt, JobCancelled, Refused
@@ -83,6 +83,25 @@ def test_cat_leaves_b_alone_and_scales_a(tmp_path: Path, dtype: str):
         distance(deltas(merged.folder), exact_sum(parents, (0.3, -0.7)))
         <= {"F32": 6e-8, "BF16": 4e-3, "F16": 5e-4}[dtype]
     )
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("BF16", "BF16"), ("F16", "F16"), ("BF16", "F16"), ("F16", "F32")])
+def test_cat_rounds_every_product_of_16_bits_once(tmp_path: Path, dtype: str, wanted: str):
+    every = np.arange(1 << 16, dtype=np.uint16)
+    values = (every.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else every.view(np.float16)
+    limit = 6e4 if "F16" in {dtype, wanted} else 3e38
+    values = np.where(np.abs(values) <= limit, values, 0).astype(np.float32).reshape(4, -1)  # NaN is not below it
+    b = np.ones((3, 4))
+    parents = [write_factors(tmp_path / f"p{i}", {"m": (values, b)}, dtype=dtype) for i in range(2)]
+    plan, out = plan_of(parents, weights=(0.3, -0.7), method="cat", dtype=wanted.lower()), tmp_path / "out"
+    out.mkdir()
+
+    engine.merge(plan, files_of(parents), out)
+
+    wide = np.float32 if wanted in {"BF16", "F16"} else np.float64
+    scaled = np.concatenate([values.astype(wide) * wide(weight) for weight in (0.3, -0.7)])
+    rows = facts_of(out).modules[0].a
+    assert (out / WEIGHTS).read_bytes()[rows.begin : rows.end] == encode(scaled, wanted).tobytes()
 
 
 def test_modules_of_one_parent_alone_are_kept(tmp_path: Path):
@@ -194,7 +213,7 @@ def test_weights_by_layer_hold_in_their_modules_only(parents: list[Path], tmp_pa
     out.mkdir()
 
     outcomes = engine.merge(plan, files_of(parents), out)
-    proof, _ = receipt.prove(plan, files_of(parents), out, outcomes)
+    proof = receipt.prove(plan, files_of(parents), out, outcomes).receipt
 
     first, second, made = deltas(parents[0]), deltas(parents[1]), deltas(out)
     expected = {}
