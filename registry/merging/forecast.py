@@ -40,9 +40,8 @@ def forecast(
         plan: of the merge that was asked for; its rank is among the forecasts.
         files: the weights file of each parent. labels: what to call each one.
     """
-    full_rank = max(sum(part.rank for part in module.parts) for module in plan.modules)
-    energy = np.zeros(full_rank)
-    others = _other_methods(plan, full_rank)
+    energy = _no_energy(plan)
+    others = _other_methods(plan, len(energy))
     # only Grams are cheap: the other forms work through every element
     forms = {"grams": list(others), "elements": [plan.recipe.method], "deltas": [plan.recipe.method]}
     errors = {name: 0.0 for name in others if name in forms.get(find_method(name).form, ())}
@@ -52,7 +51,7 @@ def forecast(
         for module in plan.modules:
             loaded = load_stack(module.parts, readers)
             grams = loaded.grams()
-            energy[: grams.rank] += spectrum(grams) ** 2
+            _add_energy(energy, grams)
             meetings.append(meet(grams, [part.weight for part in module.parts]))
             signs.append(compare_signs(loaded))
             for name in errors:
@@ -66,15 +65,24 @@ def forecast(
 
 def rank_for_energy(plan: MergePlan, files: Sequence[Path], share: float) -> int:
     """The smallest uniform rank at which the best adapter keeps `share` of ||delta||² over all modules."""
-    energy = np.zeros(max(sum(part.rank for part in module.parts) for module in plan.modules))
+    energy = _no_energy(plan)
     with ExitStack() as stack:
         readers = [stack.enter_context(TensorReader(path)) for path in files]
         for module in plan.modules:
-            sigma = spectrum(load_stack(module.parts, readers).grams())
-            energy[: len(sigma)] += sigma**2
+            _add_energy(energy, load_stack(module.parts, readers).grams())
     held = np.cumsum(energy)
     # all of it is less than float64 can add up
     return int(np.searchsorted(held, share * (1 - 1e-12) * held[-1])) + 1 if held[-1] > 0 else 1
+
+
+def _no_energy(plan: MergePlan) -> Array:
+    """A zero for every direction of the largest module: the sum of its parents' ranks."""
+    return np.zeros(max(sum(part.rank for part in module.parts) for module in plan.modules))
+
+
+def _add_energy(energy: Array, grams: Grams) -> None:
+    """Add what each direction of one module holds of ||delta||², the strongest first."""
+    energy[: grams.rank] += spectrum(grams) ** 2
 
 
 def _error_squared(
