@@ -28,6 +28,8 @@ Prune = Callable[["Deltas", int], Keep]
 
 #: Elements of a band: with the few arrays that a rule needs beside it, it stays in the cache of one core.
 BAND = 1 << 16
+#: Bands that are multiplied together, which takes BLAS a third less time than each on its own.
+TOGETHER = 32
 #: A merged matrix up to this size is kept between the steps of the iteration; a larger one is made again for each.
 KEPT_BYTES = 256 << 20
 #: Elements of which a sample is made to find a threshold; matrices up to this size are sorted out whole.
@@ -85,7 +87,7 @@ class Merged:
         self._deltas, self._keeps, self._rule = deltas, keeps, rule
         self._weights = deltas.weights.astype(deltas.stack.a.dtype)
         size = math.prod(deltas.shape) * deltas.stack.a.itemsize
-        self._kept = [made for _, made in self._made()] if size <= KEPT_BYTES else None
+        self._kept = list(self._made()) if size <= KEPT_BYTES else None
 
     def factors(self, rank: int) -> tuple[Array, Array]:
         """A' (rank, d_in) and B' (d_out, rank) of the best approximation of that rank, the values shared evenly.
@@ -101,10 +103,11 @@ class Merged:
         rows = self._deltas.stack.a
         width = max(rank, len(rows)) + SPARE
         if min(d_out, d_in) <= max(SMALL, 2 * width):
-            u, sigma, vt = np.linalg.svd(np.concatenate(list(self._bands())).astype(np.float64), full_matrices=False)
+            whole = np.concatenate([made for _, made in self._parts()]).astype(np.float64)
+            u, sigma, vt = np.linalg.svd(whole, full_matrices=False)
             return _shared(u[:, :rank], sigma[:rank], vt[:rank], rank)
         x = np.linalg.qr(np.concatenate([rows, _signs(width - len(rows), d_in)]).T.astype(np.float64))[0]
-        total, captured = sum(float(np.vdot(band, band)) for band in self._bands()), 0.0
+        total, captured = sum(float(np.vdot(row, row)) for _, made in self._parts() for row in made), 0.0
         for _ in range(MOST_STEPS):
             q = np.linalg.qr(self._times(x))[0]
             x, triangle = np.linalg.qr(self._transposed_times(q))
@@ -115,24 +118,27 @@ class Merged:
         return _shared(q @ u[:, :rank], sigma[:rank], vt[:rank] @ x.T, rank)
 
     def _made(self) -> Iterator[tuple[slice, Rows]]:
-        columns = self._deltas.shape[1]
-        for band in self._deltas.bands():
-            parents = [
-                keep(self._deltas.rows(place, band), band.start * columns) for place, keep in enumerate(self._keeps)
-            ]
-            yield band, self._rule(np.stack(parents), self._weights)
+        bands, columns = list(self._deltas.bands()), self._deltas.shape[1]
+        for some in (bands[first : first + TOGETHER] for first in range(0, len(bands), TOGETHER)):
+            start, stop = some[0].start, some[-1].stop
+            made = np.empty((stop - start, columns), self._weights.dtype)
+            for band in some:
+                first = band.start * columns
+                parents = [keep(self._deltas.rows(place, band), first) for place, keep in enumerate(self._keeps)]
+                made[band.start - start : band.stop - start] = self._rule(np.stack(parents), self._weights)
+            yield slice(start, stop), made
 
-    def _bands(self) -> Iterator[Rows]:
-        return iter(self._kept) if self._kept is not None else (made for _, made in self._made())
+    def _parts(self) -> Iterator[tuple[slice, Rows]]:
+        return iter(self._kept) if self._kept is not None else self._made()
 
     def _times(self, x: Array) -> Array:
         narrow = x.astype(self._weights.dtype)
-        return np.concatenate([band @ narrow for band in self._bands()]).astype(np.float64)
+        return np.concatenate([made @ narrow for _, made in self._parts()]).astype(np.float64)
 
     def _transposed_times(self, y: Array) -> Array:
         narrow, total = y.astype(self._weights.dtype), np.zeros((self._deltas.shape[1], y.shape[1]))
-        for rows, band in zip(self._deltas.bands(), self._bands(), strict=True):
-            total += band.T @ narrow[rows]
+        for rows, made in self._parts():
+            total += made.T @ narrow[rows]
         return total
 
 

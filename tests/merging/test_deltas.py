@@ -18,6 +18,12 @@ RANK = 6
 D_OUT, D_IN = 560, 620
 
 
+@pytest.fixture(autouse=True)
+def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of these 6 bands 4 are multiplied together and then 2, as the bands of a large matrix are."""
+    monkeypatch.setattr(module, "TOGETHER", 4)
+
+
 @pytest.fixture(scope="module")
 def made() -> Deltas:
     random = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from ..method import merge_method
 @merge_method(
     "dare_linear_svd",
     form="deltas",
-    rev=1,
+    rev=2,
     exact=False,
     when="a merge like PEFT's combination_type dare_linear_svd is wanted, repeatable; svd loses less and adds no noise",
     cost="O(d_out d_in R); memory of one merged delta, 4 d_out d_in bytes, a worker",

@@ -11,7 +11,7 @@ from ..method import merge_method
 @merge_method(
     "magnitude_prune_svd",
     form="deltas",
-    rev=1,
+    rev=2,
     exact=False,
     when="a result of PEFT's combination_type magnitude_prune_svd has to be made again; else use sum or svd",
     cost="O(d_out d_in R); memory of one merged delta, 4 d_out d_in bytes, a worker",

@@ -16,7 +16,7 @@ SMALLEST_SUM = 1e-8
 @merge_method(
     "ties_mergekit",
     form="deltas",
-    rev=1,
+    rev=2,
     exact=False,
     when="a result of mergekit's method ties is to be had as an adapter, without the base; its weights are normalised",
     cost="O(d_out d_in R); memory of one merged delta, 4 d_out d_in bytes, a worker",

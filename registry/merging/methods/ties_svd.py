@@ -11,7 +11,7 @@ from ..method import merge_method
 @merge_method(
     "ties_svd",
     form="deltas",
-    rev=1,
+    rev=2,
     exact=False,
     when="a result of PEFT's combination_type ties_svd has to be made again; for tasks that disturb each other see tsv",
     cost="O(d_out d_in R); memory of one merged delta, 4 d_out d_in bytes, a worker",
