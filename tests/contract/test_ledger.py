@@ -12,7 +12,7 @@ from adapterctl.registry.domain.errors import Conflict, HasDescendants, InvalidI
 from adapterctl.registry.domain.evals import EvalReport, TaskResult
 from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.domain.stage import verify_chain
-from adapterctl.registry.domain.version import AdapterVersion, Base
+from adapterctl.registry.domain.version import AdapterVersion, Base, Edge
 from adapterctl.registry.ports import Ledger
 from adapterctl.registry.stores.sql import ledger as sql_ledger_module
 
@@ -249,29 +249,23 @@ def test_lineage_is_the_same_as_a_plain_walk(ledger: Ledger, add_version: AddVer
     for _ in range(40):
         parents = rng.sample(versions, rng.choice([2, 2, 3]))
         versions.append(add_version(parents=parents, recipe_digest=f"{rng.random()}"))
-    parents_of = {v: [e.parent_id for e in edges] for v, edges in ledger.parent_edges([v.id for v in versions]).items()}
-    children_of: dict[str, list[str]] = {}
-    for child, parents in parents_of.items():
-        for parent in parents:
-            children_of.setdefault(parent, []).append(child)
+    edges = [e for of_child in ledger.parent_edges([v.id for v in versions]).values() for e in of_child]
 
     for version in versions[::7]:
         for depth in (None, 1, 2, 5):
-            up = [(e.child_id, e.parent_id) for e in ledger.edges_up(version.id, depth)]
-            down = [(e.parent_id, e.child_id) for e in ledger.edges_down(version.id, depth)]
-            for found, steps in ((up, parents_of), (down, children_of)):
-                assert len(found) == len(set(found))
-                assert set(found) == plain_walk(steps, version.id, depth)
+            assert ledger.edges_up(version.id, depth) == plain_walk(edges, "child_id", "parent_id", version.id, depth)
+            assert ledger.edges_down(version.id, depth) == plain_walk(edges, "parent_id", "child_id", version.id, depth)
 
 
-def plain_walk(steps: dict[str, list[str]], start: str, depth: int | None) -> set[tuple[str, str]]:
-    """Every edge that leaves a node less than `depth` steps away."""
-    found, level, seen, distance = set(), [start], {start}, 0
-    while level and (depth is None or distance < depth):
-        edges = [(node, after) for node in level for after in steps.get(node, [])]
-        found |= set(edges)
-        level = list({after for _, after in edges} - seen)
-        seen |= set(level)
+def plain_walk(edges: list[Edge], start: str, end: str, first: str, depth: int | None) -> list[Edge]:
+    """Every edge that leaves a node less than `depth` steps away, generation by generation, in each by that node."""
+    found, level, seen, distance = [], {first}, {first}, 0
+    ordered = sorted(edges, key=lambda each: (getattr(each, start), each.child_id, each.position))
+    while level and distance != depth:
+        here = [each for each in ordered if getattr(each, start) in level]
+        found += here
+        level = {getattr(each, end) for each in here} - seen
+        seen |= level
         distance += 1
     return found
 

@@ -257,11 +257,19 @@ def these(values: Iterable[str]) -> dict[str, str]:
     return {"these": json.dumps(list(values))}
 
 
+def is_remote(connection: Connection) -> bool:
+    """Whether a query goes to a server and back, and is not answered in this process."""
+    return connection.dialect.name != "sqlite"
+
+
 def rows(connection: Connection, query: Select[Any], values: Mapping[str, str]) -> list[tuple[Any, ...]]:
-    """The rows of a query as the driver gives them: SQLAlchemy's own take a walk of thousands a quarter more time."""
+    """The rows of a query as the driver gives them: SQLAlchemy's own take a walk of thousands a quarter more time.
+
+    A server sends them in binary form, which is read in little more than half the time that text takes.
+    """
     statement, positional = _driver_sql(query, connection.dialect)
     errors = connection.dialect.loaded_dbapi.Error
-    cursor = connection.connection.cursor()
+    cursor = connection.connection.cursor(**({"binary": True} if is_remote(connection) else {}))
     try:
         cursor.execute(statement, tuple(values.values()) if positional else values)
         return list(cursor.fetchall())

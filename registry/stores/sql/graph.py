@@ -1,28 +1,48 @@
 """Walks over the edges, and the recalls that reach a version along them. Functions of an open transaction.
 
-One query a generation. A recursive query that carries the depth visits a node once for every length of a path to
-it; one that does not carry it has to be sorted into generations afterwards, and is no faster
-(docs/decisions/0005-the-row-is-the-truth.md has the figures).
+One query a generation where the database is in this process. Where each query is a way to a server and back, one
+recursive query brings all edges of a long walk, and they are sorted into generations here. It does not carry the depth:
+then it would visit a node once for every length of a path to it. docs/decisions/0005-the-row-is-the-truth.md has the
+figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from operator import attrgetter
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from typing import Any
 
-from sqlalchemy import Column, Connection, insert, select
+from sqlalchemy import Column, Connection, Select, Text, bindparam, insert, select
 
 from ...domain.errors import Recalled
 from ...domain.recall import DESCENT, Recall, RecallAction, Recalls
 from ...domain.version import Edge
-from .engine import Now, among, rows, these
+from .engine import Now, among, is_remote, rows, these
 from .tables import adapter, edge, meta, recall, version
 
+#: Up to this depth a query a generation costs less than reading the whole walk.
+_FEW_GENERATIONS = 3
+
+_FIELDS = list(Edge.__dataclass_fields__)
+_EDGE = [edge.c[name] for name in _FIELDS]
 _EDGES_AT = {
-    column.name: select(*(edge.c[name] for name in Edge.__dataclass_fields__))
-    .where(among(column))
-    .order_by(edge.c.child_id, edge.c.position)
+    column.name: select(*_EDGE).where(among(column)).order_by(column, edge.c.child_id, edge.c.position)
     for column in (edge.c.child_id, edge.c.parent_id)
+}
+_Look = Callable[[Sequence[str]], list[tuple[Any, ...]]]
+
+
+def _every_edge(start: Column[str], end: Column[str]) -> Select[Any]:
+    """All edges of the walk from the node `first`, in no order; a step looks for the nodes that the last one found."""
+    walked = select(*_EDGE).where(start == bindparam("first", type_=Text())).cte("walked", recursive=True)
+    generation = select(walked.c[end.name].label("node")).distinct().subquery("generation")
+    return select(walked.union(select(*_EDGE).join(generation, start == generation.c.node)))
+
+
+_EVERY_EDGE = {
+    start.name: _every_edge(start, end)
+    for start, end in ((edge.c.child_id, edge.c.parent_id), (edge.c.parent_id, edge.c.child_id))
 }
 _OTHER = version.alias("other")
 _SAME_CONTENT = (
@@ -37,17 +57,33 @@ _RECALL = select(*(recall.c[name] for name in Recall.__dataclass_fields__)).orde
 def walk(
     connection: Connection, version_id: str, depth: int | None, *, start: Column[str], end: Column[str]
 ) -> list[Edge]:
-    """Edges from `start` to `end`, generation by generation; each node is visited once."""
-    found: list[Edge] = []
+    """Edges from `start` to `end`, generation by generation, in each by `start`; a node is visited once."""
+    look = _ask(connection, start)
+    if is_remote(connection) and (depth is None or depth > _FEW_GENERATIONS):
+        look = _read_ahead(connection, version_id, start)
+    found: list[tuple[Any, ...]] = []
     seen, generation = {version_id}, [version_id]
-    toward = attrgetter(end.name)
+    toward = itemgetter(_FIELDS.index(end.name))
     while generation and (depth is None or depth > 0):
-        edges = edges_at(connection, start, generation)
+        edges = look(generation)
         found += edges
         generation = [node for node in dict.fromkeys(map(toward, edges)) if node not in seen]
         seen.update(generation)
         depth = None if depth is None else depth - 1
-    return found
+    return [Edge(*row) for row in found]
+
+
+def _ask(connection: Connection, start: Column[str]) -> _Look:
+    return lambda nodes: rows(connection, _EDGES_AT[start.name], these(nodes))
+
+
+def _read_ahead(connection: Connection, version_id: str, start: Column[str]) -> _Look:
+    """Reads the whole walk at once. What comes back answers as `_ask` would, for any nodes of it."""
+    at: defaultdict[str, list[tuple[Any, ...]]] = defaultdict(list)
+    begin = _FIELDS.index(start.name)
+    for row in rows(connection, _EVERY_EDGE[start.name], {"first": version_id}):
+        at[row[begin]].append(row)
+    return lambda nodes: [row for node in sorted(nodes) if node in at for row in sorted(at[node])]
 
 
 def edges_at(connection: Connection, column: Column[str], nodes: Iterable[str]) -> list[Edge]:
