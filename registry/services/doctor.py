@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from ..api import Check
 from ..domain.errors import AdapterctlError, NotFound, Unavailable
 from ..domain.job import JobState
-from ..domain.worker import QUEUES, served
+from ..domain.worker import QUEUES, Worker, served
 from ..ports import Doorbell, Ledger, VersionStore
 from ..settings import Settings
 from .drift import drift
@@ -113,15 +113,32 @@ def _fleet(settings: Settings, ledger: Ledger, bell: Doorbell) -> Iterator[Check
     except Unavailable as error:
         yield Check("broker", "error", error.message, error.hint)
     workers = ledger.workers()
-    for worker in workers:
-        if not worker.alive:
-            said = f"{worker.name} on {worker.host} was last seen {worker.silent_s:.0f} s ago"
-            yield Check("worker", "warning", said, "start it again; its job was queued again by another worker")
+    yield from silent_workers(workers)
     yield Check("workers", "ok", f"{sum(worker.alive for worker in workers)} alive")
     unserved = [queue for queue in QUEUES if queue not in served(workers)]
     for job in ledger.waiting(unserved, for_s=settings.ring_again_s):
         said = f"job {job.id} waits in the queue {job.queue}, which no worker serves"
         yield Check("queue", "error", said, f"adapterctl worker --queues {job.queue}")
+
+
+def silent_workers(workers: Sequence[Worker]) -> Iterator[Check]:
+    """One line for all workers of a host and its queues that ended without a word: a crash loop makes many of them.
+
+    The ledger forgets them after a day.
+    """
+    places = {(each.host, tuple(each.queues)): None for each in workers if not each.alive}
+    for place in places:
+        here = [each for each in workers if (each.host, tuple(each.queues)) == place]
+        silent = sorted((each for each in here if not each.alive), key=lambda each: each.silent_s)
+        last = silent[0]
+        said = f"{last.name} on {last.host} was last seen {last.silent_s:.0f} s ago"
+        said += ", when it was leaving" if last.draining else ", at work"
+        if len(silent) > 1:
+            said += f"; {len(silent) - 1} before it for {'+'.join(last.queues)} since {silent[-1].silent_s:.0f} s ago"
+        hint = "start it again; its job was queued again by another worker"
+        if len(here) > len(silent):
+            hint = "it was started again since; if this goes on, its log says why it ends"
+        yield Check("worker", "warning", said, hint)
 
 
 def _evaluation() -> Check:

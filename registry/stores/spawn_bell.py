@@ -13,6 +13,8 @@ from ..locks import locked_if_free
 from ..settings import Settings
 
 SUPERVISOR = "adapterctl.workers.supervisor"
+#: A larger log is put aside before the next supervisor writes to it; what was aside is gone then.
+LOG_BYTES = 5 << 20
 
 
 class SpawnBell:
@@ -31,6 +33,8 @@ class SpawnBell:
         with only_one(self._settings.home) as nobody_at_work:
             if not nobody_at_work:
                 return
+            # under the lock: of two that ring at once, the second must not put aside what the first has just begun
+            _put_aside(self._log)
         self._forget_ended()
         self._started.append(self._spawn())
 
@@ -39,8 +43,7 @@ class SpawnBell:
 
     def _spawn(self) -> int:
         # Not `subprocess`: its Popen complains when the parent ends first, which here is the rule.
-        log = self._settings.home / "jobs" / "supervisor.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
         to_log = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         return os.posix_spawn(
             sys.executable,
@@ -49,11 +52,15 @@ class SpawnBell:
             {**os.environ, **self._settings.to_env()},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, str(log), to_log, 0o600),
-                (os.POSIX_SPAWN_OPEN, 2, str(log), to_log, 0o600),
+                (os.POSIX_SPAWN_OPEN, 1, str(self._log), to_log, 0o600),
+                (os.POSIX_SPAWN_OPEN, 2, str(self._log), to_log, 0o600),
             ],
             setsid=True,
         )
+
+    @property
+    def _log(self) -> Path:
+        return self._settings.home / "jobs" / "supervisor.log"
 
     def _place(self) -> list[str]:
         # on the command line, where it wins over whatever its environment and files say of other registries
@@ -66,6 +73,13 @@ class SpawnBell:
                 if os.waitpid(pid, os.WNOHANG) == (0, 0):
                     continue
             self._started.remove(pid)
+
+
+def _put_aside(log: Path) -> None:
+    """Rename a log that has grown too large to `….log.1`. A supervisor that is still leaving goes on writing there."""
+    with suppress(FileNotFoundError):
+        if log.stat().st_size > LOG_BYTES:
+            log.replace(log.with_name(f"{log.name}.1"))
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from adapterctl.registry.domain.job import Job, NewJob
+from adapterctl.registry.domain.worker import Worker
+from adapterctl.registry.services.doctor import silent_workers
 from adapterctl.registry.services.fleet import queue_for_gpu_work, tend
 from adapterctl.registry.settings import Settings
 from adapterctl.registry.stores.sql.ledger import SqlLedger
@@ -88,3 +90,22 @@ def test_only_an_idle_worker_rings_again_and_for_its_own_queues(sql_ledger: SqlL
     assert tended(sql_ledger, at_once, idle=True) == [on_cpu.id]
     assert tended(sql_ledger, at_once, idle=True, queues=("gpu",)) == [on_gpu.id]
     assert tended(sql_ledger, settings("require"), idle=True) == []
+
+
+def worker(name: str, silent_s: float, *, host: str = "one", draining: bool = False) -> Worker:
+    return Worker(name, name, host, ("cpu",), "cpu", 0.0, 0.0, draining, silent_s)
+
+
+def test_doctor_counts_the_ends_of_a_worker_that_dies_at_every_start():
+    restarts = [worker(f"one-{n}", 3600.0 - n) for n in range(40)]
+
+    crashing = list(
+        silent_workers([*restarts, worker("two-1", 99.0, host="two", draining=True), worker("one-99", 1.0)])
+    )
+
+    assert [(check.status, check.detail) for check in crashing] == [
+        ("warning", "one-39 on one was last seen 3561 s ago, at work; 39 before it for cpu since 3600 s ago"),
+        ("warning", "two-1 on two was last seen 99 s ago, when it was leaving"),
+    ]
+    assert [check.hint.partition(";")[0] for check in crashing] == ["it was started again since", "start it again"]
+    assert not list(silent_workers([worker("alive", 1.0)]))

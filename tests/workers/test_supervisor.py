@@ -21,7 +21,7 @@ from adapterctl.registry.domain.job import Job, JobState
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.services.schedule import Done, JobHandler, Task
 from adapterctl.registry.settings import Settings
-from adapterctl.registry.stores.spawn_bell import SpawnBell, only_one
+from adapterctl.registry.stores.spawn_bell import LOG_BYTES, SpawnBell, only_one
 from adapterctl.workers import supervisor as module
 from adapterctl.workers.supervisor import Supervisor
 
@@ -357,6 +357,30 @@ def test_the_bell_starts_one_supervisor_for_all_jobs(registry: LocalRegistry, su
     assert versions_of(registry) == ["merged:v1", "merged:v2"]
     for pid in bell._started:
         os.waitpid(pid, 0)
+
+
+def test_a_log_that_has_grown_is_put_aside_before_the_next_supervisor_writes(
+    registry: LocalRegistry, settings: Settings
+):
+    bell = SpawnBell(settings)
+    log = settings.home / "jobs" / "supervisor.log"
+    log.parent.mkdir(exist_ok=True)
+    aside = log.with_name("supervisor.log.1")
+    aside.write_text("older still")
+    log.write_bytes(b"x" * LOG_BYTES)
+
+    with log.open("a") as leaving:  # another supervisor, which does not hold the lock any more
+        bell.ring("unheard")
+        assert aside.read_text() == "older still"
+        os.waitpid(bell._started.pop(), 0)
+        leaving.write("!")
+        leaving.flush()
+        bell.ring("unheard")
+        leaving.write("gone")
+
+    os.waitpid(bell._started.pop(), 0)
+    assert aside.read_bytes() == b"x" * LOG_BYTES + b"!gone"
+    assert log.stat().st_size < LOG_BYTES
 
 
 def test_a_job_queued_between_the_last_look_and_the_exit_is_not_missed(
