@@ -173,7 +173,7 @@ class Ledger(Protocol):
 
     # lineage
     def edges_up(self, version_id: str, depth: int | None = None) -> list[Edge]:
-        """Every edge on a path from the version to its ancestors, nearest generation first, in each by child and position.
+        """Every edge on a path from the version to its ancestors, nearest generation first, in each by child, position.
 
         Down to the descendants, in each generation by parent, child and position.
         """
