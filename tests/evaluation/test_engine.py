@@ -143,7 +143,7 @@ def test_rows_hold_every_sample_once_and_little_room():
 
     assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
     width = max(sum(lengths[place] for place in row) for row in rows)
-    assert len(rows) * width <= 1.15 * sum(lengths)
+    assert len(rows) * width <= 1.05 * sum(lengths)
 
 
 def test_swapping_leaks_nothing(tiny_base: Path, tiny_adapters: tuple[Path, Path], suite: Suite, tmp_path: Path):
