@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from matplotlib.figure import Figure
 from adapterctl.examples import BASE_NAME
 from adapterctl.registry.domain.adapter import read_facts
 from adapterctl.registry.domain.eval_plan import Subject
-from adapterctl.registry.domain.evals import BEHAVIOUR, MEASURES
+from adapterctl.registry.domain.evals import BEHAVIOUR, MEASURES, least_difference
 from adapterctl.registry.domain.header import read_header
 from adapterctl.registry.domain.plan import MergePlan, build_plan
 from adapterctl.registry.domain.recipe import MergeRequest
@@ -43,7 +42,6 @@ TASKS = ("translate", "chat")
 METHODS = ("cat", "svd")
 #: (translate, chat), in the article's order.
 WEIGHTINGS = ((1.0, 1.0), (0.5, 1.0), (0.2, 1.0), (1.0, 0.05), (1.0, 0.2))
-DRAWS = 2000
 ENGINE = {"device": "cpu", "dtype": "float32", "batch_size": "8"}
 INK, BLUE, ORANGE, FAINT = "#24292f", "#0b57d0", "#d9730d", "#8c959f"
 
@@ -194,24 +192,6 @@ def _name(method: str, weights: Sequence[float]) -> str:
     return f"{method} {', '.join(f'{weight:g}' for weight in weights)}"
 
 
-def difference(one: Row, other: Row, parents: Sequence[Samples], plan: TunePlan) -> tuple[float, float, float]:
-    """Smallest share of `one` less that of `other`, with its paired 90 % interval: each draw takes the same samples."""
-    rng = random.Random(0)
-    found = []
-    for draw in range(DRAWS + 1):
-        worst = []
-        picks = [range(len(p)) if draw == 0 else rng.choices(range(len(p)), k=len(p)) for p in parents]
-        for row in (one, other):
-            shares = [
-                share(t.metric, [parents[p][i] for i in picks[p]], [row.heldout[p][i] for i in picks[p]])
-                for p, t in enumerate(plan.tasks)
-            ]
-            worst.append(min(shares))
-        found.append(worst[0] - worst[1])
-    drawn = sorted(found[1:])
-    return found[0], drawn[round(0.05 * (DRAWS - 1))], drawn[round(0.95 * (DRAWS - 1))]
-
-
 def _claims(rows: Mapping[str, Row]) -> list[tuple[str, str, str]]:
     """What the article says, whether it holds here, and by which figures."""
     t, c = 0, 1
@@ -326,7 +306,9 @@ def _page(plan: TunePlan, rows: Mapping[str, Row], findings: Mapping[int, Findin
     for seed, finding in findings.items():
         won = finding.winner
         row = next(row for name, row in rows.items() if name.startswith(f"tuned, seed {seed}:"))
-        value, low, high = difference(row, best, parents, plan)
+        subjects = zip(parents, row.heldout, best.heldout, strict=True)
+        less = least_difference([(t.metric, three) for t, three in zip(plan.tasks, subjects, strict=True)])
+        value, low, high = less.value, less.low, less.high
         verdict = "better" if low > 0 else "worse" if high < 0 else "not worse"
         lines.append(
             f"| seed {seed} | {_name(METHODS[won.kind], won.weights)} | {finding.used:.1f} | {won.worst:.1%} | {row.worst:.1%} |"

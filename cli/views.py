@@ -316,6 +316,7 @@ def tune_text(view: TuneView, out: Output, *, explain: bool) -> str:
     """The winner with what it keeps held out, beside the plain sum; and the trials that saw every sample."""
     winner = view.trials[view.winner]
     weights = " ".join(f"{parent.ref}={parent.weight:g}" for parent in winner.weights)
+    weights += "".join(f" --layer-weights {layer}" for layer in winner.layers)
     lines = [out.paint(printable(f"trial {winner.number}: {winner.method} r{winner.rank}, {weights}"), "bold")]
     plain = {row.task: row for row in view.heldout if row.trial == view.plain}
     rows = [
@@ -329,15 +330,16 @@ def tune_text(view: TuneView, out: Output, *, explain: bool) -> str:
     lines.append(out.table(header, rows, right={3, 4, 5}))
     samples = f"{view.heldout_samples} held-out samples; {view.tuning_samples} others decided"
     lines.append(out.paint(f"  on {samples}; {view.used:.1f} of {view.budget:g} full evaluations used", "dim"))
+    lines += [out.paint(f"  {line}", "dim") for line in view.advice]
     best = sorted((trial for trial in view.trials if trial.complete), key=lambda trial: -trial.worst)[:10]
     cells = [
         [
-            str(t.number), f"{t.method} r{t.rank}", *(f"{p.weight:g}" for p in t.weights),
+            str(t.number), f"{t.method} r{t.rank}", *(f"{weight:g}" for weight in view.weights(t)),
             *(f"{t.kept[task]:.1%}" for task in view.tasks), f"{t.worst:.1%}", "*" if t.number in view.front else "",
         ]
         for t in best
     ]  # fmt: skip
-    columns = ["TRIAL", "METHOD", *view.parents, *(f"KEPT {task}" for task in view.tasks), "LEAST", "FRONT"]
+    columns = ["TRIAL", "METHOD", *view.searched, *(f"KEPT {task}" for task in view.tasks), "LEAST", "FRONT"]
     lines += ["", out.table(columns, cells, right={0, *range(2, len(columns) - 1)})]
     if explain:
         lines += ["", *(printable(f"* {line}") for line in view.explanation)]

@@ -18,10 +18,10 @@ from .domain.evals import EvalReport, Interval
 from .domain.job import Job, JobEvent, LogPiece, QueueDepth
 from .domain.plan import Forecast, Interference, Pair
 from .domain.recall import RecallAction
-from .domain.recipe import MergeRequest, ResizeRequest
+from .domain.recipe import LayerWeights, MergeRequest, ResizeRequest
 from .domain.refs import Ref
 from .domain.suite import Suite
-from .domain.tuning import TuneRequest
+from .domain.tuning import TuneRequest, searched
 from .domain.verdict import Decision, Judged, Outcome
 from .domain.version import Base, FileRecord
 from .domain.worker import Worker
@@ -322,7 +322,7 @@ class RetentionView:
 @dataclass(frozen=True, slots=True)
 class TrialView:
     """One candidate of a search. `kept` is its retention by task on the `samples` tuning samples that it was shown;
-    it was shown all of them where it is `complete`.
+    it was shown all of them where it is `complete`. `layers` are weights of layers where they are not `weights`.
     """
 
     number: int
@@ -333,6 +333,7 @@ class TrialView:
     complete: bool
     kept: Mapping[str, float]
     worst: float
+    layers: tuple[LayerWeights, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,7 +356,9 @@ class TuneView:
     """What a search for weights found. `owners` are the parents that the tasks are measured against, in their order.
 
     `budget` and `used` count full evaluations. `heldout` has the winner first, then the other finalists and the plain
-    candidate. `jobs` are the merges that register the finalists, where that was asked for.
+    candidate. `jobs` are the merges that register the finalists, where that was asked for. `layer_groups` are patterns
+    of the runs of layers with weights of their own. `less_plain` is the smallest share that the winner keeps less that
+    of the plain candidate, held out (-1 to 1), and `advice` what follows from it.
     """
 
     job: str
@@ -375,6 +378,20 @@ class TuneView:
     heldout: tuple[HeldOutView, ...]
     explanation: tuple[str, ...]
     jobs: tuple[str, ...] = ()
+    layer_groups: tuple[str, ...] = ()
+    less_plain: Interval | None = None
+    advice: tuple[str, ...] = ()
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """What each weight is of: a parent, in each group of layers."""
+        return searched(self.parents, self.layer_groups)
+
+    def weights(self, trial: TrialView) -> tuple[float, ...]:
+        """The weights of a trial in the order of `searched`."""
+        everywhere = tuple(parent.weight or 0.0 for parent in trial.weights)
+        own = {layer.pattern: layer.weights for layer in trial.layers}
+        return tuple(weight for group in self.layer_groups or [""] for weight in own.get(group, everywhere))
 
 
 @dataclass(frozen=True, slots=True)

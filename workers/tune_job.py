@@ -22,8 +22,8 @@ import numpy as np
 from ..registry.crashpoints import reached
 from ..registry.domain.errors import JobCancelled
 from ..registry.domain.eval_plan import BASE
-from ..registry.domain.evals import Interval, kept
-from ..registry.domain.plan import MergePlan, ModulePlan
+from ..registry.domain.evals import Interval, kept, least_difference
+from ..registry.domain.plan import ModulePlan
 from ..registry.domain.suite import Row
 from ..registry.domain.tuning import (
     HIGHEST,
@@ -133,16 +133,18 @@ def propose(trials: Sequence[Trial], plan: TunePlan) -> tuple[int, tuple[float, 
 
     A function of its arguments: the sampler is made anew each time, seeded with the place in the search.
     """
-    count = len(plan.parents)
+    count, groups = len(plan.parents), max(1, len(plan.groups))
     if len(trials) == PLAIN:
-        return 0, (1.0,) * count
+        return 0, (1.0,) * count * groups
     if len(trials) <= count:  # each parent ahead of the others, once
-        return 0, tuple(1.0 if i == len(trials) - 1 else 0.5 for i in range(count))
+        return 0, tuple(1.0 if i == len(trials) - 1 else 0.5 for i in range(count)) * groups
     import optuna  # deferred: a second, and only a search needs it
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # groups of layers part where the surrogate proposes: a random point among so many weights is a bad one
+    parted = groups if len(trials) >= STARTUP else 1
     space: dict[str, optuna.distributions.BaseDistribution] = {
-        f"w{i}": optuna.distributions.FloatDistribution(LOWEST, HIGHEST, step=STEP) for i in range(count)
+        f"w{i}": optuna.distributions.FloatDistribution(LOWEST, HIGHEST, step=STEP) for i in range(count * parted)
     }
     if len(plan.kinds) > 1:
         space["kind"] = optuna.distributions.CategoricalDistribution(tuple(range(len(plan.kinds))))
@@ -153,7 +155,8 @@ def propose(trials: Sequence[Trial], plan: TunePlan) -> tuple[int, tuple[float, 
     tried = {(trial.kind, trial.weights) for trial in trials}
     for _ in range(REDRAWS):
         params = study.ask(space).params
-        kind, weights = params.get("kind", 0), tuple(round(params[f"w{i}"], 2) for i in range(count))
+        drawn = tuple(round(params[f"w{i}"], 2) for i in range(count * parted))
+        kind, weights = params.get("kind", 0), drawn * (groups // parted)
         if (kind, weights) not in tried:
             return kind, weights
     return None
@@ -162,7 +165,7 @@ def propose(trials: Sequence[Trial], plan: TunePlan) -> tuple[int, tuple[float, 
 def _frozen(trial: Trial, space: Mapping[str, Any]) -> Any:
     from optuna.trial import TrialState, create_trial  # deferred: see propose
 
-    params: dict[str, Any] = {f"w{i}": weight for i, weight in enumerate(trial.weights)}
+    params: dict[str, Any] = {f"w{i}": weight for i, weight in enumerate(trial.weights) if f"w{i}" in space}
     if "kind" in space:
         params["kind"] = trial.kind
     return create_trial(
@@ -206,6 +209,7 @@ class Search:
             against_plain=tuple(self._against_plain(samples, base, numbers[0])),
             used=(self._used + len(samples) * self._plan.heldout_samples) / self._plan.tuning_samples,
             margins=tuple(margins),
+            less_plain=self._less_plain(samples, parents, owners, numbers[0]),
         )
 
     def _reference(self, subject: int) -> list[Samples]:
@@ -312,6 +316,19 @@ class Search:
             plain = samples[PLAIN][place]
             yield kept(task.metric, base[place][len(task.tuning) :], plain, samples[winner][place]).retention
 
+    def _less_plain(
+        self, samples: Mapping[int, list[Samples]], parents: Sequence[list[Samples]], owners: Sequence[int], winner: int
+    ) -> Interval:
+        return least_difference(
+            [
+                (
+                    task.metric,
+                    (parents[owners[place]][place][len(task.tuning) :], samples[winner][place], samples[PLAIN][place]),
+                )
+                for place, task in enumerate(self._plan.tasks)
+            ]
+        )
+
 
 class Bench:
     """The loaded model with the parents' factors beside it; both are loaded when something has to be looked at."""
@@ -333,7 +350,7 @@ class Bench:
 
     def candidate(self, kind: int, weights: Sequence[float]) -> AbstractContextManager[None]:
         """The merge of the parents by this kind and these weights, made in memory."""
-        return self.engine.candidate(self._slot, self._tensors(self._plan.kinds[kind], weights))
+        return self.engine.candidate(self._slot, self._tensors(kind, weights))
 
     def look(self, subject: AbstractContextManager[None], place: int, rows: Sequence[Row], stage: str) -> Samples:
         """Statistics of a subject on rows of one task."""
@@ -387,17 +404,19 @@ class Bench:
             self._loaded[dtype] = for_each_module(self._plan.kinds[0], load)
         return self._loaded[dtype]
 
-    def _tensors(self, plan: MergePlan, weights: Sequence[float]) -> dict[str, torch.Tensor]:
+    def _tensors(self, kind: int, weights: Sequence[float]) -> dict[str, torch.Tensor]:
         import torch  # deferred: see engine
 
-        method, rounded = find_method(plan.recipe.method), getattr(torch, _TORCH[plan.recipe.dtype])
-        stacks = self._stacks(arithmetic(method, plan.recipe.dtype))
+        plan, recipe = self._plan.kinds[kind], self._plan.recipe(kind, weights)
+        method, rounded = find_method(recipe.method), getattr(torch, _TORCH[recipe.dtype])
+        stacks = self._stacks(arithmetic(method, recipe.dtype))
 
         def make(module: ModulePlan) -> tuple[torch.Tensor, torch.Tensor]:
             stack, grams = stacks[module.name]
-            weighted = replace(module, parts=tuple(replace(p, weight=weights[p.parent]) for p in module.parts))
+            here = recipe.weights_in(module.name)
+            weighted = replace(module, parts=tuple(replace(p, weight=here[p.parent]) for p in module.parts))
             stack = replace(stack, c=coefficients(weighted.parts))
-            made = factors_of(weighted, method, stack, plan.recipe, grams=grams)
+            made = factors_of(weighted, method, stack, recipe, grams=grams)
             a, b = (torch.from_numpy(np.ascontiguousarray(factor)).to(rounded).float() for factor in made)
             return a.reshape(-1, *module.a_shape[1:]), b.reshape(b.shape[0], -1, *module.b_shape[2:])
 

@@ -41,6 +41,9 @@ def tune(
         list[int] | None,
         typer.Option(min=1, metavar="R", help="Rank for methods with a choice; may be repeated."),
     ] = None,
+    layer_groups: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Runs of layers, each with weights of its own.")
+    ] = 1,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the proposals.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Samples a task, both halves together.")] = None,
     register: Annotated[int, typer.Option(min=0, metavar="K", help="Make versions of the K best.")] = 0,
@@ -72,6 +75,7 @@ def tune(
         seed=seed,
         limit=limit,
         keep=register,
+        layer_groups=layer_groups,
     )
     registry = session.registry()
     job = registry.tune(request)

@@ -156,6 +156,29 @@ def spread(
     return _interval([score for (score,) in _paired_scores(metric, (samples,), draws=draws, seed=seed)], confidence)
 
 
+def least_difference(
+    tasks: Sequence[tuple[Metric, Sequence[Sequence[Mapping[str, float]]]]],
+    *,
+    confidence: float = CONFIDENCE,
+    draws: int = DRAWS,
+) -> Interval:
+    """The smallest share that one child keeps over all tasks, less the smallest that another one keeps.
+
+    Each task comes with the samples of its parent, of the one child and of the other; each draw takes the same samples
+    of all three. A share is a retention, 0 where there is nothing to divide by.
+    """
+    one: list[list[float]] = []
+    other: list[list[float]] = []
+    for seed, (metric, subjects) in enumerate(tasks):
+        higher = metric.direction == "higher"
+        scores = _paired_scores(metric, subjects, draws=draws, seed=seed)
+        for shares, child in ((one, 1), (other, 2)):
+            pairs = ((s[child], s[0]) if higher else (s[0], s[child]) for s in scores)
+            shares.append([_ratio(over, under) or 0.0 for over, under in pairs])
+    least, others = ([min(draw) for draw in zip(*shares, strict=True)] for shares in (one, other))
+    return _interval([a - b for a, b in zip(least, others, strict=True)], confidence)
+
+
 def behaviour_note(parent: Mapping[str, float], child: Mapping[str, float]) -> str:
     """How the child's answers differ in form from its parent's, in words; empty where they do not, or none were made.
 

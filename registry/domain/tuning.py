@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from .digest import json_digest
 from .errors import InvalidInput
 from .eval_plan import Subject
 from .evals import CONFIDENCE, MEASURES, Interval, Kept, Metric, kept, spread
-from .plan import MergePlan
-from .recipe import MergeRequest
+from .plan import MergePlan, place_of
+from .recipe import LayerWeights, MergeRequest, Recipe
 from .refs import ParentRef, Ref
 from .suite import Row, SuiteTask
 
@@ -36,7 +37,7 @@ DECISION = ("plain unless beaten beyond the interval", CONFIDENCE)
 @dataclass(frozen=True, slots=True)
 class TuneRequest:
     """A search as the caller asks for it. `ranks` are for methods that have a choice; `keep` is how many become
-    versions.
+    versions; in each of `layer_groups` runs of layers the parents have weights of their own.
 
     `budget` is counted in full evaluations: looks at as many samples as the tuning half has.
     """
@@ -50,6 +51,7 @@ class TuneRequest:
     seed: int = 0
     limit: int | None = None
     keep: int = 0
+    layer_groups: int = 1
 
     @property
     def target(self) -> str:
@@ -81,7 +83,10 @@ class TuneTask:
 
 @dataclass(frozen=True, slots=True)
 class TunePlan:
-    """All that the child is told. `kinds` are the ways to merge, each a plan with every weight 1."""
+    """All that the child is told. `kinds` are the ways to merge, each a plan with every weight 1.
+
+    `groups` are the patterns of `layer_groups`; without any, a parent has one weight in all modules.
+    """
 
     base_folder: str
     parents: tuple[Subject, ...]
@@ -91,6 +96,7 @@ class TunePlan:
     seed: int
     finalists: int
     engine: Mapping[str, str]
+    groups: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -103,8 +109,17 @@ class TunePlan:
                 "tasks": [[t.suite, t.task.name, t.task.primary, len(t.tuning), list(t.owners)] for t in self.tasks],
                 "search": [self.budget, self.seed, self.finalists, *RUNGS, LOWEST, HIGHEST, STEP, *DECISION],
                 "engine": dict(self.engine),
+                # without groups a search has the digest that it always had
+                **({"groups": list(self.groups)} if self.groups else {}),
             }
         )
+
+    def recipe(self, kind: int, weights: Sequence[float]) -> Recipe:
+        """That of a candidate."""
+        recipe = self.kinds[kind].recipe
+        of_parents, layers = by_layer(weights, self.groups)
+        parents = zip(recipe.parents, of_parents, strict=True)
+        return replace(recipe, parents=tuple(replace(p, weight=weight) for p, weight in parents), layers=layers)
 
     @property
     def tuning_samples(self) -> int:
@@ -124,6 +139,8 @@ class TunePlan:
 @dataclass(frozen=True, slots=True)
 class Trial:
     """One candidate. `shares` is what it kept of each task (retention) after the last rung that it reached.
+
+    `weights` has one a parent; where there are groups of layers, group by group.
 
     `rungs` is the smallest share at the end of each rung; it was looked at in full where it has all of them.
     """
@@ -184,7 +201,8 @@ class Finding:
     """What a search found. `finalists` begin with the winner; `used` is of the budget, in full evaluations.
 
     `against_plain` compares the winner with the plain candidate on each task, held out: 1 is as good. `margins` are
-    those that decided, on the tuning samples: of every candidate that was asked for one, the best first.
+    those that decided, on the tuning samples: of every candidate that was asked for one, the best first. `less_plain`
+    is the smallest share that the winner keeps less that of the plain candidate, held out.
     """
 
     trials: tuple[Trial, ...]
@@ -195,6 +213,7 @@ class Finding:
     against_plain: tuple[Interval | None, ...]
     used: float
     margins: tuple[Margin, ...] = ()
+    less_plain: Interval | None = None
 
     @property
     def winner(self) -> Trial:
@@ -220,6 +239,59 @@ def split(task: SuiteTask, limit: int | None) -> tuple[tuple[Row, ...], tuple[Ro
         )
     middle = (len(rows) + 1) // 2
     return tuple(rows[:middle]), tuple(rows[middle:])
+
+
+def layer_groups(modules: Iterable[str], count: int) -> tuple[str, ...]:
+    """Patterns that cut the layers of these modules into `count` runs of about one length: `layers.0-14`; none for 1.
+
+    Raises `InvalidInput` where there are fewer layers, or the names tell no layers apart.
+    """
+    if count == 1:
+        return ()
+    names = sorted(set(modules))
+    layer_of = {name: place_of(name)[0] for name in names}
+    layers = sorted({layer for layer in layer_of.values() if layer is not None})
+    if count > len(layers):
+        raise InvalidInput(
+            f"the parents have {len(layers)} layers, which make no {count} groups",
+            hint=f"give --layer-groups {len(layers)} or less" if len(layers) > 1 else "leave --layer-groups out",
+        )
+    words = {_word_before_number(name) for name in names if layer_of[name] is not None}
+    word = words.pop() if len(words) == 1 else "*"
+    cuts = [len(layers) * i // count for i in range(count + 1)]
+    runs = [layers[start:end] for start, end in pairwise(cuts)]
+    patterns = tuple(
+        (f"{word}." if word else "") + (f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}") for run in runs
+    )
+    for name in names:
+        chosen = [run for run, pattern in zip(runs, patterns, strict=True) if LayerWeights(pattern, ()).selects(name)]
+        if chosen != [run for run in runs if layer_of[name] in run]:
+            raise InvalidInput(
+                f"{name} belongs to no one group of layers by its name", hint="search without --layer-groups"
+            )
+    return patterns
+
+
+def _word_before_number(module: str) -> str:
+    """`layers` of model.layers.3.mlp.up_proj; empty where the name begins with the number."""
+    upto_number = module.removesuffix(place_of(module)[1]).rstrip(".")
+    return upto_number.rpartition(".")[0].rpartition(".")[2]
+
+
+def by_layer(weights: Sequence[float], groups: Sequence[str]) -> tuple[tuple[float, ...], tuple[LayerWeights, ...]]:
+    """The weights of a candidate as a recipe has them: of the parents, and of the layers that have others.
+
+    The former are those of the first group, so that modules outside of all layers go with it.
+    """
+    count = len(weights) // max(1, len(groups))
+    first, *others = [tuple(weights[start : start + count]) for start in range(0, len(weights), count)]
+    pairs = zip(groups[1:], others, strict=True)
+    return first, tuple(LayerWeights(pattern, these) for pattern, these in pairs if these != first)
+
+
+def searched(parents: Sequence[str], groups: Sequence[str]) -> tuple[str, ...]:
+    """What each weight of a candidate is of: a parent, in each group of layers."""
+    return tuple(f"{parent}{group}" for group in [f" {each}" for each in groups] or [""] for parent in parents)
 
 
 def share(metric: Metric, parent: Sequence[Mapping[str, float]], child: Sequence[Mapping[str, float]]) -> float:
@@ -340,7 +412,24 @@ def explain(finding: Finding, labels: Sequence[str], kinds: Sequence[str], tasks
     lines += [f"held out, {_held_out_words(finding, number, tasks)}" for number in told]
     if winner.number != PLAIN:
         lines.append(_verdict(finding, tasks))
-    return lines
+    return [*lines, *advice(finding)]
+
+
+def advice(finding: Finding) -> list[str]:
+    """Whether the weights of the winner are worth having, by samples that decided nothing; nothing to say of the plain
+    one.
+
+    The winner was chosen before these samples were seen and stays the winner: it is the reader who may decide.
+    """
+    if finding.winner.number == PLAIN or finding.less_plain is None:
+        return []
+    value, low, high = (100 * x for x in (finding.less_plain.value, finding.less_plain.low, finding.less_plain.high))
+    points = f"{value:+.1f} points [{low:+.1f}, {high:+.1f}] in the smallest share"
+    if low > 0:
+        return [f"held out, the winner is better than the plain sum: {points}"]
+    if high < 0:
+        return [f"held out, the winner is worse than the plain sum: {points}; leave the weights at 1"]
+    return [f"held out, the winner is no better than equal weights: {points}; the plain sum is the simpler choice"]
 
 
 def describe(trial: Trial, labels: Sequence[str], kinds: Sequence[str]) -> str:

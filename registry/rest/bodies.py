@@ -125,6 +125,7 @@ class TuneBody(Body):
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     keep: Annotated[int, Field(ge=0, le=16, description="How many of the best to make versions of.")] = 0
+    layer_groups: Annotated[int, Field(ge=1, le=1000, description="Runs of layers, each with weights of its own.")] = 1
 
     def request(self) -> TuneRequest:
         """Raises `InvalidInput` for a reference that cannot be read."""
@@ -138,6 +139,7 @@ class TuneBody(Body):
             seed=self.seed,
             limit=self.limit,
             keep=self.keep,
+            layer_groups=self.layer_groups,
         )
 
 

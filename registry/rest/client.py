@@ -306,6 +306,7 @@ class RemoteRegistry:
             "seed": request.seed,
             "limit": request.limit,
             "keep": request.keep,
+            "layer_groups": request.layer_groups,
         }
         return self._post("/v1/tunes", body, Job)
 

@@ -86,24 +86,25 @@ def pareto_picture(view: TuneView) -> bytes:
 
 
 def weights_picture(view: TuneView) -> bytes:
-    """The smallest share over the weight of each parent, one panel a parent."""
-    figure = _figure(1.2 + 3.4 * len(view.parents), 3.6)
-    panels: Any = figure.subplots(1, len(view.parents), sharey=True, squeeze=False)[0]
+    """The smallest share over the weight of each parent, one panel a parent; a row of them for each group of layers."""
+    rows = max(1, len(view.layer_groups))
+    figure = _figure(1.2 + 3.4 * len(view.parents), 0.4 + 3.2 * rows)
+    panels: Any = figure.subplots(rows, len(view.parents), sharey=True, squeeze=False)
     complete = [trial for trial in view.trials if trial.complete]
     dropped = [trial for trial in view.trials if not trial.complete]
-    for place, (axes, parent) in enumerate(zip(panels, view.parents, strict=True)):
+    for place, (axes, parent) in enumerate(zip(panels.flat, view.searched, strict=True)):
         axes.scatter(
-            [t.weights[place].weight for t in dropped], [t.worst for t in dropped], s=14, color=FAINT, alpha=0.5,
+            [view.weights(t)[place] for t in dropped], [t.worst for t in dropped], s=14, color=FAINT, alpha=0.5,
             label="dropped early",
         )  # fmt: skip
         for kind, colour in zip(_kinds(complete), (STRONG, "#d9730d", "#1a7f37", "#8250df"), strict=False):
             these = [trial for trial in complete if _kind(trial) == kind]
             axes.scatter(
-                [t.weights[place].weight for t in these], [t.worst for t in these], s=26, color=colour, label=kind
+                [view.weights(t)[place] for t in these], [t.worst for t in these], s=26, color=colour, label=kind
             )
         winner = view.trials[view.winner]
         axes.scatter(
-            [winner.weights[place].weight],
+            [view.weights(winner)[place]],
             [winner.worst],
             marker="*",
             s=180,
@@ -114,20 +115,21 @@ def weights_picture(view: TuneView) -> bytes:
         )
         axes.set_xlabel(f"weight of {_short(parent)}", fontsize=9)
         axes.yaxis.set_major_formatter(_percent())
-    panels[0].set_ylabel("smallest share kept", fontsize=9)
-    panels[0].legend(fontsize=8, frameon=False)
-    panels[0].set_title(_title(view), fontsize=10, loc="left")
+    for row in panels:
+        row[0].set_ylabel("smallest share kept", fontsize=9)
+    panels[0][0].legend(fontsize=8, frameon=False)
+    panels[0][0].set_title(_title(view), fontsize=10, loc="left")
     return _png(figure)
 
 
 def trials_picture(view: TuneView) -> bytes:
     """Parallel coordinates: one line a candidate, over its weights, what it kept, and its smallest share."""
     names = [
-        *(f"weight\n{_short(p, 18)}" for p in view.parents),
+        *("\n".join(["weight", *(_short(part, 18) for part in name.split(" "))]) for name in view.searched),
         *(f"kept\n{t}" for t in view.tasks),
         "smallest\nshare",
     ]
-    rows = {t.number: [*(p.weight or 0.0 for p in t.weights), *t.kept.values(), t.worst] for t in view.trials}
+    rows = {t.number: [*view.weights(t), *t.kept.values(), t.worst] for t in view.trials}
     spans = [(min(column), max(column)) for column in zip(*rows.values(), strict=True)]
     figure = _figure(1.5 + 1.5 * len(names), 4.2)
     axes = figure.subplots()
@@ -145,7 +147,7 @@ def trials_picture(view: TuneView) -> bytes:
         )
     for place, (a, b) in enumerate(spans):
         axes.axvline(place, color=FAINT, linewidth=0.6)
-        unit = "{:.2f}" if place < len(view.parents) else "{:.1%}"
+        unit = "{:.2f}" if place < len(view.searched) else "{:.1%}"
         axes.text(place, -0.03, unit.format(a), ha="center", va="top", fontsize=8, color=FAINT)
         axes.text(place, 1.03, unit.format(b), ha="center", va="bottom", fontsize=8, color=FAINT)
     axes.set_xticks(range(len(names)), names, fontsize=9)

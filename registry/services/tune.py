@@ -24,7 +24,20 @@ from ..domain.plan import MergePlan, build_plan
 from ..domain.recipe import MergeRequest, Recipe, RecipeParent, recipe_from_json
 from ..domain.refs import ParentRef, Ref
 from ..domain.suite import Suite
-from ..domain.tuning import PLAIN, Finding, Trial, TunePlan, TuneRequest, TuneTask, explain, split
+from ..domain.tuning import (
+    PLAIN,
+    Finding,
+    Trial,
+    TunePlan,
+    TuneRequest,
+    TuneTask,
+    advice,
+    by_layer,
+    explain,
+    layer_groups,
+    searched,
+    split,
+)
 from ..domain.version import AdapterVersion
 from ..ports import Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
@@ -69,6 +82,8 @@ def request_tune(
             f"--budget {request.budget} with --register {request.keep} is no search",
             hint=f"give a budget of {smallest} to {MAX_BUDGET}, and register {MAX_REGISTERED} at most",
         )
+    modules = [module.name for parent in parents for module in ledger.detail(parent.id).facts.modules]
+    groups = layer_groups(modules, request.layer_groups)
     locate(ledger, parents[0].spec.base, settings, made_on_demand)
     spec = {
         "parents": [parent.id for parent in parents],
@@ -79,6 +94,7 @@ def request_tune(
         "seed": request.seed,
         "limit": request.limit,
         "keep": request.keep,
+        "layer_groups": list(groups),
     }
     names = " ".join(parent.label for parent in parents)
     new = NewJob(
@@ -167,6 +183,7 @@ class TuneHandler:
             seed=job.spec["seed"],
             finalists=max(1, job.spec["keep"]),
             engine=engine_facts(self._settings),
+            groups=_groups(job),
         )
 
     def _merge(self, job: Job, told: _Told, number: int) -> NewJob:
@@ -192,20 +209,24 @@ class _Told:
         self.labels = [parent.label for parent in self.parents]
         self.kinds = [f"{recipe.method} r{recipe.rank}" for recipe in self._recipes]
         self.names = [task.task.name for task in self._tasks]
+        self._groups = _groups(job)
+        self.searched = searched(self.labels, self._groups)
 
     def explain(self) -> list[str]:
-        return explain(self.finding, self.labels, self.kinds, self.names)
+        return explain(self.finding, self.searched, self.kinds, self.names)
 
     def request(self, trial: Trial) -> MergeRequest:
         recipe = self._recipes[trial.kind]
+        weights, layers = by_layer(trial.weights, self._groups)
         return MergeRequest(
             parents=tuple(
                 ParentRef(Ref(parent.name, number=parent.number), weight)
-                for parent, weight in zip(self.parents, trial.weights, strict=True)
+                for parent, weight in zip(self.parents, weights, strict=True)
             ),
             into=self.into,
             method=recipe.method,
             rank=recipe.rank,
+            layers=layers,
         )
 
     def view(self) -> TuneView:
@@ -234,15 +255,20 @@ class _Told:
             ),
             explanation=tuple(self.explain()),
             jobs=tuple(job.result.get("jobs", ())),
+            layer_groups=self._groups,
+            less_plain=finding.less_plain,
+            advice=tuple(advice(finding)),
         )  # fmt: skip
 
     def _trial(self, trial: Trial) -> TrialView:
         recipe = self._recipes[trial.kind]
-        weights = (ParentView(label, weight, "merge") for label, weight in zip(self.labels, trial.weights, strict=True))
+        of_parents, layers = by_layer(trial.weights, self._groups)
+        weights = (ParentView(label, weight, "merge") for label, weight in zip(self.labels, of_parents, strict=True))
         shares = dict(zip(self.names, trial.shares, strict=True))
         return TrialView(
-            trial.number, recipe.method, recipe.rank, tuple(weights), trial.samples, trial.complete, shares, trial.worst
-        )
+            trial.number, recipe.method, recipe.rank, tuple(weights), trial.samples, trial.complete, shares,
+            trial.worst, layers,
+        )  # fmt: skip
 
     def params(self) -> dict[str, str]:
         spec = self._job.spec
@@ -253,6 +279,7 @@ class _Told:
             "budget": str(spec["budget"]),
             "seed": str(spec["seed"]),
             "limit": str(spec["limit"]),
+            **({"layer_groups": ", ".join(self._groups)} if self._groups else {}),
             "winner": self.explain()[1],
         }
 
@@ -262,7 +289,7 @@ class _Told:
         series = {"worst": [(trial.number, trial.worst) for trial in trials]}
         for place, name in enumerate(self.names):
             series[f"kept/{name}"] = [(trial.number, trial.shares[place]) for trial in trials]
-        for place, label in enumerate(self.labels):
+        for place, label in enumerate(self.searched):
             series[f"weight/{label}"] = [(trial.number, trial.weights[place]) for trial in trials]
         for row in self.finding.heldout:
             if row.retention is not None:
@@ -310,6 +337,10 @@ def _suites(ledger: Ledger, request: TuneRequest, parents: Sequence[AdapterVersi
             hint="give one: --suite FILE; docs/evaluation.md shows how it is written",
         )
     return list({suite.digest: suite for suite in suites}.values())
+
+
+def _groups(job: Job) -> tuple[str, ...]:
+    return tuple(job.spec.get("layer_groups", ()))  # searches of earlier versions have none
 
 
 def _tasks(ledger: Ledger, job: Job, parents: Sequence[AdapterVersion]) -> list[TuneTask]:

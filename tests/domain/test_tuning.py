@@ -9,16 +9,20 @@ import pytest
 
 from adapterctl.registry.domain.errors import InvalidInput
 from adapterctl.registry.domain.evals import MEASURES, Interval
+from adapterctl.registry.domain.recipe import LayerWeights
 from adapterctl.registry.domain.suite import Row, SuiteTask
 from adapterctl.registry.domain.tuning import (
     Finding,
     HeldOut,
     Margin,
     Trial,
+    advice,
+    by_layer,
     choose_finalists,
     explain,
     front,
     goes_on,
+    layer_groups,
     margin,
     share,
     split,
@@ -65,6 +69,44 @@ def test_the_halves_do_not_follow_the_order_of_the_file():
 def test_too_few_samples_are_not_halved():
     with pytest.raises(InvalidInput, match="has 7 samples"):
         split(_task(20), 7)
+
+
+@pytest.mark.parametrize(
+    ("stem", "layers", "count", "patterns"),
+    [
+        ("model.layers.{}.mlp.up_proj", range(30), 2, ("layers.0-14", "layers.15-29")),
+        ("model.layers.{}.mlp.experts.9.w1", range(3), 3, ("layers.0", "layers.1", "layers.2")),
+        ("transformer.h.{}.attn", (4, 5, 9), 2, ("h.4", "h.5-9")),
+        ("{}.attn", range(4), 2, ("0-1", "2-3")),
+        ("model.layers.{}.mlp", range(5), 1, ()),
+    ],
+)
+def test_layers_are_cut_into_runs_that_a_recipe_can_name(stem: str, layers: range, count: int, patterns: tuple[str]):
+    assert layer_groups([*map(stem.format, layers), "lm_head"], count) == patterns
+
+
+def test_encoder_and_decoder_are_cut_alike():
+    modules = [f"{part}.{i}.up" for part in ("encoder.block", "decoder.layer") for i in range(4)]
+
+    assert layer_groups(modules, 2) == ("*.0-1", "*.2-3")
+
+
+def test_layers_that_no_pattern_tells_apart_are_not_cut():
+    with pytest.raises(InvalidInput, match="have 3 layers, which make no 4 groups"):
+        layer_groups([f"layers.{i}.up" for i in range(3)], 4)
+    with pytest.raises(InvalidInput, match="belongs to no one group"):
+        layer_groups([f"{i}.experts.{j}.up" for i in range(4) for j in range(4)], 2)
+
+
+def test_only_layers_with_weights_of_their_own_are_in_the_recipe():
+    groups = ("layers.0-1", "layers.2-3", "layers.4-5")
+
+    assert by_layer((0.5, 1.0), ()) == ((0.5, 1.0), ())
+    assert by_layer((0.5, 1.0) * 3, groups) == ((0.5, 1.0), ())
+    assert by_layer((0.5, 1.0, 0.5, 1.0, 0.5, 0.2), groups) == (
+        (0.5, 1.0),
+        (LayerWeights("layers.4-5", (0.5, 0.2)),),
+    )
 
 
 def test_a_share_reads_the_same_where_lower_and_where_higher_is_better():
@@ -166,6 +208,22 @@ def test_the_explanation_names_winner_runner_up_plain_sum_and_the_held_out_verdi
     assert "trial 1 keeps 88.0% [86.0%, 90.0%] of two, its least" in text
     assert "one better (1.100 [1.050, 1.150]), two not told apart" in text
     assert "beats it by more than the tuning samples leave open: one 1.140 [1.040, 1.200]" in text
+
+
+@pytest.mark.parametrize(
+    ("less", "said"),
+    [
+        (Interval(0.02, 0.01, 0.03), "is better than the plain sum: +2.0 points [+1.0, +3.0] in the smallest share"),
+        (Interval(0.02, -0.01, 0.03), "is no better than equal weights: +2.0 points [-1.0, +3.0]"),
+        (Interval(-0.02, -0.03, -0.01), "is worse than the plain sum: -2.0 points [-3.0, -1.0]"),
+    ],
+)
+def test_the_reader_is_told_whether_the_winner_is_worth_having(less: Interval, said: str):
+    trials = (_trial(0, 0.8, 0.9), _trial(1, 0.92, 0.91))
+    won, plain = (Finding(trials, (1,), (winner,), (0, 1), (), (), 7.25, (), less) for winner in (1, 0))
+
+    assert said in advice(won)[0]
+    assert advice(plain) == []
 
 
 def test_the_explanation_says_why_a_candidate_that_keeps_more_did_not_win():

@@ -14,6 +14,7 @@ from adapterctl.registry.domain.evals import (
     answer_statistics,
     behaviour_note,
     kept,
+    least_difference,
     loops,
     switched,
     task_result,
@@ -67,6 +68,21 @@ def test_an_identical_child_keeps_exactly_everything():
     for interval in (result.retention, result.gain_kept):
         assert interval is not None
         assert (interval.value, interval.low, interval.high) == (1.0, 1.0, 1.0)
+
+
+def test_the_smallest_shares_of_two_children_are_compared_whichever_tasks_they_are_of():
+    exact = MEASURES["exact_match"]
+    parent, half, most = ([{"exact": float(i % 8 < hits)} for i in range(64)] for hits in (8, 4, 6))
+
+    same = least_difference([(exact, (parent, half, half)), (exact, (parent, most, most))])
+    turned = least_difference([(exact, (parent, half, most)), (exact, (parent, most, half))])
+    better = least_difference([(exact, (parent, most, half)), (exact, (parent, most, most))])
+
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    assert turned.value == 0.0
+    assert turned.low < 0 < turned.high
+    assert better.value == pytest.approx(0.25)
+    assert better.low > 0
 
 
 def test_a_child_like_the_base_kept_none_of_the_gain():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,18 @@ from adapterctl.registry.domain.eval_plan import Subject
 from adapterctl.registry.domain.header import read_header
 from adapterctl.registry.domain.job import JobState
 from adapterctl.registry.domain.plan import MergePlan, build_plan
-from adapterctl.registry.domain.recipe import MergeRequest
+from adapterctl.registry.domain.recipe import LayerWeights, MergeRequest
 from adapterctl.registry.domain.refs import ParentRef, Ref, parse_ref
-from adapterctl.registry.domain.tuning import PLAIN, Finding, TunePlan, TuneRequest, TuneTask, split
+from adapterctl.registry.domain.tuning import (
+    PLAIN,
+    Finding,
+    TunePlan,
+    TuneRequest,
+    TuneTask,
+    by_layer,
+    layer_groups,
+    split,
+)
 from adapterctl.registry.merging.method import resolve
 from adapterctl.registry.services.suites import load_suite
 from adapterctl.registry.settings import load_settings
@@ -39,13 +48,19 @@ ROWS = [{"id": word, "prompt": f"{word} ->", "target": f" {word[::-1]}"} for wor
 TASK = "tasks:\n  - {name: NAME, data: rows.jsonl, metrics: [nll, chrf], max_new_tokens: 4}\n"
 
 
-def _plan(method: str, folders: tuple[Path, Path], weights: tuple[float, float], rank: int | None = None) -> MergePlan:
+def _plan(
+    method: str,
+    folders: tuple[Path, Path],
+    weights: Sequence[float],
+    rank: int | None = None,
+    layers: tuple[LayerWeights, ...] = (),
+) -> MergePlan:
     facts = [
         read_facts(json.loads((f / "adapter_config.json").read_text()), read_header(f / "adapter_model.safetensors"))
         for f in folders
     ]
     parents = tuple(ParentRef(Ref(name), weight) for name, weight in zip("ab", weights, strict=True))
-    recipe = resolve(MergeRequest(parents, method=method, rank=rank), facts, ["a" * 64, "b" * 64])
+    recipe = resolve(MergeRequest(parents, method=method, rank=rank, layers=layers), facts, ["a" * 64, "b" * 64])
     return build_plan(recipe, facts)
 
 
@@ -95,6 +110,28 @@ def test_a_candidate_has_the_figures_of_the_file_that_a_merge_would_write(
     assert made == stored
 
 
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_so_has_a_candidate_with_weights_by_layer(
+    search: TunePlan, tiny_adapters: tuple[Path, Path], tmp_path: Path, method: str
+):
+    modules = [module.name for module in search.kinds[0].modules]
+    groups, weights = layer_groups(modules, 2), (0.7, 1.2, 1.1, 0.3)
+    first, layers = by_layer(weights, groups)
+    files = [folder / "adapter_model.safetensors" for folder in tiny_adapters]
+    engine.merge(_plan(method, tiny_adapters, first, layers=layers), files, tmp_path)
+    plan = replace(search, kinds=(_plan(method, tiny_adapters, (1.0, 1.0)),), groups=groups)
+    bench = tune_job.Bench(plan, lambda m: None, lambda: False, threads=1)
+    rows = search.tasks[0].tuning
+
+    made = bench.look(bench.candidate(0, weights), 0, rows, "in memory")
+    stored = bench.look(bench.engine.subject(tmp_path), 0, rows, "from its file")
+    everywhere = bench.look(bench.candidate(0, first * 2), 0, rows, "one weight a parent")
+    bench.close()
+
+    assert made == stored
+    assert made != everywhere
+
+
 def test_a_candidate_of_lower_rank_leaves_nothing_of_the_one_before(search: TunePlan):
     bench = tune_job.Bench(search, lambda m: None, lambda: False, threads=1)
     rows = search.tasks[0].tuning
@@ -141,6 +178,25 @@ def test_a_search_that_was_stopped_anywhere_goes_on_as_if_it_had_not_been(search
     assert [line["number"] for line in _lines(journal, "trial")] == [trial.number for trial in whole.trials]
     assert len({(line["of"], line["task"]) for line in _lines(journal, "reference")}) == 6
     assert len(_lines(journal, "reference")) == 6
+
+
+def test_groups_of_layers_part_once_the_surrogate_proposes_and_the_search_is_the_same_when_it_goes_on(
+    search: TunePlan, tmp_path: Path
+):
+    groups = layer_groups([module.name for module in search.kinds[0].modules], 2)
+    grouped = replace(search, groups=groups, budget=12)
+
+    whole = _run(grouped, tmp_path / "whole")
+    left = iter(range(14))
+    with pytest.raises(JobCancelled):
+        _run(grouped, tmp_path / "parts", lambda: next(left, None) is None)
+    resumed = _run(grouped, tmp_path / "parts")
+
+    assert resumed == whole
+    parted = [trial.number for trial in whole.trials if trial.weights[:2] != trial.weights[2:]]
+    assert parted
+    assert min(parted) == tune_job.STARTUP
+    assert _run(replace(search, budget=12), tmp_path / "parts") != whole  # one without groups is another one
 
 
 def test_the_journal_of_another_search_is_not_taken_over(search: TunePlan, tmp_path: Path):
@@ -205,10 +261,12 @@ def test_a_killed_search_is_finished_by_its_next_attempt_with_no_trial_twice(
     suites = [str(write_suite(TASK.replace("NAME", name), rows=ROWS, name=name)) for name in ("one", "two")]
     monkeypatch.setenv("ADAPTERCTL_CRASH_AT", "tune.trial")
     monkeypatch.setenv("ADAPTERCTL_CRASH_ONCE", str(tmp_path / "died"))
-    request = TuneRequest((parse_ref("a"), parse_ref("b")), suites=tuple(suites), budget=6, keep=1)
+    request = TuneRequest((parse_ref("a"), parse_ref("b")), suites=tuple(suites), budget=6, keep=1, layer_groups=2)
 
     with pytest.raises(InvalidInput, match="--budget 3"):
         registry.tune(replace(request, budget=3))
+    with pytest.raises(InvalidInput, match="make no 99 groups"):
+        registry.tune(replace(request, layer_groups=99))
     job = registry.tune(request)
     *_, ended = registry.follow(job.id, timeout_s=240)
     found = registry.tuned(job.id)

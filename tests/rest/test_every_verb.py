@@ -552,6 +552,8 @@ def test_a_search_without_its_base_is_refused_and_a_merge_is_no_search(
         registry.tune(TuneRequest(parents, suites=(str(tmp_path / "mine.yaml"),)))
     with pytest.raises(InvalidInput, match="no evaluation suite"):
         registry.tune(TuneRequest(parents))
+    with pytest.raises(InvalidInput, match="make no 99 groups"):
+        registry.tune(TuneRequest(parents, suites=(str(tmp_path / "mine.yaml"),), layer_groups=99))
     with pytest.raises(NotFound, match="is no search"):
         registry.tuned(job.id)
 
