@@ -284,6 +284,7 @@ def test_a_token_that_is_limited_to_names_stops_only_its_own_jobs(served: Any, v
         ("GET /ajax-api/3.0/mlflow/gateway/secrets/list", None),
         ("POST //ajax-api//3.0/mlflow/assistant/message", None),
         ("POST /ajax-api/3.0/jobs/", None),
+        ("POST /ajax-api/3.0/mlflow/review-queues/get-or-create-user", None),
         ("POST /ajax-api/3.0/mlflow/scorer/invoke", None),
     ],
 )
