@@ -31,6 +31,7 @@ from ..registry.merging.grams import (
     Grams,
     block_products,
     exact_norm,
+    gram_in_blocks,
     retained,
     size_of_parts,
 )
@@ -170,9 +171,12 @@ def _prove_module(
 ) -> Proof | list[Problem]:
     """Everything that is wrong with the module, or what was measured. The last reader is the child's."""
     own = Part(len(readers) - 1, child.rank, -1.0, 1.0, child.a, child.b)
-    stack = load_stack([*module.parts, own], readers)
+    parts = [*module.parts, own]
+    # float32 holds every value of the narrower types, in half the memory; their products are float64
+    wide = any("F64" in {part.a.dtype, part.b.dtype} for part in parts)
+    stack = load_stack(parts, readers, np.float64 if wide else np.float32)
     rank = len(stack.c) - child.rank
-    grams = stack.grams()
+    grams = Grams(gram_in_blocks(stack.a), gram_in_blocks(stack.b.T), stack.c, stack.blocks)
     problems = _value_problems(module, stack, grams, rank, plan)
     if module.bias_key:
         problems += _bias_problems(module, child, plan, readers)
@@ -229,7 +233,7 @@ def _value_problems(module: ModulePlan, stack: Stack, grams: Grams, rank: int, p
 def _touched(module: ModulePlan, stack: Stack, a: Rows, b: Rows, plan: MergePlan) -> bool:
     """Whether a method that keeps factors changed one that it should only have copied.
 
-    Values are compared, not bytes: reading into float64 is exact for every stored type.
+    Values are compared, not bytes: the stack holds every stored value exactly.
     """
     method = find_method(plan.recipe.method)
     if method.form != "factors":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,25 @@ def test_the_receipt_of_a_large_adapter_stays_small(tmp_path: Path):
 
     assert proof["modules"] == 224
     assert len(json.dumps(proof, separators=(",", ":"))) <= 64 * 1024
+
+
+def test_a_proof_holds_less_than_its_factors_in_float64(tmp_path: Path):
+    """Modules of 16 bits do not need eight bytes a value, or those of a 70B model do not fit into a small worker."""
+    width, rank = 8192, 24
+    folders = [
+        write_tiny_adapter(tmp_path / f"p{seed}", seed=seed, rank=rank, dtype="BF16", linear={"m": (width, width)})
+        for seed in range(2)
+    ]
+    plan, files, out = plan_of(folders, method="svd", rank=rank), [f / WEIGHTS for f in folders], tmp_path / "out"
+    out.mkdir()
+    outcomes = engine.merge(plan, files, out)
+
+    tracemalloc.start()
+    receipt.prove(plan, files, out, outcomes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 8 * 3 * rank * 2 * width
 
 
 def test_a_receipt_is_plain_json_and_small(parents: list[Path], tmp_path: Path):
