@@ -350,9 +350,11 @@ def tune_text(view: TuneView, out: Output, *, explain: bool) -> str:
 
 
 def history_text(view: HistoryView, out: Output) -> str:
+    notes = ("rename", "mlflow")  # no stage is emptied by them
     rows = [
         [
-            str(e.seq), when(e.at), e.stage, e.action, e.ref or "(empty)", e.previous or "-", e.actor,
+            str(e.seq), when(e.at), e.stage or "-", e.action, e.ref or ("-" if e.action in notes else "(empty)"),
+            e.previous or "-", e.actor,
             e.hash[:12], (e.evidence or "-")[:12], e.reason,
         ]
         for e in view.events

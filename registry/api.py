@@ -693,7 +693,14 @@ class RegistryAPI(Protocol):
     def revoke_token(self, token_id: str) -> Token: ...
 
     # the registry itself
-    def doctor(self) -> list[Check]: ...
+    def doctor(self, *, adopt: bool = False) -> list[Check]:
+        """What is configured, reachable and out of step.
+
+        With `adopt`, what was done in MLflow past us is accepted first where the rules allow it: one check named
+        `adopted` for each thing.
+        """
+        ...
+
     def gc(self, *, older_than_s: float = DAY_S, dry_run: bool = False) -> GarbageView:
         """Free what no version, job, decision or report refers to; attempts and logs only once they are so old."""
         ...
@@ -742,6 +749,10 @@ class ServedRegistry(RegistryAPI, Protocol):
         files: Path | None = None,
     ) -> Registered:
         """As ever; `files` is the folder where those of a `source` on another machine were put."""
+        ...
+
+    def witness(self, deed: str, said: Mapping[str, Any]) -> None:
+        """Note in the history what a request to MLflow did past us: its method and the end of its path, its body."""
         ...
 
     def stage(self) -> AbstractContextManager[Path]:

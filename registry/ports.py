@@ -17,7 +17,7 @@ from .domain.access import Caller, Scope, Token
 from .domain.evals import EvalReport
 from .domain.job import Job, JobEvent, JobState, LogPiece, NewJob, Progress, QueueDepth
 from .domain.recall import Recall, RecallAction, Recalls
-from .domain.stage import ApprovalAction, MoveAction, StageEvent
+from .domain.stage import ApprovalAction, MoveAction, NoteAction, StageEvent
 from .domain.version import AdapterVersion, Base, Edge, EdgeKind, NewVersion, Placement, VersionDetail
 from .domain.worker import Queue, Worker
 
@@ -115,6 +115,14 @@ class Ledger(Protocol):
     def adapter_id(self, name: str) -> str | None: ...
     def ensure_adapter(self, name: str) -> str: ...
     def adapter_names(self) -> list[str]: ...
+    def rename_adapter(self, adapter_id: str, name: str, *, actor: str) -> StageEvent:
+        """Give an adapter another name; its history says so. Raises `Refused` where another adapter has that name."""
+        ...
+
+    def former_names(self) -> dict[str, str]:
+        """The names that adapters had before, each with what the last adapter of that name is called now."""
+        ...
+
     def version(self, version_id: str) -> AdapterVersion | None: ...
     def detail(self, version_id: str) -> VersionDetail:
         """Facts, norms, recipe and receipt of one version. Raises `NotFound`."""
@@ -161,8 +169,11 @@ class Ledger(Protocol):
         """
         ...
 
-    def remove_version(self, version_id: str, *, actor: str, reason: str) -> None:
-        """Turn a version into a tombstone. Raises `HasDescendants`, or `Refused` when a stage holds it."""
+    def remove_version(self, version_id: str, *, actor: str, reason: str, lost: bool = False) -> None:
+        """Turn a version into a tombstone. Raises `HasDescendants`, or `Refused` when a stage holds it.
+
+        One that is `lost` already may have live descendants: the tombstone keeps their lineage.
+        """
         ...
 
     def set_metrics(self, version_id: str, metrics: Mapping[str, float], *, source: str) -> None: ...
@@ -377,6 +388,12 @@ class Ledger(Protocol):
         """Append an approval to the same chain; no stage moves."""
         ...
 
+    def record_note(
+        self, adapter_id: str, stage: str, *, version_id: str | None, action: NoteAction, actor: str, reason: str
+    ) -> StageEvent:
+        """Append a note to the same chain; no stage moves."""
+        ...
+
     def stage_history(self, adapter_id: str, stage: str | None = None) -> list[StageEvent]:
         """The chain of an adapter (over all its stages), oldest first; `stage` filters what is returned."""
         ...
@@ -398,12 +415,26 @@ class Ledger(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class SeenVersion:
+    """A model version as MLflow has it now.
+
+    `version_id` is ours that it carries; `taken_as` that of the version which was made of it when a person had made
+    it; `described` whether its description still leads to our page of it.
+    """
+
+    version_id: str | None
+    taken_as: str | None
+    described: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SeenModel:
-    """A registered model as MLflow has it now: whose it says it is, and the version id that each number carries."""
+    """A registered model as MLflow has it now, with its versions by number; `adapter_id` is whose it says it is."""
 
     name: str
     adapter_id: str | None
-    versions: Mapping[int, str | None]
+    described: bool
+    versions: Mapping[int, SeenVersion]
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,8 +474,11 @@ class VersionStore(Protocol):
         """The address under which its client reaches it; it may hold a password."""
         ...
 
-    def ensure_adapter(self, name: str, adapter_id: str, base: Base) -> None:
-        """Create the registered model, or check that it carries our id. Raises `Refused` for a stranger's model."""
+    def ensure_adapter(self, name: str, adapter_id: str, base: Base, *, exists: bool = False) -> None:
+        """Create the registered model, or check that it carries our id.
+
+        Raises `Refused` for a stranger's model, and where one that `exists`, for it has live versions, is not there.
+        """
         ...
 
     def place(
@@ -457,12 +491,15 @@ class VersionStore(Protocol):
         staged: Path,
         parents: Sequence[Parent],
         check: Callable[[], None],
+        used: Mapping[int, str],
     ) -> tuple[str, Placement]:
         """Find by `key`, else create: run, LoggedModel, files, finalize, model version. Safe to run again.
 
         Returns the version id that MLflow carries (an earlier attempt's, where one got that far) and the placement.
         The files of `staged` are moved into the artifact store. The caller holds the lock of `key`; `check` raises
-        where it was lost, and is asked before each step and after the last one that makes something.
+        where it was lost, and is asked before each step and after the last one that makes something. `used` are the
+        numbers that the ledger has given away, with the version ids: MLflow counts from 1 again in a model that was
+        deleted and made anew.
         """
         ...
 
@@ -500,6 +537,24 @@ class VersionStore(Protocol):
 
     def mark_children(self, version: AdapterVersion, children: Sequence[AdapterVersion], count: int) -> None:
         """Let the page of a version lead to what was made of it: its newest children, of `count` in all."""
+        ...
+
+    def mark_taken(self, name: str, number: int, version: AdapterVersion) -> None:
+        """Note on a model version that a person made which version of ours was made of it."""
+        ...
+
+    def describe(
+        self, spec: NewVersion, number: int, parents: Sequence[Parent], recalled: tuple[str, str] | None
+    ) -> bool:
+        """Put our description of a version below what a person wrote in its place; False where there is no room."""
+        ...
+
+    def describe_adapter(self, name: str, base: Base) -> bool:
+        """The same for a registered model."""
+        ...
+
+    def rename_links(self, former: str, name: str, versions: Sequence[AdapterVersion]) -> None:
+        """Let what the pages of the adapter `name` and of these versions say of `former` be about `name`."""
         ...
 
     def log_report(

@@ -18,17 +18,23 @@ def add_to(app: typer.Typer) -> None:
     add_verbs(app, {"ui": ui, "doctor": doctor, "gc": gc}, group=GROUP)
 
 
-def doctor(session: Session) -> None:
+def doctor(
+    session: Session,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Accept what was renamed, deleted, made or moved in MLflow.")
+    ] = False,
+) -> None:
     """Check the registry and tell how to mend it.
 
-    Exits with 1 when something is broken; warnings are no errors.
+    Exits with 1 when something is broken; warnings are no errors. Without --adopt nothing is changed: it
+    shows what --adopt would accept. What a rule or a gate forbids is not adopted, and stays among the findings.
 
     Example: adapterctl doctor
     """
     from ...registry.api import Check  # deferred: help needs no views
 
     try:
-        checks = session.registry(readonly=True).doctor()
+        checks = session.registry(readonly=not adopt).doctor(adopt=adopt)
     except AdapterctlError as error:
         checks = [Check("registry", "error", error.message, error.hint)]
     session.out.data(

@@ -120,7 +120,8 @@ def history(
 ) -> None:
     """Show every change of an adapter's stages.
 
-    Who, what, when and why. Exits with 1 when --verify finds something.
+    Who, what, when and why; also what a server saw being done to it in MLflow. Exits with 1 when --verify
+    finds something.
 
     Example: adapterctl history translate-chat --verify
     """

@@ -1,7 +1,8 @@
 """Which version serves a stage, and the history of how it came to: append-only, each row chained to the one before.
 
 The chain makes an edit, a deletion or a swap inside the history visible. Truncation and a rewrite from the start are
-visible only against a head that was kept elsewhere. Approvals are rows of the same chain.
+visible only against a head that was kept elsewhere. Approvals are rows of the same chain, and so are notes: that the
+adapter was renamed, and what people did to it in MLflow. A note about no stage has an empty one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .digest import canonical_json, json_digest
 from .errors import InvalidInput
@@ -18,7 +19,9 @@ from .errors import InvalidInput
 #: `force` is a promotion or adoption that its gate had refused.
 MoveAction = Literal["promote", "force", "rollback", "demote", "adopt"]
 ApprovalAction = Literal["approve", "withdraw"]
-StageAction = MoveAction | ApprovalAction
+#: `rename`: the adapter has another name since. `mlflow`: done in MLflow past us, where a server saw it.
+NoteAction = Literal["rename", "mlflow"]
+StageAction = MoveAction | ApprovalAction | NoteAction
 GENESIS = "0" * 64
 #: MLflow knows these two stages only, in this order of rank; other stages of ours are aliases alone.
 LEGACY_STAGES = {"production": "Production", "staging": "Staging"}
@@ -48,7 +51,7 @@ class StageEvent:
 
     @property
     def moves(self) -> bool:
-        return self.action not in ("approve", "withdraw")
+        return self.action in get_args(MoveAction)
 
     def sealed(self) -> StageEvent:
         """The same event with its hash: SHA-256 of the canonical JSON of every other field."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from ..api import ServedRegistry
-from ..domain.access import Scope
+from ..domain.access import Caller, Scope
 from ..domain.errors import AdapterctlError, InvalidInput, NotAllowed, NotFound, Problem, Unavailable
 from ..domain.job import JobState
 from ..domain.worker import QUEUES
@@ -75,7 +75,14 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
     )
     metrics = Metrics()
     areas = {area_of(route.path) for each in (router, pages) for route in each.routes if isinstance(route, Route)}
-    door = Door(app, rules, access.caller, metrics, areas | {"/v1/openapi.json"})
+
+    def witness(caller: Caller, deed: str, said: Mapping[str, Any]) -> None:
+        try:
+            registry.acting(caller.name).witness(deed, said)
+        except AdapterctlError as error:  # it is done and answered: only the note is missing
+            _log.warning("%s by %s is not noted: %s", deed, caller.name, error.message)
+
+    door = Door(app, rules, access.caller, metrics, areas | {"/v1/openapi.json"}, witness)
     app.state.registry, app.state.access, app.state.door = registry, access, door
     app.state.upload_bytes = rules.upload_bytes
     app.include_router(router)

@@ -389,10 +389,11 @@ class RemoteRegistry:
 
     # the registry itself
 
-    def doctor(self) -> list[Check]:
+    def doctor(self, *, adopt: bool = False) -> list[Check]:
         caller = self.whoami()
         server = Check("server", "ok", f"{self._server}, as {caller.name} with the scope {caller.scope}")
-        return [server, *self._get("/v1/doctor", list[Check])]
+        found = self._post("/v1/doctor", {}, list[Check]) if adopt else self._get("/v1/doctor", list[Check])
+        return [server, *found]
 
     def gc(self, *, older_than_s: float = DAY_S, dry_run: bool = False) -> GarbageView:
         return self._post("/v1/gc", {"older_than_s": older_than_s, "dry_run": dry_run}, GarbageView)

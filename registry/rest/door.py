@@ -15,7 +15,7 @@ import re
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Container, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -88,9 +88,14 @@ class Door:
         lookup: Callable[[str], Caller | None],
         metrics: Metrics,
         areas: Container[str],
+        witness: Callable[[Caller, str, Mapping[str, Any]], None] = lambda caller, deed, said: None,
     ) -> None:
-        """`areas` are the beginnings of our paths; a label of a metric must not be something a stranger made up."""
+        """`areas` are the beginnings of our paths; a label of a metric must not be something a stranger made up.
+
+        `witness` is told who changed what in MLflow, once it is done: the caller, the deed, the body of the request.
+        """
         self._app = app
+        self._witness = witness
         self._areas = areas
         self._rules = rules
         self._metrics = metrics
@@ -119,7 +124,10 @@ class Door:
                 await answer.send_json(none)
                 return
             _check_mlflow(visit, caller)
-            await self._app(scope, _limited(receive, limit, visit), answer)
+            heard = _Heard(_limited(receive, limit, visit), visit)
+            await self._app(scope, heard, answer)
+            if caller is not None and answer.status == 200 and (deed := heard.deed()) is not None:
+                await run_in_threadpool(self._witness, caller, *deed)
         except AdapterctlError as error:
             await answer.problem(error)
         finally:
@@ -358,6 +366,31 @@ def _limited(receive: ASGI, limit: int, visit: _Visit) -> Callable[[], Awaitable
         return message
 
     return limited
+
+
+class _Heard:
+    """`receive`, which remembers the body of a request to MLflow that is worth a note; others pass as they are."""
+
+    def __init__(self, receive: ASGI, visit: _Visit) -> None:
+        self._receive = receive
+        self._what = None if visit.is_ours else mlflow_rules.deed_of(visit.method, visit.path)
+        self._body = b""
+
+    async def __call__(self) -> Message:
+        message: Message = await self._receive()
+        if self._what is not None and len(self._body) <= JSON_BYTES:
+            self._body += message.get("body", b"")
+        return message
+
+    def deed(self) -> tuple[str, Mapping[str, Any]] | None:
+        """What was asked for, and the body as MLflow read it; None where it is not worth a note."""
+        if self._what is None:
+            return None
+        try:
+            said = json.loads(self._body)
+        except (ValueError, RecursionError):
+            return None
+        return (self._what, said) if isinstance(said, dict) else None
 
 
 def _none_of_mlflow(visit: _Visit, caller: Caller | None) -> bytes | None:

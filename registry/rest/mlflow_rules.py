@@ -49,6 +49,8 @@ _NONE: Mapping[str, object] = {
     "users/current": {"user": None, "is_basic_auth": False},
     "webhooks": {},
 }
+#: What can make MLflow say something else than the ledger, and has a name in its body.
+_DEEDS = re.compile(rf"{_MLFLOW}/(?P<what>registered-models/(alias|rename|delete)|model-versions/(create|delete))")
 _LOGGING = re.compile(
     rf"{_MLFLOW}/(experiments/(create|set-experiment-tag)"
     r"|runs/(create|update|log-batch|log-inputs|log-metric|log-parameter|set-tag))"
@@ -65,6 +67,12 @@ def needed_scope(method: str, path: str) -> Scope | None:
     if method == "POST" and _LOGGING.fullmatch(path):
         return Scope.MERGE
     return Scope.ADMIN
+
+
+def deed_of(method: str, path: str) -> str | None:
+    """Method and end of the path of a request that is worth a note in the history of an adapter; None for others."""
+    found = _DEEDS.fullmatch(_plain(path)) if method in ("POST", "DELETE") else None
+    return f"{method} {found['what']}" if found is not None else None
 
 
 def answer_of_none(method: str, path: str) -> bytes | None:

@@ -383,7 +383,7 @@ def adopt(name: str, body: bodies.AdoptBody, call: Promote) -> Response:
 
 @router.get("/adapters/{name}/history", response_model=HistoryView)
 def history(name: str, call: Read, stage: Text = None, verify: bool = False, head: Text = None) -> Response:
-    """Every change of an adapter's stages; with `verify` the chain of hashes is checked."""
+    """Every change of an adapter's stages, and its notes; with `verify` the chain of hashes is checked."""
     return _reply(call.registry.history(check_name(name), stage=stage, verify=verify, head=head))
 
 
@@ -681,6 +681,13 @@ def merge_bases(body: bodies.BaseMergeBody, call: Admin) -> Response:
 def doctor(call: Read) -> Response:
     """What is configured, reachable and out of step."""
     return _reply(call.registry.doctor())
+
+
+@router.post("/doctor", response_model=list[Check])
+def adopt_all(call: Admin) -> Response:
+    """Accept what was done in MLflow past us, as far as the rules allow it, and tell what is out of step then."""
+    call.caller.check_change()
+    return _reply(call.registry.doctor(adopt=True))
 
 
 @router.post("/gc", response_model=GarbageView)

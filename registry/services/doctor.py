@@ -1,4 +1,7 @@
-"""What is configured, reachable and out of step, and how to mend it. Reads only; one line a check."""
+"""What is configured, reachable and out of step, and how to mend it; one line a check.
+
+Reads only, unless it is to accept what was done in MLflow (`reconcile.py`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from ..domain.job import JobState
 from ..domain.worker import QUEUES, Worker, served
 from ..ports import Doorbell, Ledger, VersionStore
 from ..settings import Settings
-from .drift import drift
+from .drift import differences
+from .reconcile import Adoption
 
 EVAL_PACKAGES = ("torch", "transformers", "peft", "lm_eval", "sacrebleu", "gguf")
 NETWORK_FILESYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p"})
@@ -23,9 +27,13 @@ _LOW_SPACE_BYTES = 1 << 30
 
 
 def examine(
-    settings: Settings, ledger: Ledger, bell: Doorbell, open_versions: Callable[[], VersionStore]
+    settings: Settings,
+    ledger: Ledger,
+    bell: Doorbell,
+    open_versions: Callable[[], VersionStore],
+    adoption: Callable[[], Adoption] | None = None,
 ) -> list[Check]:
-    """Every check, in the order in which a fault would matter."""
+    """Every check, in the order in which a fault would matter. With `adoption`, what it can accept is accepted."""
     try:
         registry_id = ledger.registry_id
     except NotFound as error:
@@ -35,7 +43,7 @@ def examine(
         _filesystem(settings.home),
         _space(settings.home),
         Check("ledger", "ok", f"registry {registry_id}, {len(ledger.versions())} versions"),
-        *_mlflow(settings, ledger, open_versions),
+        *_mlflow(settings, ledger, open_versions, adoption),
         *_jobs(ledger),
         *(_fleet(settings, ledger, bell) if settings.broker_url else ()),
         _evaluation(),
@@ -81,14 +89,22 @@ def _space(home: Path) -> Check:
     return Check("space", "ok", f"{free >> 30} GB free")
 
 
-def _mlflow(settings: Settings, ledger: Ledger, open_versions: Callable[[], VersionStore]) -> Iterator[Check]:
+def _mlflow(
+    settings: Settings,
+    ledger: Ledger,
+    open_versions: Callable[[], VersionStore],
+    adoption: Callable[[], Adoption] | None,
+) -> Iterator[Check]:
     try:
         store = open_versions()
     except AdapterctlError as error:
         yield Check("mlflow", "error", error.message, error.hint)
         return
     yield Check("mlflow", "ok", f"mlflow {version('mlflow')}")
-    yield from drift(ledger, store, settings.stages)
+    if adoption is not None:
+        yield from adoption().accept_all()
+    else:
+        yield from (each.check for each in differences(ledger, store, settings.stages))
 
 
 def _jobs(ledger: Ledger) -> Iterator[Check]:

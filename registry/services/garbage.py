@@ -45,12 +45,17 @@ def collect(ledger: Ledger, store: VersionStore, home: Path, *, older_than_s: fl
 
 
 def _removed_versions(ledger: Ledger, store: VersionStore, *, dry_run: bool) -> Iterator[Garbage]:
-    """Tombstones whose files a cut-short `rm` left behind, unless a job that is under way names the version."""
-    removed = [version for version in ledger.versions(include_removed=True) if version.state == "removed"]
+    """Tombstones whose files a cut-short `rm` left behind, unless a job that is under way names the version.
+
+    One that was deleted in MLflow may have live descendants: by its files they are verified and evaluated.
+    """
+    versions = ledger.versions(include_removed=True)
+    removed = [version for version in versions if version.state == "removed"]
+    live = {version.id for version in versions if version.state == "live"}
     named = "".join(to_json(job.spec) for job in _live_jobs(ledger)) if removed else ""
     for version in removed:
         size = store.stored_bytes(version)
-        if not size or version.id in named:
+        if not size or version.id in named or live & ledger.descendants([version.id]).keys():
             continue
         if not dry_run:
             store.remove(version)

@@ -76,10 +76,12 @@ from . import (
     tune,
     verify,
     views,
+    witness,
 )
 from .locate_base import remember_base
 from .promote import Stages, check_stage, check_stage_name
 from .promote import history as stage_history
+from .reconcile import Adoption
 from .resolve import known_adapter, resolve
 from .retain import retention_view
 from .staging import stage_folder
@@ -214,6 +216,9 @@ class LocalRegistry:
                 lambda record, to: shutil.copyfile(stored / record.path, to),
             )
         return views.version_view(self.ledger, version)
+
+    def witness(self, deed: str, said: Mapping[str, Any]) -> None:
+        witness.witness(self.ledger, self.settings.stages, deed, said, actor=self.settings.actor)
 
     def stage(self) -> AbstractContextManager[Path]:
         return stage_folder(self.settings.home)
@@ -486,8 +491,15 @@ class LocalRegistry:
 
     # the registry itself
 
-    def doctor(self) -> list[Check]:
-        return doctor.examine(self.settings, self.ledger, self.bell, lambda: self.version_store)
+    def doctor(self, *, adopt: bool = False) -> list[Check]:
+        adoption = self._adoption if adopt else None
+        return doctor.examine(self.settings, self.ledger, self.bell, lambda: self.version_store, adoption)
+
+    def _adoption(self) -> Adoption:
+        def take_in(source: str, name: str) -> Registered:
+            return self.register(source, name=name)
+
+        return Adoption(self.ledger, self.version_store, self._stages, take_in, self.settings.actor)
 
     def gc(self, *, older_than_s: float = DAY_S, dry_run: bool = False) -> GarbageView:
         return garbage.collect(

@@ -246,7 +246,7 @@ def history(
     verify: bool = False,
     head: str | None = None,
 ) -> HistoryView:
-    """Every change of an adapter's stages, and every approval, oldest first.
+    """Every change of an adapter's stages, every approval and every note of what else was done to it, oldest first.
 
     `verify` checks the whole chain, whatever `stage` shows of it, and the kept evidence. A history that was cut at its
     end or written anew from its start has no broken link: it is found only against `head`, as it was exported or the
@@ -254,7 +254,9 @@ def history(
     neither `names`, those of the settings, nor a row of this history know.
     """
     kept = None if head is None else read_head(head)
-    if isinstance(kept, Head) and (kept.registry, kept.name) != (ledger.registry_id, name):
+    if isinstance(kept, Head) and (
+        kept.registry != ledger.registry_id or name not in (kept.name, ledger.former_names().get(kept.name))
+    ):
         raise InvalidInput(f"that head is of {kept.name} in the registry {kept.registry}, not of {name} here")
     events = ledger.stage_history(known_adapter(ledger, name))
     if stage is not None:

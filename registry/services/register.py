@@ -200,12 +200,14 @@ def _find_or_create(
             check_bytes(ledger, spec.content_digest, _recipe(spec.facts)[0])
             if existing is not None:
                 return existing, False
-        versions, generation = open_versions(), _generation(ledger, spec, key)
+        known = ledger.versions(spec.adapter, include_removed=True)
+        versions, generation = open_versions(), _generation(known, spec, key)
         try:
             if existing is not None:  # the write is idempotent by id: what is left of it is the end of the job
                 placed = (existing.id, existing.placement)
             else:
-                versions.ensure_adapter(spec.adapter, adapter_id, spec.base)
+                live = any(version.state == "live" for version in known)
+                versions.ensure_adapter(spec.adapter, adapter_id, spec.base, exists=live)
                 placed = versions.place(
                     spec,
                     adapter_id=adapter_id,
@@ -214,6 +216,7 @@ def _find_or_create(
                     staged=staged,
                     parents=parents,
                     check=lock.check,
+                    used={version.number: version.id for version in known},
                 )
             version_id, placement = placed
             version = ledger.add_version(
@@ -299,7 +302,7 @@ def _recipe(facts: AdapterFacts) -> tuple[Recipe | None, str]:
         return None, error.message
 
 
-def _generation(ledger: Ledger, spec: NewVersion, key: str) -> str:
+def _generation(known: Sequence[AdapterVersion], spec: NewVersion, key: str) -> str:
     """The key in MLflow. A removed version keeps its own: what is made anew must not be found to be the old one."""
 
     def is_same(version: AdapterVersion) -> bool:
@@ -309,7 +312,7 @@ def _generation(ledger: Ledger, spec: NewVersion, key: str) -> str:
             return version.spec.recipe_digest == spec.recipe_digest
         return version.spec.content_digest == spec.content_digest and version.spec.base.id == spec.base.id
 
-    removed = sum(is_same(version) for version in ledger.versions(spec.adapter, include_removed=True))
+    removed = sum(is_same(version) for version in known)
     return f"{key}:{removed}" if removed else key
 
 

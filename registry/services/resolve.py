@@ -47,6 +47,8 @@ def known_adapter(ledger: Ledger, name: str) -> str:
     """The id of the adapter `name`. Raises `NotFound` with a did-you-mean."""
     adapter_id, names = ledger.adapter_id(name), ledger.adapter_names()
     if adapter_id is None or name not in names:
+        if (now := ledger.former_names().get(name)) is not None:
+            raise NotFound(f"there is no adapter {name!r} any more", hint=f"it is called {now} now")
         near = get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "`adapterctl ls` shows what there is"
         raise NotFound(f"there is no adapter {name!r}", hint=hint)

@@ -36,6 +36,8 @@ HEADLINE = ("loss", "predicted_loss")
 _RECALLED = "⛔ **Recalled.**"
 _CHILDREN = "**Children** "
 _CHILDREN_LINE = re.compile(rf"^{re.escape(_CHILDREN)}.*$", re.MULTILINE)
+_ALT = "Lineage: the picture is drawn where `adapterctl serve` runs"
+_PICTURE = re.compile(rf"\[!\[{re.escape(_ALT)}\]\(adapters/[^()]*/lineage\.svg\)\]\(adapters/[^()]*\)")
 _NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9_\-. /]+")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
 _HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
@@ -59,7 +61,7 @@ def describe(spec: NewVersion, parents: Sequence[Parent], number: int | None = N
         _phrase(spec, parents),
         "",
         " · ".join(facts),
-        *(["", _picture(spec.adapter, f"v{number}")] if number is not None else []),
+        *(["", picture(spec.adapter, number)] if number is not None else []),
         *_section("Parents", ("parent", "weight"), ((_version_link(p), _number(p.weight)) for p in parents)),
         *_section("Metrics", ("metric", "value"), ((escape(k), _number(v)) for k, v in figures(spec).items())),
     ]
@@ -81,7 +83,7 @@ def with_recall(description: str, recalled: tuple[str, str] | None) -> str:
 
 def describe_adapter(name: str, base: Base) -> str:
     """The description of a registered model."""
-    return f"LoRA adapters on {escape(base.name)}, kept by adapterctl.\n\n{_picture(name)}"
+    return f"LoRA adapters on {escape(base.name)}, kept by adapterctl.\n\n{picture(name)}"
 
 
 def with_children(description: str, version: AdapterVersion, children: Sequence[AdapterVersion], count: int) -> str:
@@ -103,6 +105,34 @@ def with_children(description: str, version: AdapterVersion, children: Sequence[
         return bare
     old = _CHILDREN_LINE.search(description)
     return description[: old.start()] + line + description[old.end() :] if old else f"{bare}\n\n{line}"
+
+
+def is_described(description: str, name: str, number: int | None = None) -> bool:
+    """Whether a description still has our picture, that of a version or, without a number, of an adapter."""
+    return picture(name, number) in description
+
+
+def with_ours(theirs: str, ours: str, link: str) -> str | None:
+    """What a person wrote with `ours` below it, or `link` alone, our picture; None where there is room for neither.
+
+    A picture that stands there under a former name is all that is replaced.
+    """
+    if _PICTURE.search(theirs):
+        return _PICTURE.sub(lambda _: link, theirs)
+    for text in (ours, link):
+        both = f"{theirs.rstrip()}\n\n{text}".lstrip()
+        if len(both) <= MLFLOW_LIMIT:
+            return both
+    return None
+
+
+def with_name(text: str, former: str, name: str) -> str:
+    """The text with the versions of an adapter, and our links to them, under its new name; too long, it stays."""
+    word = re.escape(former)
+    renamed = re.sub(rf"(?<![\w.-]){word}(?=:v\d)", name, text)
+    renamed = re.sub(rf"(?<=\(#/models/){word}(?=/versions/)", name, renamed)
+    renamed = re.sub(rf"(?<=\(adapters/){word}(?=[/)])", name, renamed)
+    return renamed if len(renamed) <= MLFLOW_LIMIT else text
 
 
 def lineage_page(
@@ -259,10 +289,10 @@ def _phrase(spec: NewVersion, parents: Sequence[Parent]) -> str:
     return f"{'Trained' if spec.kind == 'train' else 'Imported'}{origin}."
 
 
-def _picture(name: str, version: str = "") -> str:
+def picture(name: str, number: int | None = None) -> str:
     """The lineage as it is when somebody looks, drawn by our server; it leads to the page to look around in."""
-    page = f"adapters/{name}/{version}" if version else f"adapters/{name}"
-    return f"[![Lineage: the picture is drawn where `adapterctl serve` runs]({page}/lineage.svg)]({page})"
+    page = f"adapters/{name}" if number is None else f"adapters/{name}/v{number}"
+    return f"[![{_ALT}]({page}/lineage.svg)]({page})"
 
 
 def _section(title: str, columns: Sequence[str], rows: Iterator[tuple[str, ...]]) -> list[str]:

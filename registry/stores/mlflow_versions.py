@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from ..crashpoints import reached
@@ -22,7 +23,7 @@ from ..domain.digest import json_digest
 from ..domain.errors import NotFound, Refused
 from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion, Base, FileRecord, NewVersion, Placement
-from ..ports import Attempt, Beside, Double, Parent, SeenModel
+from ..ports import Attempt, Beside, Double, Parent, SeenModel, SeenVersion
 from ..wire import from_json, to_builtins, to_json
 from .artifacts import files_are_gone, list_files, local_folder, move_into_place, own_folder
 from .mlflow_access import (
@@ -45,11 +46,15 @@ from .mlflow_pages import (
     describe,
     describe_adapter,
     figures,
+    is_described,
     lineage_page,
     lineage_record,
     mlflow_key,
     mlmodel,
+    picture,
     with_children,
+    with_name,
+    with_ours,
     with_recall,
 )
 from .mlflow_reports import log_report, log_search
@@ -62,6 +67,7 @@ from mlflow.exceptions import MlflowException
 
 PARENT = "adapterctl.parent"
 RECALLED = "adapterctl.recalled"
+TAKEN_AS = "adapterctl.taken_as"
 TASK = "task"
 MERGE_WEIGHT = "merge_weight"
 TRAINED_FROM = "trained_from"
@@ -97,13 +103,18 @@ class MlflowVersions:
         self._mlflow.find_experiment()
 
     @in_our_words
-    def ensure_adapter(self, name: str, adapter_id: str, base: Base) -> None:
+    def ensure_adapter(self, name: str, adapter_id: str, base: Base, *, exists: bool = False) -> None:
         _ = self._mlflow.experiment_id  # an MLflow of another registry is refused before anything is written
         try:
             model = self._client.get_registered_model(name)
         except MlflowException as error:
             if error.error_code != MISSING:
                 raise
+            if exists:
+                raise Refused(
+                    f"MLflow has no registered model {name!r}: it was renamed or deleted there",
+                    hint="adapterctl doctor tells which, and what to do",
+                ) from error
             model = self._create_adapter(name, adapter_id, base)
         if model.tags.get(ADAPTER_ID) != adapter_id:
             raise Refused(
@@ -122,10 +133,11 @@ class MlflowVersions:
         staged: Path,
         parents: Sequence[Parent],
         check: Callable[[], None] = lambda: None,
+        used: Mapping[int, str] = MappingProxyType({}),
     ) -> tuple[str, Placement]:
         """Write one version, or what is missing of it after a kill; see the head of this file for the order."""
         found = self._version_by_key(spec.adapter, key)
-        if found is not None:
+        if found is not None and not _is_used(found, used):
             files = from_json(self._mlflow.read_file(found.run_id, MANIFEST), tuple[FileRecord, ...])
         else:
             run = self._run_by_key(adapter_id, key)
@@ -144,7 +156,10 @@ class MlflowVersions:
             self._link(spec, run, model, parents, files)
             reached("register.linked")
             check()
-            found = self._create_version(spec, run, model, parents)
+            found = found or self._create_version(spec, run, model, parents)
+            while _is_used(found, used):
+                self._client.delete_model_version(found.name, found.version)
+                found = self._create_version(spec, run, model, parents)
             reached("register.version")
         check()
         model = self._client.get_logged_model(model_id(found))
@@ -198,14 +213,24 @@ class MlflowVersions:
 
     @in_our_words
     def seen(self) -> list[SeenModel]:
-        versions: dict[str, dict[int, str | None]] = {}
+        versions: dict[str, dict[int, SeenVersion]] = {}
         for version in pages(self._client.search_model_versions):
-            versions.setdefault(version.name, {})[int(version.version)] = version.tags.get(VERSION_ID)
-        models = pages(self._client.search_registered_models)
-        return sorted(
-            (SeenModel(each.name, each.tags.get(ADAPTER_ID), versions.get(each.name, {})) for each in models),
-            key=lambda model: model.name,
+            number = int(version.version)
+            versions.setdefault(version.name, {})[number] = SeenVersion(
+                version.tags.get(VERSION_ID),
+                version.tags.get(TAKEN_AS),
+                is_described(version.description or "", version.name, number),
+            )
+        models = (
+            SeenModel(
+                model.name,
+                model.tags.get(ADAPTER_ID),
+                is_described(model.description or "", model.name),
+                versions.get(model.name, {}),
+            )
+            for model in pages(self._client.search_registered_models)
         )
+        return sorted(models, key=lambda model: model.name)
 
     @in_our_words
     def project_stage(self, name: str, stage: str, *, number: int | None, legacy: Mapping[int, str]) -> None:
@@ -242,6 +267,51 @@ class MlflowVersions:
             after = with_children(before, version, children, count)
             if found.tags.get(VERSION_ID) == version.id and after != before:
                 self._client.update_model_version(version.name, found.version, description=after)
+
+    @in_our_words
+    def mark_taken(self, name: str, number: int, version: AdapterVersion) -> None:
+        self._client.set_model_version_tag(name, str(number), TAKEN_AS, version.id)
+
+    @in_our_words
+    def describe(
+        self, spec: NewVersion, number: int, parents: Sequence[Parent], recalled: tuple[str, str] | None
+    ) -> bool:
+        theirs = self._client.get_model_version(spec.adapter, str(number)).description or ""
+        both = with_ours(theirs, describe(spec, parents, number), picture(spec.adapter, number))
+        if both is not None:
+            self._client.update_model_version(spec.adapter, str(number), description=with_recall(both, recalled))
+        return both is not None
+
+    @in_our_words
+    def describe_adapter(self, name: str, base: Base) -> bool:
+        theirs = self._client.get_registered_model(name).description or ""
+        both = with_ours(theirs, describe_adapter(name, base), picture(name))
+        if both is not None:
+            self._client.update_registered_model(name, description=both)
+        return both is not None
+
+    @in_our_words
+    def rename_links(self, former: str, name: str, versions: Sequence[AdapterVersion]) -> None:
+        with missing_is_fine():
+            before = self._client.get_registered_model(name).description or ""
+            after = with_name(before, former, name)
+            if after != before:
+                self._client.update_registered_model(name, description=after)
+        for version in versions:
+            self._rename_links(version, former, name)
+
+    def _rename_links(self, version: AdapterVersion, former: str, name: str) -> None:
+        with missing_is_fine():
+            found = self._client.get_model_version(version.name, str(version.number))
+            before = found.description or ""
+            after = with_name(before, former, name)
+            if found.tags.get(VERSION_ID) != version.id:
+                return
+            if after != before:
+                self._client.update_model_version(version.name, found.version, description=after)
+            for key, value in found.tags.items():
+                if key.startswith(f"{PARENT}.") and (now := with_name(value, former, name)) != value:
+                    self._client.set_model_version_tag(version.name, found.version, key, now)
 
     @in_our_words
     def log_report(
@@ -556,6 +626,12 @@ class MlflowVersions:
                 if error.error_code != _RACE or attempt == _RACE_TRIES:
                     raise
                 time.sleep(0.02 * attempt)
+
+
+def _is_used(version: ModelVersion, used: Mapping[int, str]) -> bool:
+    """Whether the ledger gave the number of a model version to another version."""
+    own = str(version.tags[VERSION_ID])
+    return used.get(int(version.version), own) != own
 
 
 def _params(spec: NewVersion) -> dict[str, str]:

@@ -189,7 +189,7 @@ def test_a_version_with_live_descendants_is_not_removed(ledger: Ledger, add_vers
     parent = add_version()
     child = add_version("merged", parents=[parent], recipe_digest="r")
 
-    with pytest.raises(HasDescendants, match="translate:v1 is a parent of merged:v1"):
+    with pytest.raises(HasDescendants, match="merged:v1 is made of translate:v1"):
         ledger.remove_version(parent.id, actor="ada", reason="")
 
     ledger.remove_version(child.id, actor="ada", reason="")

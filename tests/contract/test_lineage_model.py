@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import uuid6
@@ -48,8 +48,8 @@ class Model:
         return bool(({version} | self.made_of(version)) & self.recalled)
 
     def needed(self, version: str) -> bool:
-        children = {child for child, _, parent, kind in self.edges if parent == version and kind != "supersedes"}
-        return bool(children - self.removed) or version in self.stages.values()
+        below = {each for each in self.versions if version in self.made_of(each)}
+        return bool(below - self.removed) or version in self.stages.values()
 
 
 class Lineage(RuleBasedStateMachine):
@@ -124,6 +124,35 @@ class Lineage(RuleBasedStateMachine):
             return
         self.ledger.remove_version(version, actor="ada", reason="")
         self.model.removed.add(version)
+
+    @precondition(lambda self: self.model.versions)
+    @rule(pick=Pick)
+    def lose(self, pick: int) -> None:
+        """What MLflow has lost becomes a tombstone whatever is made of it."""
+        version = self.touched = self._pick(self.model.versions, pick)
+        if version in self.model.stages.values():
+            with pytest.raises(Refused):
+                self.ledger.remove_version(version, actor="ada", reason="", lost=True)
+            return
+        self.ledger.remove_version(version, actor="ada", reason="", lost=True)
+        self.model.removed.add(version)
+
+    @precondition(lambda self: self.model.versions)
+    @rule(pick=Pick, to=st.integers(0, 3))
+    def rename(self, pick: int, to: int) -> None:
+        version = self.touched = self._pick(self.model.versions, pick)
+        adapter_id, known = self.model.adapter[version], self.ledger.version(version)
+        assert known is not None
+        name, holder = f"renamed-{to}-{self.run}", self.ledger.adapter_id(f"renamed-{to}-{self.run}")
+        if holder not in (None, adapter_id):
+            with pytest.raises(Refused, match="another adapter is"):
+                self.ledger.rename_adapter(adapter_id, name, actor="ada")
+            return
+        self.ledger.rename_adapter(adapter_id, name, actor="ada")
+        assert self.ledger.version_by_number(name, known.number) == replace(
+            known, spec=replace(known.spec, adapter=name)
+        )
+        assert known.name == name or self.ledger.former_names()[known.name] == name
 
     @precondition(lambda self: self.model.versions)
     @rule(pick=Pick, action=st.sampled_from(["recall", "recall", "undo"]))

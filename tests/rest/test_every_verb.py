@@ -719,6 +719,16 @@ def test_doctor_finds_nothing_broken(registry: RegistryAPI):
     assert [check for check in checks if check.status == "error" and not fnmatch(check.name, "filesystem")] == []
 
 
+def test_doctor_adopts_nothing_where_nothing_was_done_in_mlflow(registry: RegistryAPI, add: Add):
+    version = add()
+
+    checks = registry.doctor(adopt=True)
+
+    assert {"ledger", "mlflow", "jobs"} <= {check.name for check in checks}
+    assert "adopted" not in {check.name for check in checks}
+    assert registry.version(ref(version)).state == "live"
+
+
 def test_what_nobody_refers_to_is_told_and_then_freed(registry: RegistryAPI, merged: VersionView):
     told = registry.gc(older_than_s=0.0, dry_run=True)
     freed = registry.gc(older_than_s=0.0)

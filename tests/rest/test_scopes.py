@@ -83,6 +83,7 @@ NEEDED = {
         "GET /v1/tokens",
         "POST /v1/base-aliases",
         "POST /v1/base-merges",
+        "POST /v1/doctor",
         "POST /v1/gc",
         "POST /v1/reports",
         "POST /v1/tokens",
@@ -202,6 +203,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "POST /v1/base-merges": {"keep": "a", "drop": "b"},
     "POST /v1/tokens": {"name": "more", "scope": "admin"},
     "DELETE /v1/tokens/1": {},
+    "POST /v1/doctor": {},
     "POST /v1/gc": {"dry_run": True},
     "POST /v1/reports": {},
 }

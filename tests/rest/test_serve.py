@@ -314,6 +314,43 @@ def test_only_admins_move_an_alias_in_mlflow(ask: Callable, scope: str, status: 
     assert ask("/api/2.0/mlflow/registered-models/alias", scope, method="POST", body=body)[0] == status
 
 
+def test_what_is_done_in_mlflow_past_us_is_in_the_history_with_who_did_it(server: Server, ask: Callable):
+    mlflow = "/api/2.0/mlflow"
+    moved = {"name": "translate", "alias": "production"}
+    ours = [{"key": "adapterctl.version_id", "value": "of a worker"}]
+    made = {"name": "translate", "source": "models:/translate/1"}
+
+    for method, what, body in (
+        ("POST", "registered-models/alias", moved | {"version": "1"}),
+        ("POST", "registered-models/alias", moved | {"alias": "candidate", "version": "1"}),  # no stage
+        ("DELETE", "registered-models/alias", moved),  # as the ledger says
+        ("POST", "model-versions/create", made | {"tags": ours}),
+        ("POST", "model-versions/create", made),
+        ("DELETE", "model-versions/delete", {"name": "translate", "version": "3"}),  # none of ours
+        ("POST", "registered-models/rename", {"name": "translate", "new_name": "translator"}),
+    ):
+        assert ask(f"{mlflow}/{what}", "admin", method=method, body=body)[0] == 200
+    back = {"name": "translator", "new_name": "translate"}
+    assert ask(f"{mlflow}/registered-models/rename", "admin", method="POST", body=back)[0] == 200
+    deleted = {"name": "translate", "version": "2"}
+    assert ask(f"{mlflow}/model-versions/delete", "admin", method="DELETE", body=deleted)[0] == 200
+    assert ask(f"{mlflow}/model-versions/delete", "admin", method="DELETE", body=deleted)[0] == 404
+
+    expected = [
+        ("mlflow", "production", "translate:v1", "admin", "alias pointed to v1"),
+        ("mlflow", "", None, "admin", "a version made of models:/translate/1"),
+        ("mlflow", "", None, "admin", "renamed to translator"),
+    ]
+    deadline = time.monotonic() + 60
+    events = []
+    while len(events) < len(expected) and time.monotonic() < deadline:  # noted once the answer was sent
+        events = json.loads(ask("/v1/adapters/translate/history?verify=true", "read")[1])
+        assert events["findings"] == []
+        events = [(e["action"], e["stage"], e["ref"], e["actor"], e["reason"]) for e in events["events"]]
+    assert events == expected
+    assert json.loads(ask("/v1/adapters/translate/versions/1", "read")[1])["stages"] == []
+
+
 def test_parts_of_mlflow_that_act_for_others_are_closed_to_admins_too(ask: Callable):
     for method, what in (
         ("POST", "assistant/message"),

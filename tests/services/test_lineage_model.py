@@ -86,8 +86,8 @@ class Model:
         return [v for v in self.versions if v not in gone and not ({v} | self.made_of(v)) & self.recalled]
 
     def needed(self, version: str) -> bool:
-        children = {child for child in self.versions if version in self.parents(child)}
-        return bool(children - self.removed) or version in self.stages.values()
+        below = {each for each in self.versions if version in self.made_of(each)}
+        return bool(below - self.removed) or version in self.stages.values()
 
 
 class Lineage(RuleBasedStateMachine):
@@ -224,14 +224,36 @@ class Lineage(RuleBasedStateMachine):
         assert any(check.name == "deleted" and check.detail.startswith(version) for check in self.registry.doctor())
 
     @precondition(lambda self: self.model.usable())
-    @rule(pick=Pick)
-    def rename_in_mlflow_and_back(self, pick: int) -> None:
+    @rule(pick=Pick, adopt=st.sampled_from([False, False, True]))
+    def rename_in_mlflow_and_back(self, pick: int, *, adopt: bool) -> None:
         version = self.touched = self._pick(self.model.usable(), pick)
-        name = version.partition(":")[0]
+        name, _, number = version.partition(":")
         self._client().rename_registered_model(name, f"{name}-elsewhere")
         assert any(check.name == "renamed" for check in self.registry.doctor())
         self.both_say_the_same()
+        if adopt:
+            found = self.registry.version(parse_ref(version))
+            self._adopt()
+            there = self.registry.version(parse_ref(f"{name}-elsewhere:{number}"))
+            assert (there.id, there.content_digest) == (found.id, found.content_digest)
         self._client().rename_registered_model(f"{name}-elsewhere", name)
+        if adopt:
+            self._adopt()
+
+    @precondition(lambda self: self.model.lost)
+    @rule()
+    def adopt_what_was_deleted(self) -> None:
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Nothing is left to tell: what MLflow has lost is a tombstone, also where something live is made of it."""
+        left = {check.name for check in self.registry.doctor(adopt=True)}
+        assert not left & {"renamed", "deleted", "unknown", "stage", "description"}
+        self.model.removed |= self.model.lost
+        self.model.lost.clear()
+        states = {version.ref: version.state for version in self.registry.versions(removed=True)}
+        known = [each for each in self.model.versions if each in states]  # others have another name just now
+        assert all((states[each] == "removed") == (each in self.model.removed) for each in known)
 
     @precondition(lambda self: self.model.usable())
     @rule(pick=Pick)

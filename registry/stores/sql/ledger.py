@@ -23,7 +23,7 @@ from ...domain.errors import Conflict, HasDescendants, InvalidInput, NotFound, R
 from ...domain.evals import REGISTERED, EvalReport
 from ...domain.job import Job, JobState, NewJob
 from ...domain.recall import DESCENT, Recall, RecallAction, Recalls
-from ...domain.stage import GENESIS, ApprovalAction, MoveAction, StageAction, StageEvent
+from ...domain.stage import GENESIS, ApprovalAction, MoveAction, NoteAction, StageAction, StageEvent
 from ...domain.verdict import record_digest
 from ...domain.version import (
     AdapterVersion,
@@ -60,6 +60,7 @@ from .tables import (
 )
 from .workers import WorkerRows
 
+_WAS = "was "
 #: Details of versions that a process keeps at hand; those of a 7B adapter take half a megabyte.
 DETAILS_KEPT = 64
 
@@ -199,6 +200,32 @@ class SqlLedger(JobRows, WorkerRows):
             query = select(adapter.c.name).where(has_versions).order_by(adapter.c.name)
             return list(connection.execute(query).scalars())
 
+    def rename_adapter(self, adapter_id: str, name: str, *, actor: str) -> StageEvent:
+        with self._db.write() as connection:
+            _lock_stages(connection, adapter_id)
+            former = connection.execute(select(adapter.c.name).where(adapter.c.id == adapter_id)).scalar_one_or_none()
+            if former is None:
+                raise NotFound(f"there is no adapter {adapter_id}", hint="adapterctl ls")
+            _free_name(connection, name)
+            try:
+                connection.execute(update(adapter).where(adapter.c.id == adapter_id).values(name=name))
+            except IntegrityError as error:
+                raise Refused(
+                    f"{former} cannot be called {name}: another adapter is", hint="choose another name in MLflow"
+                ) from error
+            reason = f"{_WAS}{former}"
+            return _append_event(connection, adapter_id, "", "rename", actor=actor, reason=reason)
+
+    def former_names(self) -> dict[str, str]:
+        query = (
+            select(stage_history.c.reason, adapter.c.name)
+            .join(adapter, adapter.c.id == stage_history.c.adapter_id)
+            .where(stage_history.c.action == "rename")
+            .order_by(stage_history.c.at)
+        )
+        with self._db.read() as connection:
+            return {row.reason.removeprefix(_WAS): row.name for row in connection.execute(query)}
+
     def version(self, version_id: str) -> AdapterVersion | None:
         return next(iter(self._versions(_VERSION.where(version.c.id == version_id))), None)
 
@@ -293,7 +320,7 @@ class SqlLedger(JobRows, WorkerRows):
         reached("ledger.committed")
         return self._existing_version(version_id)
 
-    def remove_version(self, version_id: str, *, actor: str, reason: str) -> None:
+    def remove_version(self, version_id: str, *, actor: str, reason: str, lost: bool = False) -> None:
         removed = {"state": "removed", "removed_at": Now(), "removed_by": actor, "removed_reason": reason}
         with self._db.write() as connection:
             label = labels(connection, [version_id]).get(version_id)
@@ -301,7 +328,9 @@ class SqlLedger(JobRows, WorkerRows):
                 raise NotFound(f"there is no version {version_id}", hint="adapterctl ls")
             # a child or a stage that is being added refers to this row, and waits for it, or is seen below
             connection.execute(select(version.c.id).where(version.c.id == version_id).with_for_update())
-            _check_unneeded(connection, version_id, label)
+            if not lost:
+                _check_childless(connection, version_id, label)
+            _check_unheld(connection, version_id, label)
             connection.execute(
                 update(version).where(version.c.id == version_id, version.c.state == "live").values(removed)
             )
@@ -510,15 +539,16 @@ class SqlLedger(JobRows, WorkerRows):
             _lock_stages(connection, adapter_id)
             _check_may_hold(connection, adapter_id, version_id, stage)
             return _append_event(
-                connection,
-                adapter_id,
-                stage,
-                action,
-                version_id=version_id,
-                previous_id=None,
-                actor=actor,
-                reason=reason,
-                evidence=None,
+                connection, adapter_id, stage, action, version_id=version_id, actor=actor, reason=reason
+            )
+
+    def record_note(
+        self, adapter_id: str, stage: str, *, version_id: str | None, action: NoteAction, actor: str, reason: str
+    ) -> StageEvent:
+        with self._db.write() as connection:
+            _lock_stages(connection, adapter_id)
+            return _append_event(
+                connection, adapter_id, stage, action, version_id=version_id, actor=actor, reason=reason
             )
 
     def stage_history(self, adapter_id: str, stage: str | None = None) -> list[StageEvent]:
@@ -615,6 +645,7 @@ _SUITE_DIGESTS = (
     .order_by(adapter_suite.c.adapter_id, adapter_suite.c.position)
 )
 _BY_ID = _VERSION.where(among(version.c.id))
+_LIVE = select(version.c.id).where(among(version.c.id), version.c.state == "live")
 _ADAPTER_ID = select(adapter.c.id).where(adapter.c.name == bindparam("name"))
 
 
@@ -710,19 +741,29 @@ def _check_finite(metrics: Mapping[str, float]) -> None:
         raise InvalidInput(f"metrics {wrong} are not finite", hint="leave out what was not measured")
 
 
-def _check_unneeded(connection: Connection, version_id: str, label: str) -> None:
-    # children are enough: by this very rule, a removed child has no live descendant either
-    children = select(edge.c.child_id).join(version, version.c.id == edge.c.child_id)
-    # what supersedes a version does not need it
-    children = children.where(edge.c.parent_id == version_id, edge.c.kind.in_(DESCENT), version.c.state == "live")
-    children = children.distinct()
-    named = sorted(labels(connection, connection.execute(children).scalars().all()).values())
+def _free_name(connection: Connection, name: str) -> None:
+    """Forget an adapter of that name that has no version: one that failed, and that nobody can see."""
+    has_versions = select(version.c.id).where(version.c.adapter_id == adapter.c.id).exists()
+    empty = connection.execute(select(adapter.c.id).where(adapter.c.name == name, ~has_versions)).scalar_one_or_none()
+    if empty is not None:
+        connection.execute(delete(adapter_suite).where(adapter_suite.c.adapter_id == empty))
+        connection.execute(delete(adapter).where(adapter.c.id == empty))
+
+
+def _check_childless(connection: Connection, version_id: str, label: str) -> None:
+    # what supersedes a version does not need it; between it and a live one there may be some that MLflow has lost
+    below = [each for each in descend(connection, [version_id]) if each != version_id]
+    live = connection.execute(_LIVE, these(below)).scalars().all()
+    named = sorted(labels(connection, live).values())
     if named:
         more = f" and {len(named) - 5} more" if len(named) > 5 else ""
         raise HasDescendants(
-            f"{label} is a parent of {', '.join(named[:5])}{more}",
-            hint=f"remove those first, or see adapterctl lineage {label} --down",
+            f"{', '.join(named[:5])}{more} {'are' if named[1:] else 'is'} made of {label}",
+            hint=f"remove what is made of it first, or see adapterctl lineage {label} --down",
         )
+
+
+def _check_unheld(connection: Connection, version_id: str, label: str) -> None:
     held_stages = connection.execute(select(stage.c.stage).where(stage.c.version_id == version_id)).scalars().all()
     if held_stages:
         raise Refused(
@@ -763,11 +804,11 @@ def _append_event(
     stage_name: str,
     action: StageAction,
     *,
-    version_id: str | None,
-    previous_id: str | None,
     actor: str,
     reason: str,
-    evidence: str | None,
+    version_id: str | None = None,
+    previous_id: str | None = None,
+    evidence: str | None = None,
 ) -> StageEvent:
     """One more link of the adapter's chain. The caller holds its lock."""
     last = _history(connection, adapter_id, newest_only=True)
