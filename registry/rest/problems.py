@@ -7,7 +7,8 @@ and proxies by the status.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -41,6 +42,24 @@ STATUS: Mapping[type[AdapterctlError], int] = MappingProxyType(
         errors.WaitTimedOut: 408,
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemView:
+    """RFC 9457; `errors` are all findings of the check that refused."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    hint: str
+    errors: Sequence[Problem]
+    request_id: str
+
+
+#: For the description of every route.
+RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ProblemView, "content": {MEDIA_TYPE: {}}}}
 
 
 def status_of(error: AdapterctlError) -> int:

@@ -57,6 +57,7 @@ from ..domain.verdict import Decision
 from ..domain.version import Base
 from . import bodies
 from .events import job_events
+from .problems import RESPONSES
 from .replays import Repeatable
 from .upload import RECEIVED_PARTS, receive
 
@@ -64,7 +65,7 @@ T = TypeVar("T")
 MAX_PAGE = 1000
 RETRY_AFTER_S = 1
 
-router = APIRouter(prefix="/v1", route_class=Repeatable)
+router = APIRouter(prefix="/v1", route_class=Repeatable, responses=RESPONSES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def needs(scope: Scope) -> Any:
     async def call(request: Request) -> Call:
         caller: Caller = request.state.caller
         caller.check(scope)
-        return Call(caller, request.app.state.registry.acting(caller.name))
+        return Call(caller, request.app.state.acting(caller.name))
 
     call.needed_scope = scope  # type: ignore[attr-defined]
     return Depends(call)
