@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 from measure import Figure, bench
 from service import two_adapters
-from sqlalchemy import Engine, event
+from sqlalchemy import Pool, event
 
 from adapterctl.bootstrap import job_handlers
 from adapterctl.registry.api import RegistryAPI
@@ -81,17 +81,17 @@ def idle_worker_cpu(room: Path) -> Figure:
     registry = two_adapters(room)
     settings = replace(registry.settings, idle_s=IDLE_S)
     worker = Supervisor(registry.ledger, job_handlers(registry), settings)
-    statements = itertools.count()
+    transactions = itertools.count()
 
     def count(*_: object) -> None:
-        next(statements)
+        next(transactions)
 
-    event.listen(Engine, "before_cursor_execute", count)
+    event.listen(Pool, "checkout", count)
     begun, cpu = time.perf_counter(), time.thread_time()
     worker.drain()
     seconds, cpu = time.perf_counter() - begun, time.thread_time() - cpu
-    event.remove(Engine, "before_cursor_execute", count)
-    return Figure(100 * cpu / seconds, f"{next(statements) / seconds:.0f} statements a second on its database")
+    event.remove(Pool, "checkout", count)
+    return Figure(100 * cpu / seconds, f"{next(transactions) / seconds:.0f} transactions a second on its database")
 
 
 @cache

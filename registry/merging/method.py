@@ -288,6 +288,8 @@ def _weight_problems(request: MergeRequest) -> list[Problem]:
 
 
 def _layer_problems(request: MergeRequest, facts: Sequence[AdapterFacts]) -> list[Problem]:
+    if not request.layers:
+        return []
     problems = []
     modules = {module.name for adapter in facts for module in adapter.modules}
     count = len(request.parents)

@@ -34,6 +34,9 @@ from .staging import stage_folder
 from .suites import find_suite, forms_of
 from .views import recall_views, version_view
 
+#: Sets of parents that a process keeps in mind.
+SEEN_KEPT = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
@@ -44,14 +47,11 @@ class Preflight:
     recipe: Recipe
     digest: str
     facts: tuple[AdapterFacts, ...]
+    warnings: tuple[str, ...]
 
     @property
     def labels(self) -> tuple[str, ...]:
         return tuple(parent.label for parent in self.parents)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        return parent_warnings(self.facts, self.labels)
 
     def plan(self) -> MergePlan:
         """Spelled out tensor by tensor; a request that is only queued does without."""
@@ -75,9 +75,9 @@ def preflight(ledger: Ledger, request: MergeRequest) -> Preflight:
     if not request.parents:
         raise InvalidInput("the merge names no parents", hint="give two or more: adapterctl merge translate:v3 chat:v5")
     parents = tuple(resolve(ledger, parent.ref) for parent in request.parents)
-    labels = [parent.label for parent in parents]
-    facts = [ledger.detail(parent.id).facts for parent in parents]
-    problems = [*_check_recalls(ledger, parents), *_check_bases(parents), *check_parents(facts, labels)]
+    facts = tuple(ledger.detail(parent.id).facts for parent in parents)
+    unfit, warnings = _seen_together(parents, facts)
+    problems = [*_check_recalls(ledger, parents), *_check_bases(parents), *unfit]
     raise_all(IncompatibleParents, "these adapters cannot be merged:", problems)
     recipe = resolve_recipe(request, facts, [parent.spec.content_digest for parent in parents])
     digest = recipe.digest
@@ -86,7 +86,7 @@ def preflight(ledger: Ledger, request: MergeRequest) -> Preflight:
             f"these parents and options make the recipe {digest[:12]}, expected was {request.expect[0][:12]}",
             hint="the recipe was changed, or written by an adapterctl whose methods had other rules",
         )
-    return Preflight(_target(request), parents, recipe, digest, tuple(facts))
+    return Preflight(_target(request), parents, recipe, digest, facts, warnings)
 
 
 def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, actor: str) -> Submitted:
@@ -303,6 +303,25 @@ def job_parents(ledger: Ledger, job: Job) -> list[AdapterVersion]:
     problems = [*gone, *_check_recalls(ledger, parents)]
     raise_all(IncompatibleParents, "the merge lost a parent:", problems, hint="submit the merge again")
     return parents
+
+
+_Seen = tuple[Sequence[Problem], tuple[str, ...]]
+_seen: dict[tuple[tuple[str, str], ...], _Seen] = {}
+
+
+def _seen_together(parents: Sequence[AdapterVersion], facts: Sequence[AdapterFacts]) -> _Seen:
+    """Why the files of these parents have no exact sum, and what is odd about them.
+
+    It is so for good, and to look through their modules takes as long as all else that a server does for a merge.
+    """
+    labels = [parent.label for parent in parents]
+    key = tuple(zip((parent.id for parent in parents), labels, strict=True))
+    seen = _seen.get(key)
+    if seen is None:
+        if len(_seen) >= SEEN_KEPT:
+            _seen.clear()
+        seen = _seen[key] = check_parents(facts, labels), parent_warnings(facts, labels)
+    return seen
 
 
 def _check_recalls(ledger: Ledger, parents: Sequence[AdapterVersion]) -> list[Problem]:

@@ -21,7 +21,7 @@ MERGE = NewJob("merge", "k", "t", {}, "ada")
 DEFERRED = """
 import runpy, sys
 from adapterctl.registry.stores.sql import engine
-engine._begin = lambda connection: connection.exec_driver_sql("BEGIN")
+engine._Sqlite.begin = lambda self, connection, writes: engine._run(connection, "BEGIN", ())
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

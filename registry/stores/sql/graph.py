@@ -113,7 +113,7 @@ def recalled(connection: Connection) -> Recalls:
 
     It hits the bytes: copies under other names, and all that is made of any of them.
     """
-    newest = {row.version_id: Recall(*row) for row in connection.execute(_RECALL)}
+    newest = {each.version_id: each for each in (Recall(*row) for row in rows(connection, _RECALL))}
     said = {version_id: each for version_id, each in newest.items() if each.action == "recall"}
     return {version_id: said[root] for version_id, root in descend(connection, list(said), copies=True).items()}
 

@@ -7,19 +7,22 @@ So a worker that was taken for dead and comes back can do no harm, however late 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import uuid6
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Row,
+    Select,
     bindparam,
     case,
     delete,
     func,
     insert,
     literal,
+    literal_column,
+    or_,
     select,
     tuple_,
     update,
@@ -42,7 +45,7 @@ from ...domain.job import (
     QueueDepth,
 )
 from ...domain.worker import Queue
-from .engine import Database, Now, UnlessTaken
+from .engine import Database, Now, UnlessTaken, rows
 from .tables import job, job_event, job_live, job_log
 
 WORKER_LOST = {
@@ -50,6 +53,9 @@ WORKER_LOST = {
     "message": "its worker stopped without a result, as often as a job may be tried",
     "hint": "see `adapterctl jobs logs`, then `adapterctl jobs retry`",
 }
+
+
+_JOB = [job.c[name] for name in Job.__dataclass_fields__]  # in the order in which `_job` reads them
 
 
 class JobRows:
@@ -67,7 +73,7 @@ class JobRows:
 
     def job(self, job_id: str) -> Job | None:
         with self._db.read() as connection:
-            row = connection.execute(select(job).where(job.c.id == job_id)).one_or_none()
+            row = connection.execute(select(*_JOB).where(job.c.id == job_id)).one_or_none()
             return None if row is None else _job(row)
 
     def jobs(
@@ -79,7 +85,7 @@ class JobRows:
         before: str | None = None,
     ) -> list[Job]:
         """Newest first."""
-        query = select(job).order_by(job.c.created_at.desc(), job.c.id.desc()).limit(limit)
+        query = select(*_JOB).order_by(job.c.created_at.desc(), job.c.id.desc()).limit(limit)
         if before is not None:
             last = select(job.c.created_at, job.c.id).where(job.c.id == before)
             query = query.where(tuple_(job.c.created_at, job.c.id) < last.scalar_subquery())
@@ -93,13 +99,9 @@ class JobRows:
     def claim(
         self, owner: str, lease_s: float, *, kinds: Sequence[str] = (), queues: Sequence[Queue] = ()
     ) -> Job | None:
-        waiting = job.c.state == JobState.QUEUED
-        if kinds:
-            waiting &= job.c.kind.in_(kinds)
-        if queues:
-            waiting &= job.c.queue.in_(queues)
+        waiting, look = _waiting(tuple(kinds), tuple(queues))
         with self._db.read() as connection:  # a worker that finds nothing disturbs no writer
-            if connection.execute(select(job.c.id).where(waiting).limit(1)).first() is None:
+            if not rows(connection, look):
                 return None
         oldest = select(job.c.id).where(waiting).order_by(job.c.created_at, job.c.id).limit(1)
         first = [each.with_for_update(skip_locked=True) for each in (oldest.where(job.c.kind.in_(URGENT)), oldest)]
@@ -196,12 +198,12 @@ class JobRows:
             if connection.execute(select(job.c.id).where(expired).limit(1)).first() is None:
                 return []
         with self._db.write() as connection:
-            lost = [_job(row) for row in connection.execute(select(job).where(expired).with_for_update())]
+            lost = [_job(row) for row in connection.execute(select(*_JOB).where(expired).with_for_update())]
             return [self._reap_one(connection, each) for each in lost]
 
     def waiting(self, queues: Sequence[Queue], *, for_s: float, limit: int = 1) -> list[Job]:
         old = (job.c.state == JobState.QUEUED) & job.c.queue.in_(queues) & (job.c.updated_at <= Now() - for_s)
-        query = select(job).where(old).order_by(job.c.created_at, job.c.id).limit(limit)
+        query = select(*_JOB).where(old).order_by(job.c.created_at, job.c.id).limit(limit)
         with self._db.read() as connection:
             return [_job(row) for row in connection.execute(query)]
 
@@ -211,7 +213,9 @@ class JobRows:
             if connection.execute(select(job.c.id).where(queued).limit(1)).first() is None:
                 return []
         with self._db.write() as connection:
-            moved = connection.execute(update(job).where(queued).values(queue=target, updated_at=Now()).returning(job))
+            moved = connection.execute(
+                update(job).where(queued).values(queue=target, updated_at=Now()).returning(*_JOB)
+            )
             jobs = [_job(row) for row in moved]
             for each in jobs:
                 _record(connection, each.id, "queued", f"for {target}: no worker serves {source}")
@@ -221,8 +225,8 @@ class JobRows:
         age = func.max(case((job.c.state == JobState.QUEUED, Now() - job.c.updated_at), else_=0.0))
         query = select(job.c.queue, job.c.state, func.count(), age).where(job.c.state.in_(LIVE))
         with self._db.read() as connection:
-            rows = connection.execute(query.group_by(job.c.queue, job.c.state).order_by(job.c.queue, job.c.state))
-            return [QueueDepth(queue, JobState(state), count, oldest) for queue, state, count, oldest in rows]
+            found = connection.execute(query.group_by(job.c.queue, job.c.state).order_by(job.c.queue, job.c.state))
+            return [QueueDepth(queue, JobState(state), count, oldest) for queue, state, count, oldest in found]
 
     def record(self, job_id: str, kind: str, message: str) -> None:
         with self._db.write() as connection:
@@ -252,8 +256,8 @@ class JobRows:
         size = func.sum(func.length(job_log.c.text))
         query = select(job_log.c.job_id, size).join(job, job.c.id == job_log.c.job_id).where(old)
         with self._db.read() as connection:
-            rows = connection.execute(query.group_by(job_log.c.job_id).order_by(job_log.c.job_id))
-            return {job_id: int(characters) for job_id, characters in rows}
+            found = connection.execute(query.group_by(job_log.c.job_id).order_by(job_log.c.job_id))
+            return {job_id: int(characters) for job_id, characters in found}
 
     def drop_log(self, job_id: str) -> None:
         with self._db.write() as connection:
@@ -271,7 +275,7 @@ class JobRows:
         return moved or lost
 
     def _existing(self, connection: Connection, job_id: str) -> Job:
-        row = connection.execute(select(job).where(job.c.id == job_id)).one_or_none()
+        row = connection.execute(select(*_JOB).where(job.c.id == job_id)).one_or_none()
         if row is None:
             raise NotFound(f"there is no job {job_id}", hint="adapterctl jobs ls")
         return _job(row)
@@ -282,43 +286,58 @@ _UNHELD: Mapping[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_un
 
 def queue_job(connection: Connection, new: NewJob) -> tuple[Job | None, bool]:
     """Insert a queued job, or find the live one with its key."""
-    row = {
-        "id": str(uuid6.uuid7()),
-        "kind": new.kind,
-        "key": new.key,
-        "title": new.title,
-        "spec": wire.to_json(new.spec),
-        "max_attempts": new.max_attempts,
-        "queue": new.queue,
-        "created_by": new.created_by,
-    }
-    created = connection.execute(_QUEUE, row).one_or_none()
-    if created is not None:
-        connection.execute(_FIRST_EVENT, {"job_id": created.id, "message": f"by {new.created_by}"})
-        return _job(created), True
-    found = connection.execute(_LIVE_WITH_KEY, {"kind": new.kind, "key": new.key}).one_or_none()
-    return None if found is None else _job(found), False
+    key, spec = str(uuid6.uuid7()), wire.to_json(new.spec)
+    row = {name: getattr(new, name) for name in NewJob.__dataclass_fields__} | {"id": key, "spec": spec}
+    for created_at, updated_at in rows(connection, _QUEUE, row):
+        rows(connection, _FIRST_EVENT, {"job_id": key, "message": f"by {new.created_by}"})
+        spec_read = wire.from_json(spec, dict)  # as whoever claims it will see it
+        return Job(
+            key,
+            new.kind,
+            new.key,
+            new.title,
+            spec_read,
+            JobState.QUEUED,
+            attempt=0,
+            max_attempts=new.max_attempts,
+            created_by=new.created_by,
+            created_at=created_at,
+            updated_at=updated_at,
+            queue=new.queue,
+        ), True
+    found = rows(connection, _LIVE_WITH_KEY, {"kind": new.kind, "key": new.key})
+    return (_job(found[0]) if found else None), False
 
 
 # Built once: every submit runs them, and to build them takes as long as to run them.
 _QUEUE = (
     insert(job)
     .values(
-        {
-            name: bindparam(name)
-            for name in ("id", "kind", "key", "title", "spec", "max_attempts", "created_by", "queue")
-        }
-        | {"state": JobState.QUEUED, "attempt": 0, "created_at": Now(), "updated_at": Now()}
+        {name: bindparam(name) for name in ("id", *NewJob.__dataclass_fields__)}
+        | {"state": JobState.QUEUED.value, "attempt": 0, "created_at": Now(), "updated_at": Now()}
         | {"cancel_requested": False, "result": "{}"}
     )
     .ext(UnlessTaken())
-    .returning(job)
+    .returning(job.c.created_at, job.c.updated_at)
 )
 _FIRST_EVENT = insert(job_event).values(
-    job_id=bindparam("job_id"), seq=1, at=Now(), kind=JobState.QUEUED, message=bindparam("message")
+    job_id=bindparam("job_id"), seq=1, at=Now(), kind=JobState.QUEUED.value, message=bindparam("message")
 )
 # In the words of the index of live keys: with the states as values, SQLite would read every queued job instead.
-_LIVE_WITH_KEY = select(job).where(job.c.kind == bindparam("kind"), job.c.key == bindparam("key"), job_live)
+_LIVE_WITH_KEY = select(*_JOB).where(job.c.kind == bindparam("kind"), job.c.key == bindparam("key"), job_live)
+
+
+@lru_cache(maxsize=16)
+def _waiting(kinds: Sequence[str], queues: Sequence[str]) -> tuple[ColumnElement[bool], Select[Any]]:
+    """What is true of a job that such a worker may claim, and a look for one, which an idle worker takes all the time.
+
+    The state stands in the words of the statement: as a value, SQLite would plan it anew each time.
+    """
+    waiting: ColumnElement[bool] = job.c.state == literal_column(f"'{JobState.QUEUED}'")
+    for column, wanted in ((job.c.kind, kinds), (job.c.queue, queues)):
+        if wanted:
+            waiting &= or_(*(column == each for each in wanted))
+    return waiting, select(job.c.id).where(waiting).limit(1)
 
 
 def held(job_id: str, attempt: int) -> ColumnElement[bool]:
@@ -350,7 +369,7 @@ def end_job(
 
 
 def _update(connection: Connection, where: ColumnElement[bool], **values: Any) -> Job | None:
-    row = connection.execute(update(job).where(where).values(updated_at=Now(), **values).returning(job)).one_or_none()
+    row = connection.execute(update(job).where(where).values(updated_at=Now(), **values).returning(*_JOB)).one_or_none()
     return None if row is None else _job(row)
 
 
@@ -359,26 +378,12 @@ def _record(connection: Connection, job_id: str, kind: str, message: str) -> Non
     connection.execute(insert(job_event).values(job_id=job_id, seq=last, at=Now(), kind=kind, message=literal(message)))
 
 
-def _job(row: Row[Any]) -> Job:
-    return Job(
-        id=row.id,
-        kind=row.kind,
-        key=row.key,
-        title=row.title,
-        spec=wire.from_json(row.spec, dict),
-        state=JobState(row.state),
-        attempt=row.attempt,
-        max_attempts=row.max_attempts,
-        created_by=row.created_by,
-        created_at=row.created_at,
-        updated_at=row.updated_at,
-        owner=row.owner,
-        lease_until=row.lease_until,
-        started_at=row.started_at,
-        ended_at=row.ended_at,
-        cancel_requested=row.cancel_requested,
-        progress=None if row.progress is None else wire.from_json(row.progress, Progress),
-        error=None if row.error is None else wire.from_json(row.error, dict),
-        result=wire.from_json(row.result, dict),
-        queue=row.queue,
-    )
+def _job(row: Sequence[Any]) -> Job:
+    values = dict(zip(Job.__dataclass_fields__, row, strict=True))
+    values["state"] = JobState(values["state"])
+    values["cancel_requested"] = bool(values["cancel_requested"])  # the driver of SQLite gives a number
+    for name in ("spec", "result"):
+        values[name] = wire.from_json(values[name], dict)
+    for name, kind in (("progress", Progress), ("error", dict)):
+        values[name] = None if values[name] is None else wire.from_json(values[name], kind)
+    return Job(**values)

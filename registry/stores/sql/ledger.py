@@ -37,7 +37,7 @@ from ...domain.version import (
     summarise,
 )
 from ...ports import GateFile, Lock
-from .engine import Database, Now, among, insert_once, these
+from .engine import Database, Now, among, insert_once, rows, these
 from .graph import add_recall, check_not_recalled, descend, edges_at, labels, lock_recalls, recalled, walk
 from .jobs import JobRows, end_job, held, queue_job
 from .tables import (
@@ -57,6 +57,7 @@ from .tables import (
     suite,
     version,
     version_detail,
+    version_live_merge,
 )
 from .workers import WorkerRows
 
@@ -183,7 +184,7 @@ class SqlLedger(JobRows, WorkerRows):
 
     def adapter_id(self, name: str) -> str | None:
         with self._db.read() as connection:
-            return connection.execute(_ADAPTER_ID, {"name": name}).scalar_one_or_none()
+            return next((found for (found,) in rows(connection, _ADAPTER_ID, {"name": name})), None)
 
     def ensure_adapter(self, name: str) -> str:
         known = self.adapter_id(name)
@@ -356,7 +357,8 @@ class SqlLedger(JobRows, WorkerRows):
 
     def _versions(self, query: Select[Any], values: Mapping[str, Any] | None = None) -> list[AdapterVersion]:
         with self._db.read() as connection:
-            return [_version(row) for row in connection.execute(query, values).all()]
+            found = connection.execute(query).all() if values is None else rows(connection, query, values)
+            return [_version(row) for row in found]
 
     def _existing_version(self, version_id: str) -> AdapterVersion:
         found = self.version(version_id)
@@ -455,7 +457,7 @@ class SqlLedger(JobRows, WorkerRows):
     def suite_digests(self, adapter_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}
         with self._db.read() as connection:
-            for adapter_id, digest in connection.execute(_SUITE_DIGESTS, these(adapter_ids)):
+            for adapter_id, digest in rows(connection, _SUITE_DIGESTS, these(adapter_ids)):
                 found[adapter_id] = (*found.get(adapter_id, ()), digest)
         return found
 
@@ -617,8 +619,15 @@ def _base_columns(value: Base) -> dict[str, str | None]:
 
 # versions
 
+# in the order in which `_version` reads them
 _VERSION = (
-    select(version, adapter.c.name.label("adapter_name"), *(column.label(f"base_{column.name}_") for column in _BASE))
+    select(
+        *(version.c[name] for name in ("id", "adapter_id", "created_at", "created_by", "state", "kind")),
+        *(version.c[name] for name in ("content_digest", "license", "source", "dataset", "recipe_digest")),
+        *(version.c[name] for name in ("params", "tags", "summary", "placement")),
+        adapter.c.name.label("adapter_name"),
+        *(column.label(f"base_{column.name}_") for column in _BASE),
+    )
     .join(adapter, version.c.adapter_id == adapter.c.id)
     .join(base, version.c.base_id == base.c.id)
 )
@@ -626,11 +635,11 @@ _VERSION = (
 
 # Built once, for they are run with every request for a merge.
 _BY_NUMBER = _VERSION.where(adapter.c.name == bindparam("name"), version.c.number == bindparam("number"))
+# In the words of its index: with state and kind as values, SQLite would plan it anew each time.
 _LIVE_MERGE = _VERSION.where(
     version.c.adapter_id == bindparam("adapter_id"),
     version.c.recipe_digest == bindparam("recipe"),
-    version.c.state == "live",
-    version.c.kind == "merge",
+    version_live_merge,
 )
 _NEWEST = (
     select(version.c.number)
@@ -649,27 +658,29 @@ _LIVE = select(version.c.id).where(among(version.c.id), version.c.state == "live
 _ADAPTER_ID = select(adapter.c.id).where(adapter.c.name == bindparam("name"))
 
 
-def _version(row: Row[Any]) -> AdapterVersion:
+def _version(row: Sequence[Any]) -> AdapterVersion:
+    key, adapter_id, created_at, created_by, state, kind, *of_spec, name = row[: -len(_BASE)]
+    content_digest, licensed, source, dataset, recipe_digest, params, tags, summary, placement = of_spec
     return AdapterVersion(
-        id=row.id,
-        adapter_id=row.adapter_id,
-        created_at=row.created_at,
-        created_by=row.created_by,
-        state=row.state,
+        id=key,
+        adapter_id=adapter_id,
+        created_at=created_at,
+        created_by=created_by,
+        state=state,
         spec=VersionSpec(
-            adapter=row.adapter_name,
-            kind=row.kind,
-            content_digest=row.content_digest,
+            adapter=name,
+            kind=kind,
+            content_digest=content_digest,
             base=Base(*row[-len(_BASE) :]),
-            license=row.license,
-            source=row.source,
-            dataset=row.dataset,
-            params=wire.from_json(row.params, dict),
-            tags=wire.from_json(row.tags, dict),
-            recipe_digest=row.recipe_digest,
+            license=licensed,
+            source=source,
+            dataset=dataset,
+            params=wire.from_json(params, dict),
+            tags=wire.from_json(tags, dict),
+            recipe_digest=recipe_digest,
         ),
-        summary=wire.from_json(row.summary, Summary),
-        placement=wire.from_json(row.placement, Placement),
+        summary=wire.from_json(summary, Summary),
+        placement=wire.from_json(placement, Placement),
     )
 
 

@@ -96,7 +96,7 @@ version = Table(
     UniqueConstraint("adapter_id", "number"),
 )
 # No `postgresql_where` beside `sqlite_where`: it would load that dialect into every command, 50 ms.
-_live_import, _live_merge = text("state = 'live' AND kind <> 'merge'"), text("state = 'live' AND kind = 'merge'")
+_live_import, version_live_merge = text("state = 'live' AND kind <> 'merge'"), text("state = 'live' AND kind = 'merge'")
 Index(
     "uq_version_live_content",
     version.c.adapter_id,
@@ -110,7 +110,7 @@ Index(
     version.c.adapter_id,
     version.c.recipe_digest,
     unique=True,
-    sqlite_where=_live_merge,
+    sqlite_where=version_live_merge,
 )
 
 version_detail = Table(
