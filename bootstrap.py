@@ -316,13 +316,14 @@ class _Stores:
     def open_versions(self) -> VersionStore:
         if self._versions is None:
             # deferred: MLflow takes 1.6 s, and reads of the registry never need it
+            from .registry.services.drift import check_not_emptied
             from .registry.stores.mlflow_versions import MlflowVersions
 
             settings = self._settings
             # the ledger keeps no password, so a shared MLflow's address comes from the settings
             uri = settings.mlflow_uri if settings.database_url else self._ledger.mlflow_uri
             store = MlflowVersions(uri, settings.home, self._ledger.registry_id, settings.artifacts)
-            store.check_identity()
+            check_not_emptied(self._ledger, store)
             self._versions = store
         return self._versions
 

@@ -115,8 +115,11 @@ class Ledger(Protocol):
     def adapter_id(self, name: str) -> str | None: ...
     def ensure_adapter(self, name: str) -> str: ...
     def adapter_names(self) -> list[str]: ...
-    def rename_adapter(self, adapter_id: str, name: str, *, actor: str) -> StageEvent:
-        """Give an adapter another name; its history says so. Raises `Refused` where another adapter has that name."""
+    def rename_adapter(self, adapter_id: str, name: str, *, actor: str) -> StageEvent | None:
+        """Give an adapter another name; its history says so. None where it is called that already.
+
+        Raises `Refused` where another adapter has that name.
+        """
         ...
 
     def former_names(self) -> dict[str, str]:
@@ -472,6 +475,13 @@ class VersionStore(Protocol):
     @property
     def uri(self) -> str:
         """The address under which its client reaches it; it may hold a password."""
+        ...
+
+    def check_identity(self) -> bool:
+        """Whether MLflow has the experiment of our ledger. Writes nothing.
+
+        Raises `Misconfigured` where it belongs to another ledger.
+        """
         ...
 
     def ensure_adapter(self, name: str, adapter_id: str, base: Base, *, exists: bool = False) -> None:

@@ -18,7 +18,7 @@ from ..domain.job import JobState
 from ..domain.worker import QUEUES, Worker, served
 from ..ports import Doorbell, Ledger, VersionStore
 from ..settings import Settings
-from .drift import differences
+from .drift import check_not_emptied, differences
 from .reconcile import Adoption
 
 EVAL_PACKAGES = ("torch", "transformers", "peft", "lm_eval", "sacrebleu", "gguf")
@@ -97,6 +97,7 @@ def _mlflow(
 ) -> Iterator[Check]:
     try:
         store = open_versions()
+        check_not_emptied(ledger, store)  # a server opened it long ago
     except AdapterctlError as error:
         yield Check("mlflow", "error", error.message, error.hint)
         return

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..api import Check
+from ..domain.errors import Misconfigured
 from ..domain.version import AdapterVersion
 from ..ports import Double, Ledger, SeenModel, VersionStore
 
@@ -33,10 +34,27 @@ class Difference:
     stage: str = ""
 
 
+def check_not_emptied(ledger: Ledger, store: VersionStore) -> None:
+    """Raise `Misconfigured` where MLflow has nothing of ours and the ledger has versions, or where it is another's.
+
+    Else all would count as deleted, and the next registration would make an empty MLflow look like ours.
+    """
+    if store.check_identity():
+        return
+    count = len(ledger.versions())
+    if count:
+        raise Misconfigured(
+            f"the MLflow at {ledger.mlflow_uri} has no experiment 'adapters', the ledger has {count} versions:"
+            " it is another store, or was emptied",
+            hint="restore MLflow's database from a backup, or correct its address",
+        )
+
+
 def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str]) -> Iterator[Difference]:
     """By adapter; none where MLflow says what the ledger says. `stages` are the settings'."""
-    seen = store.seen()
+    # in this order: a version is in MLflow before it is in the ledger
     everything = ledger.versions(include_removed=True)
+    seen = store.seen()
     known = {version.id: version for version in everything}
     live = [version for version in everything if version.state == "live"]
     doubles = store.doubles(live)
@@ -58,6 +76,10 @@ def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str]) -> I
         yield from _versions(model, versions, known, doubled, holds)
         yield from _stages(store, model, versions, known, holds, stages)
         yield from _descriptions(model, versions)
+    names = {version.adapter_id: version.name for version in everything}
+    for adapter_id, model in ours.items():
+        if names.get(adapter_id) == model.name:  # all its versions here are tombstones
+            yield from _versions(model, (), known, (), {})
     yield from _strangers(seen, ours, {version.adapter_id for version in everything})
 
 
@@ -110,6 +132,11 @@ def _versions(
         if own is not None and (own.state, own.name, own.number) == ("removed", model.name, number):
             said = f"MLflow still has {own.label}, which was removed here"
             yield Difference(check=Check("removed", "warning", said, "adapterctl gc"))
+        elif found.version_id is not None and own is None:
+            said = f"MLflow has {model.name} version {number}, whose registration is not finished"
+            hint = "its job, or the same register or merge again, finishes it; if an older ledger was restored: "
+            hint += f"adapterctl register models:/{model.name}/{number} --name {model.name}"
+            yield Difference(check=Check("unfinished", "warning", said, hint))
         elif found.taken_as not in known:
             said = f"MLflow has {model.name} version {number}, which the ledger does not know"
             hint = f"{_ADOPT} registers it as a version of ours; or delete it in MLflow"

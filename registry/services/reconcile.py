@@ -56,7 +56,9 @@ class Adoption:
                 except AdapterctlError as error:
                     refused[difference.check.detail] = _refusal(difference, error)
         for difference in self._differences() if changed else found:
-            yield refused.get(difference.check.detail, difference.check)
+            yield refused.pop(difference.check.detail, difference.check)
+        # a rename that failed half-way: the difference is gone, the reason is not
+        yield from (check for check in refused.values() if check.name == "renamed")
 
     def _differences(self) -> list[Difference]:
         return list(differences(self.ledger, self.versions, self.stages.names))
@@ -79,6 +81,8 @@ class Adoption:
     def _accept_deleted(self, difference: Difference) -> Iterator[str]:
         held = []
         for version in difference.versions:
+            if self.versions.has(version):  # it was seen missing a while ago, and raises where MLflow cannot tell
+                continue
             try:
                 self.ledger.remove_version(version.id, actor=self.actor, reason=REASON, lost=True)
             except Refused as error:
@@ -114,8 +118,25 @@ class Adoption:
     def _accept_stage(self, difference: Difference) -> Iterator[str]:
         assert difference.model is not None
         name, stage = difference.model.name, difference.stage
+        self._check_not_cut_short(difference)
         event = self.stages.adopt(name, stage=stage, reason=REASON)
         yield "; ".join([f"{name}@{stage} is {event.ref or 'empty'}, as MLflow's alias says", *event.warnings])
+
+    def _check_not_cut_short(self, difference: Difference) -> None:
+        """An alias that says what was there before our last move may be what a move that was cut short left behind."""
+        assert difference.model is not None
+        name, stage = difference.model.name, difference.stage
+        adapter_id = self.ledger.adapter_id(name)
+        events = self.ledger.stage_history(adapter_id, stage) if adapter_id is not None else []
+        made = [event for event in events if event.moves]
+        if not made:
+            return
+        before = self.ledger.version(made[-1].previous_id) if made[-1].previous_id is not None else None
+        if self.versions.alias(name, stage) == (None if before is None else before.number):
+            raise Refused(
+                f"the alias says what held {stage} before the last {made[-1].action}, which may have been cut short",
+                hint=difference.check.hint,
+            )
 
     def _accept_description(self, difference: Difference) -> Iterator[str]:
         assert difference.model is not None

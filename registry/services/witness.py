@@ -19,7 +19,8 @@ def witness(ledger: Ledger, stages: Sequence[str], deed: str, said: Mapping[str,
     """`deed` is the method and the end of the path of a request that MLflow granted, `said` its body."""
     name = str(said.get("name"))
     adapter_id = ledger.adapter_id(name)
-    if adapter_id is None:
+    # a note would keep the name of an adapter that never got a version
+    if adapter_id is None or not ledger.newest([name]):
         return
     stage, number, reason = "", None, ""
     if deed.endswith("registered-models/alias"):

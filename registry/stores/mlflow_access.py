@@ -159,6 +159,12 @@ class Mlflow:
             )
         return str(experiment.experiment_id)
 
+    def known_experiment(self) -> str | None:
+        """As `find_experiment`, and from now on it is never made anew: the database may be emptied under a server."""
+        found = self.find_experiment()
+        self._experiment = self._experiment or found
+        return found
+
     def _create_experiment(self) -> str:
         # without a location of its own, MLflow would write to ./mlruns of whoever runs the command
         location = None if self._remote else self._artifacts

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -77,6 +78,8 @@ _MODEL_VERSIONS = "mlflow.modelVersions"
 #: Two writers of one alias: MLflow wraps the integrity error of the loser in this code, as if the request were wrong.
 _RACE = "BAD_REQUEST"
 _RACE_TRIES = 8
+#: MLflow's own order is by the last change, and its pages are offsets: a text written meanwhile would hide a version.
+_STABLE = ["name ASC", "version_number ASC"]
 
 
 class MlflowVersions:
@@ -98,9 +101,8 @@ class MlflowVersions:
         return self._mlflow.uri
 
     @in_our_words
-    def check_identity(self) -> None:
-        """Raise `Misconfigured` where MLflow belongs to another ledger. Writes nothing."""
-        self._mlflow.find_experiment()
+    def check_identity(self) -> bool:
+        return self._mlflow.known_experiment() is not None
 
     @in_our_words
     def ensure_adapter(self, name: str, adapter_id: str, base: Base, *, exists: bool = False) -> None:
@@ -214,7 +216,7 @@ class MlflowVersions:
     @in_our_words
     def seen(self) -> list[SeenModel]:
         versions: dict[str, dict[int, SeenVersion]] = {}
-        for version in pages(self._client.search_model_versions):
+        for version in pages(partial(self._client.search_model_versions, order_by=_STABLE)):
             number = int(version.version)
             versions.setdefault(version.name, {})[number] = SeenVersion(
                 version.tags.get(VERSION_ID),

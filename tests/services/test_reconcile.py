@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import write_tiny_adapter
 
+from adapterctl.bootstrap import connect
 from adapterctl.registry.api import Check
-from adapterctl.registry.domain.errors import NotFound, Refused
+from adapterctl.registry.domain.errors import Misconfigured, NotFound, Refused, Unavailable
 from adapterctl.registry.domain.job import NewJob
 from adapterctl.registry.domain.refs import parse_ref
 from adapterctl.registry.domain.stage import Head
 from adapterctl.registry.services.local import LocalRegistry
+from adapterctl.registry.settings import load_settings
+from adapterctl.registry.stores.mlflow_versions import MlflowVersions
 from adapterctl.registry.wire import to_json
 
-DRIFT = {"adopted", "deleted", "renamed", "replaced", "removed", "unknown", "doubled", "stage", "description"}
+DRIFT = {
+    *(
+        "adopted",
+        "deleted",
+        "renamed",
+        "replaced",
+        "removed",
+        "unknown",
+        "unfinished",
+        "doubled",
+        "stage",
+        "description",
+    )
+}
 _seeds = itertools.count(100)
 
 
@@ -278,3 +300,132 @@ def test_what_a_cut_short_removal_left_is_no_new_version(two_parents, client, tm
 
     two_parents.gc(older_than_s=0.0)
     assert left(two_parents) == []
+
+
+def test_an_emptied_mlflow_is_no_reason_to_remove_anything(two_parents, tmp_path, ledger_schema, mlflow_schema):
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(ledger_schema, home / "registry.db")
+    shutil.copy(mlflow_schema, home / "mlflow.db")
+    registry = connect(load_settings({"home": home, "idle_s": 0.3}))
+    version = add(registry, tmp_path, "chat")
+    # emptied under a registry that has it open
+    with closing(sqlite3.connect(home / "mlflow.db")) as database, database:
+        database.execute("pragma foreign_keys = off")
+        tables = database.execute("select name from sqlite_master where type = 'table'").fetchall()
+        for (table,) in tables:
+            if table != "alembic_version" and not table.startswith("sqlite"):
+                database.execute(f"delete from {table}")
+
+    for opened in (registry, connect(load_settings({"home": home, "idle_s": 0.3}))):
+        (told,) = [check for check in opened.doctor(adopt=True) if check.name == "mlflow"]
+        assert told.status == "error"
+        assert "has no experiment 'adapters', the ledger has 1 versions" in told.detail
+        assert "restore MLflow's database" in told.hint
+        with pytest.raises((Misconfigured, Unavailable)):
+            add(opened, tmp_path, "another")
+        assert opened.version(parse_ref(version)).state == "live"
+        assert "adopted" not in {check.name for check in opened.doctor(adopt=True)}
+
+
+def test_what_was_seen_missing_and_is_there_is_not_removed(two_parents, client, tmp_path, name, monkeypatch):
+    version = add(two_parents, tmp_path, name)
+    seen = MlflowVersions.seen
+    monkeypatch.setattr(MlflowVersions, "seen", lambda store: [each for each in seen(store) if each.name != name])
+
+    adopted = adopt(two_parents)
+
+    assert [kind for kind, _ in adopted] == ["deleted"]
+    assert two_parents.version(parse_ref(version)).state == "live"
+
+
+def test_a_version_that_is_registered_meanwhile_is_not_gone(two_parents, tmp_path, name, monkeypatch):
+    seen = MlflowVersions.seen
+    made = []
+
+    def then_register(store: MlflowVersions) -> Any:
+        found = seen(store)
+        if not made:
+            made.append("")
+            made[0] = add(two_parents, tmp_path, name)
+        return found
+
+    monkeypatch.setattr(MlflowVersions, "seen", then_register)
+
+    assert left(two_parents) == []
+    assert made == [f"{name}:v1"]
+
+
+def test_a_text_written_between_two_pages_hides_no_version(two_parents, client, tmp_path, name, monkeypatch):
+    versions = [add(two_parents, tmp_path, name) for _ in range(3)]
+    search = client.search_model_versions
+
+    def by_ones(*asked: Any, **more: Any) -> Any:
+        page = search(*asked, **{**more, "max_results": 1})
+        if more.get("page_token") is None:
+            client.update_model_version(name, "1", description=client.get_model_version(name, "1").description)
+        return page
+
+    monkeypatch.setattr(client, "search_model_versions", by_ones)
+
+    (model,) = [each for each in two_parents.version_store.seen() if each.name == name]
+
+    assert [f"{name}:v{number}" for number in sorted(model.versions)] == versions
+
+
+def test_a_registration_that_was_cut_short_is_not_adopted_beside_itself(two_parents, client, tmp_path, name):
+    add(two_parents, tmp_path, name)
+    source = write_tiny_adapter(tmp_path / "cut-short", seed=next(_seeds))
+    program = "import sys; from adapterctl.bootstrap import connect; connect().register(sys.argv[1], name=sys.argv[2])"
+    environment = os.environ | two_parents.settings.to_env() | {"ADAPTERCTL_CRASH_AT": "register.version"}
+    subprocess.run([sys.executable, "-c", program, str(source), name], env=environment, check=False, timeout=120)
+
+    assert adopt(two_parents) == [
+        ("unfinished", f"MLflow has {name} version 2, whose registration is not finished"),
+    ]
+
+    assert two_parents.register(str(source), name=name).version.ref == f"{name}:v2"
+    assert left(two_parents) == []
+
+
+def test_versions_of_an_adapter_that_has_tombstones_only_are_named(two_parents, client, tmp_path, name):
+    version = add(two_parents, tmp_path, name)
+    two_parents.ledger.remove_version(two_parents.version(parse_ref(version)).id, actor="ada", reason="")
+    number = make_by_hand(client, tmp_path, name)
+
+    assert [check.name for check in left(two_parents)] == ["removed", "unknown"]
+
+    client.delete_model_version(name, number)
+    two_parents.gc(older_than_s=0.0)
+    assert left(two_parents) == []
+
+
+def test_the_name_of_an_adapter_that_has_a_history_alone_is_taken(two_parents, client, tmp_path, name):
+    add(two_parents, tmp_path, name)
+    other = two_parents.ledger.ensure_adapter(f"{name}-new")
+    two_parents.acting("grace").witness("DELETE registered-models/delete", {"name": f"{name}-new"})
+    moved = {"name": f"{name}-new", "alias": "production", "version": "1"}
+    two_parents.acting("grace").witness("POST registered-models/alias", moved)
+    assert list(two_parents.ledger.stage_history(other)) == []
+    noted = {"version_id": None, "action": "mlflow", "actor": "ada", "reason": "a note"}
+    two_parents.ledger.record_note(other, "", **noted)
+    client.rename_registered_model(name, f"{name}-new")
+
+    (refused,) = [check for check in two_parents.doctor(adopt=True) if check.name in DRIFT]
+
+    assert f"{name} cannot be called {name}-new: another adapter is" in refused.detail
+    client.rename_registered_model(f"{name}-new", name)
+
+
+def test_a_rename_that_another_process_recorded_is_no_second_event(two_parents, tmp_path, name):
+    version = two_parents.version(parse_ref(add(two_parents, tmp_path, name)))
+    adapter_id = two_parents.ledger.adapter_id(name)
+
+    first = two_parents.ledger.rename_adapter(adapter_id, f"{name}-new", actor="ada")
+    second = two_parents.ledger.rename_adapter(adapter_id, f"{name}-new", actor="ada")
+
+    assert first is not None
+    assert second is None
+    assert [event.action for event in two_parents.history(f"{name}-new").events] == ["rename"]
+    two_parents.ledger.rename_adapter(adapter_id, name, actor="ada")
+    assert two_parents.version(parse_ref(f"{name}:v1")).id == version.id

@@ -201,14 +201,16 @@ class SqlLedger(JobRows, WorkerRows):
             query = select(adapter.c.name).where(has_versions).order_by(adapter.c.name)
             return list(connection.execute(query).scalars())
 
-    def rename_adapter(self, adapter_id: str, name: str, *, actor: str) -> StageEvent:
+    def rename_adapter(self, adapter_id: str, name: str, *, actor: str) -> StageEvent | None:
         with self._db.write() as connection:
             _lock_stages(connection, adapter_id)
             former = connection.execute(select(adapter.c.name).where(adapter.c.id == adapter_id)).scalar_one_or_none()
             if former is None:
                 raise NotFound(f"there is no adapter {adapter_id}", hint="adapterctl ls")
-            _free_name(connection, name)
+            if former == name:  # another process was first
+                return None
             try:
+                _free_name(connection, name)
                 connection.execute(update(adapter).where(adapter.c.id == adapter_id).values(name=name))
             except IntegrityError as error:
                 raise Refused(
