@@ -219,8 +219,7 @@ def _value_problems(module: ModulePlan, stack: Stack, grams: Grams, rank: int, p
     for key, square, values in ((module.a_key, grams.a, a), (module.b_key, grams.b, b)):
         # a finite sum of squares has finite values; only large ones in float64 make another one
         if not (np.isfinite(square.diagonal()[rank:]).all() or np.isfinite(values).all()):
-            hint = "its values are too large for the output type: use --dtype f32"
-            return [Problem("not_finite", f"{key} holds values that are not finite", hint)]
+            return [_not_finite(key)]
     # what is made of the deltas' elements has directions that no parent has
     of_parents = find_method(plan.recipe.method).form != "deltas"
     if of_parents and (np.any(a[rank:]) or np.any(b[:, rank:])):
@@ -228,6 +227,11 @@ def _value_problems(module: ModulePlan, stack: Stack, grams: Grams, rank: int, p
     if _touched(module, stack, a, b, plan):
         return [Problem("copy_differs", f"{module.name}: factors that should be the parents' bytes are not")]
     return []
+
+
+def _not_finite(key: str) -> Problem:
+    hint = "its values are too large for the output type: use --dtype f32"
+    return Problem("not_finite", f"{key} holds values that are not finite", hint)
 
 
 def _touched(module: ModulePlan, stack: Stack, a: Rows, b: Rows, plan: MergePlan) -> bool:
@@ -260,8 +264,11 @@ def _bias_problems(
             share = part.coefficient * readers[part.parent].read(part.bias).astype(np.float64)
             exact += share
             size += np.abs(share)
+    written = readers[-1].read(child.bias)
+    if not np.isfinite(written).all():
+        return [_not_finite(child.bias.key)]
     unit, tiny = ROUNDING[plan.recipe.dtype]
-    difference = np.abs(readers[-1].read(child.bias) - exact)
+    difference = np.abs(written - exact)
     if np.all(difference <= unit * np.abs(exact) + tiny + 1e-12 * size):
         return []
     return [Problem("bias_differs", f"{module.bias_key} is not the weighted sum of the parents' biases")]

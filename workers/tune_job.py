@@ -43,8 +43,7 @@ from ..registry.domain.tuning import (
     margin,
     share,
 )
-from ..registry.merging.grams import Grams
-from ..registry.merging.make import arithmetic, factors_of
+from ..registry.merging.make import KnownGrams, arithmetic, factors_of
 from ..registry.merging.method import find_method
 from ..registry.merging.stack import Stack, coefficients, load_stack
 from ..registry.merging.tensors import TensorReader
@@ -336,7 +335,7 @@ class Bench:
     def __init__(self, plan: TunePlan, emit: Emit, should_stop: Callable[[], bool], *, threads: int) -> None:
         self._plan, self._emit, self._should_stop, self._threads = plan, emit, should_stop, threads
         self._open = ExitStack()
-        self._loaded: dict[type[np.floating], Mapping[str, tuple[Stack, Grams]]] = {}
+        self._loaded: dict[type[np.floating], Mapping[str, tuple[Stack, KnownGrams]]] = {}
         self._stage = "load the base"
         self.used = 0
         references = (1 + len(plan.parents)) * (plan.tuning_samples + plan.heldout_samples)
@@ -391,15 +390,15 @@ class Bench:
         """The adapter config of the kind with the largest rank: the others fit into it."""
         return max(self._plan.kinds, key=lambda kind: kind.recipe.rank).config
 
-    def _stacks(self, dtype: type[np.floating]) -> Mapping[str, tuple[Stack, Grams]]:
+    def _stacks(self, dtype: type[np.floating]) -> Mapping[str, tuple[Stack, KnownGrams]]:
         """The parents' factors in this type, module by module, with their Grams; read once."""
         if dtype not in self._loaded:
             files = [Path(parent.folder or "") / WEIGHTS_FILE for parent in self._plan.parents]
             readers = [self._open.enter_context(TensorReader(path)) for path in files]
 
-            def load(module: ModulePlan) -> tuple[Stack, Grams]:
+            def load(module: ModulePlan) -> tuple[Stack, KnownGrams]:
                 stack = load_stack(module.parts, readers, dtype)
-                return stack, stack.grams()
+                return stack, KnownGrams.of(stack)
 
             self._loaded[dtype] = for_each_module(self._plan.kinds[0], load)
         return self._loaded[dtype]
@@ -412,11 +411,11 @@ class Bench:
         stacks = self._stacks(arithmetic(method, recipe.dtype))
 
         def make(module: ModulePlan) -> tuple[torch.Tensor, torch.Tensor]:
-            stack, grams = stacks[module.name]
+            stack, known = stacks[module.name]
             here = recipe.weights_in(module.name)
             weighted = replace(module, parts=tuple(replace(p, weight=here[p.parent]) for p in module.parts))
             stack = replace(stack, c=coefficients(weighted.parts))
-            made = factors_of(weighted, method, stack, recipe, grams=grams)
+            made = factors_of(weighted, method, stack, recipe, known=known)
             a, b = (torch.from_numpy(np.ascontiguousarray(factor)).to(rounded).float() for factor in made)
             return a.reshape(-1, *module.a_shape[1:]), b.reshape(b.shape[0], -1, *module.b_shape[2:])
 

@@ -28,7 +28,7 @@ Prune = Callable[["Deltas", int], Keep]
 
 #: Elements of a band: with the few arrays that a rule needs beside it, it stays in the cache of one core.
 BAND = 1 << 16
-#: Bands that are multiplied together, which takes BLAS a third less time than each on its own.
+#: Bands of `BAND` elements that are multiplied together, which takes BLAS a third less time than each on its own.
 TOGETHER = 32
 #: A merged matrix up to this size is kept between the steps of the iteration; a larger one is made again for each.
 KEPT_BYTES = 256 << 20
@@ -67,6 +67,12 @@ class Deltas:
         """Rows that are worked on together: a multiple of 8, so that every band starts at a multiple of 8 elements."""
         step = max(8, BAND // self.shape[1] // 8 * 8)
         return (slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+
+    def bands_together(self) -> Iterator[list[slice]]:
+        """`TOGETHER` bands at a time; as many fewer, at least one, as 8 rows have more elements than a band should."""
+        bands = list(self.bands())
+        count = max(1, min(TOGETHER, TOGETHER * BAND // (bands[0].stop * self.shape[1])))
+        return (bands[first : first + count] for first in range(0, len(bands), count))
 
     def rows(self, place: int, band: slice, every: int = 1) -> Rows:
         """These rows of parent `place`'s delta without its weight, all columns or each `every`th."""
@@ -118,8 +124,8 @@ class Merged:
         return _shared(q @ u[:, :rank], sigma[:rank], vt[:rank] @ x.T, rank)
 
     def _made(self) -> Iterator[tuple[slice, Rows]]:
-        bands, columns = list(self._deltas.bands()), self._deltas.shape[1]
-        for some in (bands[first : first + TOGETHER] for first in range(0, len(bands), TOGETHER)):
+        columns = self._deltas.shape[1]
+        for some in self._deltas.bands_together():
             start, stop = some[0].start, some[-1].stop
             made = np.empty((stop - start, columns), self._weights.dtype)
             for band in some:

@@ -22,6 +22,20 @@ from .stack import Stack
 #: Where the parts of a sum are together so many times its size, they cancel, and float32 Grams are not enough: the
 #: error of `svd` is within 1e-6 of the least up to here, and 1e-3 above it at ten times this (random gauges).
 LARGE_PARTS = 16
+#: The smallest float32 of full precision: what a product or a sum below it may lose.
+TINY_32 = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownGrams:
+    """The Grams of a stack for any coefficients, in float64 and `coarse`; `c` decides which of them a method takes."""
+
+    fine: Grams
+    coarse: Grams
+
+    @classmethod
+    def of(cls, stack: Stack) -> KnownGrams:
+        return cls(stack.grams(), stack.grams(coarse=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +58,15 @@ class Made:
     outcome: Outcome
 
 
-def make(module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe, *, grams: Grams | None = None) -> Made:
+def make(
+    module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe, *, known: KnownGrams | None = None
+) -> Made:
     """Apply a method of any form but `factors` and `choice`, which leave the parents' factors as they are.
 
-    `grams` are those of the stack with any coefficients, where the caller has them from other weights.
+    `known` are the Grams of the stack, where the caller has them from other coefficients. They change no bit.
     """
     if method.form == "grams":
-        floor = GRAM_FLOOR
-        if grams is not None:
-            grams = replace(grams, c=stack.c)
-        else:
-            grams, floor = _grams(method, stack)
+        grams, floor = _grams(method, stack, known)
         maps = _maps(method, grams, recipe)
         outcome = Outcome(error_squared(grams, maps), _product_error(grams, maps, stack, floor))
         return Made(maps.a.astype(stack.a.dtype) @ stack.a, stack.b @ maps.b.astype(stack.b.dtype), outcome)
@@ -63,11 +75,11 @@ def make(module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe, *
 
 
 def factors_of(
-    module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe, *, grams: Grams | None = None
+    module: ModulePlan, method: MethodSpec, stack: Stack, recipe: Recipe, *, known: KnownGrams | None = None
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     """The factors (a, b) that a merge would write, before they are rounded: for candidates that get no file."""
     if method.form != "factors":
-        made = make(module, method, stack, recipe, grams=grams)
+        made = make(module, method, stack, recipe, known=known)
         return made.a, made.b
     wide, factors = stack.a.dtype.type, method.function(stack.c)
     return stack.a * factors.a[:, None].astype(wide), stack.b * factors.b.astype(wide)
@@ -94,13 +106,25 @@ def arithmetic(method: MethodSpec, dtype: str) -> type[np.floating]:
     return np.float32 if method.form == "deltas" and dtype == "F32" else wider(dtype)
 
 
-def _grams(method: MethodSpec, stack: Stack) -> tuple[Grams, float]:
+def _grams(method: MethodSpec, stack: Stack, known: KnownGrams | None) -> tuple[Grams, float]:
     """The Grams in the narrowest type that does, and what that type leaves of norms that cancel."""
     if method.coarse_grams and stack.a.dtype == np.float32:
-        grams = stack.grams(coarse=True)
-        if size_of_parts(grams) ** 2 <= LARGE_PARTS**2 * squared_norm(grams, np.diag(grams.c)):
-            return grams, GRAM_FLOOR_32
-    return stack.grams(), GRAM_FLOOR
+        coarse = replace(known.coarse, c=stack.c) if known else stack.grams(coarse=True)
+        if _float32_does(coarse, stack):
+            return coarse, GRAM_FLOOR_32
+    return replace(known.fine, c=stack.c) if known else stack.grams(), GRAM_FLOOR
+
+
+def _float32_does(grams: Grams, stack: Stack) -> bool:
+    """Whether the parts of the sum cancel little, and its norm lies far above what left the range of float32."""
+    if not (np.isfinite(grams.a).all() and np.isfinite(grams.b).all()):
+        return False
+    squared = squared_norm(grams, np.diag(grams.c))
+    if squared == 0 or size_of_parts(grams) ** 2 > LARGE_PARTS**2 * squared:
+        return False
+    of_a, of_b = (float(np.abs(grams.c) @ np.sqrt(square.diagonal())) ** 2 for square in (grams.a, grams.b))
+    lost: float = TINY_32 * (stack.a.shape[1] * of_b + len(stack.b) * of_a)
+    return lost <= GRAM_FLOOR_32**2 * squared
 
 
 def _maps(method: MethodSpec, grams: Grams, recipe: Recipe) -> Maps:

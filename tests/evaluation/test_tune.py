@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from registries import nobody_works, supervise
+from safetensors.torch import load_file, save_file
 
 from adapterctl.bootstrap import connect
 from adapterctl.registry.domain.adapter import read_facts
@@ -91,10 +93,38 @@ def _lines(journal: Path, kind: str) -> list[dict[str, Any]]:
     return [line[kind] for line in map(json.loads, journal.read_text().splitlines()) if kind in line]
 
 
-@pytest.mark.parametrize(("method", "rank"), [("cat", None), ("svd", 2), ("ties", None), ("ties_svd", 2)])
+@pytest.fixture
+def in_16_bits(tiny_adapters: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """Both in bfloat16, with parts that cancel as far as float32 Grams are taken, so that their rounding is seen."""
+    folders = (tmp_path / "a-16", tmp_path / "b-16")
+    for folder, wide in zip(folders, tiny_adapters, strict=True):
+        shutil.copytree(wide, folder)
+        file = folder / "adapter_model.safetensors"
+        factors = load_file(file)
+        for key, factor in factors.items():
+            first, second = factor if "lora_A" in key else factor.T
+            second.mul_(0.2).add_(first, alpha=1 if "lora_A" in key else -1)
+        save_file({key: factor.bfloat16() for key, factor in factors.items()}, file)
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "parents"),
+    [
+        ("cat", None, "tiny_adapters"),
+        ("svd", 2, "tiny_adapters"),
+        ("svd", 2, "in_16_bits"),
+        ("ties", None, "tiny_adapters"),
+        ("ties_svd", 2, "tiny_adapters"),
+    ],
+)
 def test_a_candidate_has_the_figures_of_the_file_that_a_merge_would_write(
-    search: TunePlan, tiny_adapters: tuple[Path, Path], tmp_path: Path, method: str, rank: int | None
+    search: TunePlan, request: pytest.FixtureRequest, tmp_path: Path, method: str, rank: int | None, parents: str
 ):
+    tiny_adapters = request.getfixturevalue(parents)
+    search = replace(
+        search, parents=tuple(replace(p, folder=str(f)) for p, f in zip(search.parents, tiny_adapters, strict=True))
+    )
     weights = (0.7, 1.2)
     files = [folder / "adapter_model.safetensors" for folder in tiny_adapters]
     engine.merge(_plan(method, tiny_adapters, weights, rank), files, tmp_path)

@@ -88,6 +88,17 @@ def test_the_iteration_loses_what_lapack_loses(made: Deltas, prune: Prune, rule:
     assert least * (1 - 1e-6) <= error <= least * (1 + 1e-4) + 1e-5 * np.linalg.norm(sigma)
 
 
+@pytest.mark.parametrize(("columns", "rows"), [(256, 1024), (5_000, 32), (8_192, 32), (8_193, 24), (131_072, 8)])
+def test_bands_together_are_bounded_however_long_a_row_is(monkeypatch: pytest.MonkeyPatch, columns: int, rows: int):
+    monkeypatch.setattr(module, "KEPT_BYTES", 0)
+    stack = Stack(np.zeros((1, columns), np.float32), np.zeros((1_100, 1), np.float32), np.ones(1), (Block(0, 0, 1),))
+    deltas = Deltas(stack, np.ones(1), np.ones(1), ("0/m",))
+
+    _, first = next(deltas.merged(keep_largest(1.0), add)._parts())
+
+    assert first.shape == (rows, columns)
+
+
 def test_a_matrix_that_is_made_again_for_each_step_gives_the_same_bits(made: Deltas, monkeypatch: pytest.MonkeyPatch):
     kept = made.merged(keep_largest(0.3), elect("total")).factors(RANK)
     monkeypatch.setattr(module, "KEPT_BYTES", 0)

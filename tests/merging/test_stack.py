@@ -73,9 +73,34 @@ def _nearly_cancelled(random: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     return a, b
 
 
+def _tiny(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _usual(random)
+    return a, b * 1e-25
+
+
+def _tiny_against_large(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _usual(random)
+    return a * 1e15, b * 5e-23
+
+
+def _beyond_float32(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _usual(random)
+    return a * 1e25, b * 1e-10
+
+
 @pytest.mark.parametrize(
     "factors",
-    [_usual, _graded, _nearly_alike, _weak_directions, _bad_gauge, _nearly_cancelled],
+    [
+        _usual,
+        _graded,
+        _nearly_alike,
+        _weak_directions,
+        _bad_gauge,
+        _nearly_cancelled,
+        _tiny,
+        _tiny_against_large,
+        _beyond_float32,
+    ],
     ids=lambda factors: factors.__name__.strip("_"),
 )
 def test_svd_into_16_bits_loses_what_it_must_and_knows_it(tmp_path: Path, factors: Factors):
@@ -96,6 +121,6 @@ def test_svd_into_16_bits_loses_what_it_must_and_knows_it(tmp_path: Path, factor
     least = float(np.linalg.norm(np.linalg.svd(exact, compute_uv=False)[RANK:]))
     error = float(np.linalg.norm(made.b.astype(np.float64) @ made.a.astype(np.float64) - exact))
     # what float32 products leave, and no more than 1e-6 for the Grams
-    parts = float(np.sum(np.linalg.norm(stack.b, axis=0) * np.linalg.norm(stack.a, axis=1)))
+    parts = float(np.sum(np.linalg.norm(stack.b.astype(float), axis=0) * np.linalg.norm(stack.a.astype(float), axis=1)))
     assert error <= least * (1 + 1e-6) + 3e-7 * parts
     assert abs(error - made.outcome.error_squared**0.5) <= made.outcome.arithmetic

@@ -227,6 +227,17 @@ def test_values_too_large_for_float16_are_refused_with_the_way_out(tmp_path: Pat
         run_merge(parents, tmp_path / "out", dtype="f16", method="cat")
 
 
+def test_so_is_a_bias_too_large_for_float16(tmp_path: Path):
+    bias = {f"base_model.model.{MODULE}.lora_B.bias": np.full(8, 1e5, np.float32)}
+    parents = [
+        write_tiny_adapter(tmp_path / f"p{i}", seed=i, linear={MODULE: (8, 6)}, lora_bias=True, extra=bias)
+        for i in range(2)
+    ]
+
+    with pytest.raises(ReceiptFailed, match=r"lora_B\.bias holds values that are not finite.*use --dtype f32"):
+        run_merge(parents, tmp_path / "out", dtype="f16", method="svd")
+
+
 def test_a_method_that_promises_too_much_fails_the_receipt(parents: list[Path], tmp_path: Path):
     files, out = [folder / WEIGHTS for folder in parents], tmp_path / "out"
     out.mkdir()
