@@ -7,17 +7,20 @@ adapters, rows of A look like PEFT's start. The values decide nothing about time
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from adapterctl.registry.domain.adapter import AdapterFacts, read_facts
+from adapterctl.registry.domain.digest import file_digest
 from adapterctl.registry.domain.header import read_header
 from adapterctl.registry.domain.plan import MergePlan, build_plan
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import ParentRef, Ref
 from adapterctl.registry.merging.method import resolve
 from adapterctl.registry.merging.tensors import TensorWriter, encode
+from adapterctl.registry.wire import to_builtins
 
 WIDTH = 4096
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -75,3 +78,20 @@ def plan(
     parents = tuple(ParentRef(Ref(f"p{i}"), weight) for i, weight in enumerate(weights))
     recipe = resolve(MergeRequest(parents, method=method, rank=rank), facts, [f"{i:064x}" for i in range(len(folders))])
     return build_plan(recipe, facts)
+
+
+def write_task(plan: MergePlan, folders: Sequence[Path], out: Path, *, threads: int) -> Path:
+    """The task of the child that merges these parents into `out`, which is made; the file is beside it."""
+    out.mkdir()
+    task = {
+        "kind": "merge",
+        "plan": to_builtins(plan),
+        "parents": [
+            {"folder": str(folder), "sha256": {WEIGHTS_FILE: file_digest(folder / WEIGHTS_FILE)}} for folder in folders
+        ],
+        "out": str(out),
+        "threads": threads,
+    }
+    path = out.with_name(f"{out.name}.task.json")
+    path.write_text(json.dumps(task), encoding="utf-8")
+    return path

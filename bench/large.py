@@ -19,12 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from adapters import WEIGHTS_FILE, facts_of, plan
+from adapters import WEIGHTS_FILE, facts_of, plan, write_task
 from measure import run_process
 
-from adapterctl.registry.domain.digest import file_digest
 from adapterctl.registry.merging.tensors import TensorReader, TensorWriter, encode
-from adapterctl.registry.wire import to_builtins
 
 #: (d_out, d_in) of the modules of a layer of Llama 2 70B.
 SHAPES = {
@@ -64,18 +62,8 @@ def main() -> int:
 def report(folders: list[Path], room: Path, asked: argparse.Namespace) -> int:
     merge_plan = plan(folders, asked.method, rank=asked.rank if asked.method == "svd" else None, weights=WEIGHTS)
     out = room / "out"
-    out.mkdir()
-    task = {
-        "kind": "merge",
-        "plan": to_builtins(merge_plan),
-        "parents": [
-            {"folder": str(folder), "sha256": {WEIGHTS_FILE: file_digest(folder / WEIGHTS_FILE)}} for folder in folders
-        ],
-        "out": str(out),
-        "threads": 1,
-    }
-    (room / "task.json").write_text(json.dumps(task), encoding="utf-8")
-    child = [sys.executable, "-m", "adapterctl.workers.runner", str(room / "task.json")]
+    task = write_task(merge_plan, folders, out, threads=1)
+    child = [sys.executable, "-m", "adapterctl.workers.runner", str(task)]
     limited = ["sh", "-c", f'ulimit -v {asked.limit_mb * 1024}; exec "$@"', "sh", *child]
     # a second thread of BLAS would reserve address space of its own, and is not used
     ended = run_process(limited, {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
@@ -13,17 +12,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from adapters import WEIGHTS_FILE, WIDTH, factors, plan, write_pair
+from adapters import WEIGHTS_FILE, WIDTH, factors, plan, write_pair, write_task
 from measure import Figure, bench, exponent, run_process, take_turns
 from threadpoolctl import threadpool_limits
 
-from adapterctl.registry.domain.digest import file_digest
 from adapterctl.registry.domain.plan import MergePlan, output_tensors
 from adapterctl.registry.merging.core import truncate
 from adapterctl.registry.merging.grams import Block, Grams, gram
 from adapterctl.registry.merging.method import find_method
 from adapterctl.registry.merging.tensors import TensorReader, TensorWriter
-from adapterctl.registry.wire import to_builtins
 from adapterctl.workers import engine
 
 ROUNDS = 15
@@ -277,16 +274,4 @@ def _copy(files: list[Path], size: int, out: Path) -> None:
 
 def _task(merge_plan: MergePlan, folders: list[Path], room: Path) -> Path:
     out = room / f"out-{merge_plan.recipe.method}-{len(merge_plan.modules)}"
-    out.mkdir()
-    task = {
-        "kind": "merge",
-        "plan": to_builtins(merge_plan),
-        "parents": [
-            {"folder": str(folder), "sha256": {WEIGHTS_FILE: file_digest(folder / WEIGHTS_FILE)}} for folder in folders
-        ],
-        "out": str(out),
-        "threads": THREADS,
-    }
-    path = room / f"task-{merge_plan.recipe.method}-{len(merge_plan.modules)}.json"
-    path.write_text(json.dumps(task), encoding="utf-8")
-    return path
+    return write_task(merge_plan, folders, out, threads=THREADS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,6 +83,12 @@ def check_alias(alias: str) -> str:
             hint="use lower-case letters, digits, '_' and '-', starting with a letter; 'latest' and 'v1' are reserved",
         )
     return alias
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """`a, b, c, d, e and 2 more`: names in a line that is read, of which there may be thousands."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def parse_ref(text: str) -> Ref:

@@ -53,9 +53,9 @@ class ModuleDistance:
 
 
 def distances(
-    first: AdapterFacts, first_file: Path, second: AdapterFacts, second_file: Path
+    first: AdapterFacts, first_file: Path, second: AdapterFacts, second_file: Path, *, spaces: bool = True
 ) -> Iterator[ModuleDistance]:
-    """Every module of either, by name. Biases are left out.
+    """Every module of either, by name. Biases are left out. Without `spaces`, a third of the time, the overlaps are 0.
 
     Raises `IncompatibleParents` where a module has another shape in the other adapter, as adapters of different bases
     have.
@@ -64,6 +64,7 @@ def distances(
         for name, parts in _differences(first, second):
             grams = load_stack(parts, (one, other)).grams()
             products, shared = block_products(grams), len(parts) == 2
+            compared = shared and spaces
             squares = [0.0, 0.0]
             for place, part in enumerate(parts):
                 squares[part.parent] = max(0.0, float(products[place, place]))
@@ -73,8 +74,8 @@ def distances(
                 squares=(squares[0], squares[1]),
                 product=-float(products[0, 1]) if shared else 0.0,
                 difference=max(0.0, float(products.sum())),
-                row_overlap=float(overlaps(grams.a, grams.blocks)[0, 1]) if shared else 0.0,
-                column_overlap=float(overlaps(grams.b, grams.blocks)[0, 1]) if shared else 0.0,
+                row_overlap=float(overlaps(grams.a, grams.blocks)[0, 1]) if compared else 0.0,
+                column_overlap=float(overlaps(grams.b, grams.blocks)[0, 1]) if compared else 0.0,
             )
 
 

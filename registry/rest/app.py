@@ -63,15 +63,16 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
     metrics = Metrics()
     areas = {area_of(route.path) for each in (router, pages) for route in each.routes if isinstance(route, Route)}
 
+    acting = lru_cache(maxsize=128)(registry.acting)
+
     def witness(caller: Caller, deed: str, said: Mapping[str, Any]) -> None:
         try:
-            registry.acting(caller.name).witness(deed, said)
+            acting(caller.name).witness(deed, said)
         except AdapterctlError as error:  # it is done and answered: only the note is missing
             _log.warning("%s by %s is not noted: %s", deed, caller.name, error.message)
 
     door = Door(app, rules, access.caller, metrics, areas | {"/v1/openapi.json"}, witness)
-    app.state.acting = lru_cache(maxsize=128)(registry.acting)
-    app.state.access, app.state.door = access, door
+    app.state.acting, app.state.access, app.state.door = acting, access, door
     app.state.upload_bytes = rules.upload_bytes
     # not `include_router`: FastAPI tries every route of an included router twice, a third of what a request costs
     app.routes.extend(sorted((*router.routes, *pages.routes), key=_is_seldom))

@@ -65,7 +65,7 @@ def diff(
         with ExitStack() as opened:
             files = [opened.enter_context(folders(version)) / WEIGHTS_FILE for version in (first, second)]
             try:
-                apart = list(distances(facts[0], files[0], facts[1], files[1]))
+                apart = list(distances(facts[0], files[0], facts[1], files[1], spaces=layers))
                 cosine, distance = in_all(apart)
             except IncompatibleParents:  # a base without pins may stand for two models
                 if layers:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..api import Check
 from ..domain.errors import Misconfigured
+from ..domain.refs import first_few
 from ..domain.version import AdapterVersion
 from ..ports import Double, Ledger, SeenModel, VersionStore
 
@@ -183,11 +184,10 @@ def _descriptions(model: SeenModel, versions: Sequence[AdapterVersion]) -> Itera
     if not bare and model.described:
         return
     names = [*([] if model.described else [model.name]), *(version.label for version in bare)]
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     check = Check(
         "description",
         "warning",
-        f"in MLflow, the descriptions of {', '.join(names[:5])}{more} do not lead to their lineage any more",
+        f"in MLflow, the descriptions of {first_few(names)} do not lead to their lineage any more",
         f"{_ADOPT} puts ours below what is written there",
     )
     yield Difference(check=check, model=model, versions=tuple(bare))
@@ -198,7 +198,6 @@ def _strangers(seen: Sequence[SeenModel], left: Mapping[str, SeenModel], adapter
     strangers = [model.name for model in seen if model.adapter_id is None]
     strangers += [model.name for model in left.values() if model.adapter_id not in adapters and model.versions]
     if strangers:
-        more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
-        said = f"registered models that are not ours: {', '.join(sorted(strangers)[:5])}{more}"
+        said = f"registered models that are not ours: {first_few(sorted(strangers))}"
         hint = "to take a version in: adapterctl register models:/NAME/V --name NAME"
         yield Difference(check=Check("strangers", "ok", said, hint))

@@ -14,7 +14,7 @@ from ..api import Check, Registered
 from ..domain.errors import AdapterctlError, Refused
 from ..domain.evals import REGISTERED
 from ..domain.job import LIVE
-from ..domain.refs import check_name
+from ..domain.refs import check_name, first_few
 from ..domain.version import AdapterVersion, NewVersion, VersionSpec
 from ..ports import Ledger, Parent, VersionStore
 from .drift import Difference, differences
@@ -98,10 +98,7 @@ class Adoption:
     def _left_of(self, version: AdapterVersion) -> str:
         below = self.ledger.versions_by_id(list(self.ledger.descendants([version.id])))
         live = sorted(each.label for each in below.values() if each.state == "live")
-        if not live:
-            return ""
-        more = f" and {len(live) - 5} more" if len(live) > 5 else ""
-        return f"; it stays in the lineage of {', '.join(live[:5])}{more}"
+        return f"; it stays in the lineage of {first_few(live)}" if live else ""
 
     def _accept_unknown(self, difference: Difference) -> Iterator[str]:
         assert difference.model is not None
@@ -124,17 +121,17 @@ class Adoption:
 
     def _check_not_cut_short(self, difference: Difference) -> None:
         """An alias that says what was there before our last move may be what a move that was cut short left behind."""
-        assert difference.model is not None
-        name, stage = difference.model.name, difference.stage
-        adapter_id = self.ledger.adapter_id(name)
-        events = self.ledger.stage_history(adapter_id, stage) if adapter_id is not None else []
-        made = [event for event in events if event.moves]
+        model, stage = difference.model, difference.stage
+        assert model is not None
+        assert model.adapter_id is not None
+        made = [event for event in self.ledger.stage_history(model.adapter_id, stage) if event.moves]
         if not made:
             return
-        before = self.ledger.version(made[-1].previous_id) if made[-1].previous_id is not None else None
-        if self.versions.alias(name, stage) == (None if before is None else before.number):
+        last = made[-1]
+        before = self.ledger.version(last.previous_id) if last.previous_id is not None else None
+        if self.versions.alias(model.name, stage) == (None if before is None else before.number):
             raise Refused(
-                f"the alias says what held {stage} before the last {made[-1].action}, which may have been cut short",
+                f"the alias says what held {stage} before the last {last.action}, which may have been cut short",
                 hint=difference.check.hint,
             )
 

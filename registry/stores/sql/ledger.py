@@ -23,6 +23,7 @@ from ...domain.errors import Conflict, HasDescendants, InvalidInput, NotFound, R
 from ...domain.evals import REGISTERED, EvalReport
 from ...domain.job import Job, JobState, NewJob
 from ...domain.recall import DESCENT, Recall, RecallAction, Recalls
+from ...domain.refs import first_few
 from ...domain.stage import GENESIS, ApprovalAction, MoveAction, NoteAction, StageAction, StageEvent
 from ...domain.verdict import record_digest
 from ...domain.version import (
@@ -769,9 +770,8 @@ def _check_childless(connection: Connection, version_id: str, label: str) -> Non
     live = connection.execute(_LIVE, these(below)).scalars().all()
     named = sorted(labels(connection, live).values())
     if named:
-        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
         raise HasDescendants(
-            f"{', '.join(named[:5])}{more} {'are' if named[1:] else 'is'} made of {label}",
+            f"{first_few(named)} {'are' if named[1:] else 'is'} made of {label}",
             hint=f"remove what is made of it first, or see adapterctl lineage {label} --down",
         )
 
