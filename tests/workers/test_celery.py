@@ -186,13 +186,16 @@ def wait_for(condition: Callable[[], object], limit_s: float = 60.0):
 
 
 def _child_of(job: Job) -> int | None:
-    """The process that computes for the job, once it is there."""
+    """The process that computes for the job, once it runs its own program: stopped before, it would stop its parent."""
     if job.state is not JobState.RUNNING:
         assert not job.ended
         return None
     pool = str(job.owner).rpartition(":")[2]
     children = Path(f"/proc/{pool}/task/{pool}/children").read_text().split()
-    return int(children[0]) if children else None
+    started = (
+        child for child in children if b"adapterctl.workers.runner" in Path(f"/proc/{child}/cmdline").read_bytes()
+    )
+    return next(map(int, started), None)
 
 
 def _parent_of(pid: int) -> int:
