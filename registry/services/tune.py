@@ -94,7 +94,8 @@ def request_tune(
         "seed": request.seed,
         "limit": request.limit,
         "keep": request.keep,
-        "layer_groups": list(groups),
+        # without groups a search has the key that it had before there were any, and joins one from then
+        **({"layer_groups": list(groups)} if groups else {}),
     }
     names = " ".join(parent.label for parent in parents)
     new = NewJob(

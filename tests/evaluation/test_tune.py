@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from adapterctl.bootstrap import connect
 from adapterctl.registry.domain.adapter import read_facts
+from adapterctl.registry.domain.digest import json_digest
 from adapterctl.registry.domain.errors import InvalidInput, JobCancelled
 from adapterctl.registry.domain.eval_plan import Subject
 from adapterctl.registry.domain.header import read_header
@@ -271,6 +272,24 @@ def test_batches_of_1_8_and_16_give_the_same_figures(search: TunePlan, tiny_adap
     for answers in found[1:]:
         # padding changes the order of float32 sums; docs/evaluation.md promises 1e-4 of each likelihood
         assert [s["nll"] for s in answers.samples] == pytest.approx([s["nll"] for s in found[0].samples], rel=1e-4)
+
+
+def test_a_search_without_groups_joins_the_same_one_of_before_there_were_any(
+    tiny_base: Path, tiny_adapters: tuple[Path, Path], write_suite: Callable[..., Path], home: Path
+):
+    registry = connect(load_settings({"home": home, "eval_device": "cpu", "base_paths": f"tiny/base={tiny_base}"}))
+    for name, folder in zip(("a", "b"), tiny_adapters, strict=True):
+        registry.register(str(folder), name=name, base="tiny/base")
+    suite = str(write_suite(TASK.replace("NAME", "one"), rows=ROWS))
+    request = TuneRequest((parse_ref("a"), parse_ref("b")), suites=(suite,))
+
+    with only_one(home):  # whoever is rung for finds the place taken, and leaves
+        job, grouped = registry.tune(request), registry.tune(replace(request, layer_groups=2))
+
+    fields = ("parents", "kinds", "into", "suites", "budget", "seed", "limit", "keep")
+    assert job.key == json_digest({field: job.spec[field] for field in fields})
+    assert grouped.key == json_digest({field: grouped.spec[field] for field in (*fields, "layer_groups")})
+    assert grouped.spec["layer_groups"]
 
 
 def test_a_killed_search_is_finished_by_its_next_attempt_with_no_trial_twice(
