@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from adapterctl.examples import BASE_NAME
 from adapterctl.registry.domain.adapter import read_facts
 from adapterctl.registry.domain.eval_plan import Subject
-from adapterctl.registry.domain.evals import BEHAVIOUR, MEASURES, least_difference
+from adapterctl.registry.domain.evals import BEHAVIOUR, MEASURES, Interval, least_difference
 from adapterctl.registry.domain.header import read_header
 from adapterctl.registry.domain.plan import MergePlan, build_plan
 from adapterctl.registry.domain.recipe import MergeRequest
@@ -308,11 +308,9 @@ def _page(plan: TunePlan, rows: Mapping[str, Row], findings: Mapping[int, Findin
         row = next(row for name, row in rows.items() if name.startswith(f"tuned, seed {seed}:"))
         subjects = zip(parents, row.heldout, best.heldout, strict=True)
         less = least_difference([(t.metric, three) for t, three in zip(plan.tasks, subjects, strict=True)])
-        value, low, high = less.value, less.low, less.high
-        verdict = "better" if low > 0 else "worse" if high < 0 else "not worse"
         lines.append(
             f"| seed {seed} | {_name(METHODS[won.kind], won.weights)} | {finding.used:.1f} | {won.worst:.1%} | {row.worst:.1%} |"
-            f" {100 * value:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}] | {verdict} |"
+            f" {' | '.join(_less_words(less))} |"
         )
     lines += [
         "",
@@ -330,6 +328,15 @@ def _page(plan: TunePlan, rows: Mapping[str, Row], findings: Mapping[int, Findin
         "",
     ]
     return "\n".join(lines)
+
+
+def _less_words(less: Interval | None) -> tuple[str, str]:
+    """The difference of the smallest shares, and the verdict that follows from its interval."""
+    if less is None:
+        return "no task has a share", "not comparable"
+    verdict = "better" if less.low > 0 else "worse" if less.high < 0 else "not worse"
+    value, low, high = (100 * x for x in (less.value, less.low, less.high))
+    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]", verdict
 
 
 def _line(row: Row) -> str:

@@ -358,7 +358,7 @@ class TuneView:
     `budget` and `used` count full evaluations. `heldout` has the winner first, then the other finalists and the plain
     candidate. `jobs` are the merges that register the finalists, where that was asked for. `layer_groups` are patterns
     of the runs of layers with weights of their own. `less_plain` is the smallest share that the winner keeps less that
-    of the plain candidate, held out (-1 to 1), and `advice` what follows from it.
+    of the plain candidate, held out (-1 to 1; None where every parent scores 0), and `advice` what follows from it.
     """
 
     job: str

@@ -317,7 +317,7 @@ class Search:
 
     def _less_plain(
         self, samples: Mapping[int, list[Samples]], parents: Sequence[list[Samples]], owners: Sequence[int], winner: int
-    ) -> Interval:
+    ) -> Interval | None:
         return least_difference(
             [
                 (

@@ -161,22 +161,28 @@ def least_difference(
     *,
     confidence: float = CONFIDENCE,
     draws: int = DRAWS,
-) -> Interval:
+) -> Interval | None:
     """The smallest share that one child keeps over all tasks, less the smallest that another one keeps.
 
     Each task comes with the samples of its parent, of the one child and of the other; each draw takes the same samples
-    of all three. A share is a retention, 0 where there is nothing to divide by.
+    of all three. A share is a retention. A task where that divides by zero does not count, in the figure as in a draw;
+    draws in which none counts are left out, and None is returned where none counts on all samples.
     """
-    one: list[list[float]] = []
-    other: list[list[float]] = []
+    one: list[list[float | None]] = []
+    other: list[list[float | None]] = []
     for seed, (metric, subjects) in enumerate(tasks):
         higher = metric.direction == "higher"
         scores = _paired_scores(metric, subjects, draws=draws, seed=seed)
         for shares, child in ((one, 1), (other, 2)):
             pairs = ((s[child], s[0]) if higher else (s[0], s[child]) for s in scores)
-            shares.append([_ratio(over, under) or 0.0 for over, under in pairs])
-    least, others = ([min(draw) for draw in zip(*shares, strict=True)] for shares in (one, other))
-    return _interval([a - b for a, b in zip(least, others, strict=True)], confidence)
+            shares.append([_ratio(over, under) for over, under in pairs])
+    least, others = ([_least(draw) for draw in zip(*shares, strict=True)] for shares in (one, other))
+    differences = [None if a is None or b is None else a - b for a, b in zip(least, others, strict=True)]
+    return None if differences[0] is None else _interval(differences, confidence)
+
+
+def _least(shares: Sequence[float | None]) -> float | None:
+    return min((share for share in shares if share is not None), default=None)
 
 
 def behaviour_note(parent: Mapping[str, float], child: Mapping[str, float]) -> str:

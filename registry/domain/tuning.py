@@ -202,7 +202,7 @@ class Finding:
 
     `against_plain` compares the winner with the plain candidate on each task, held out: 1 is as good. `margins` are
     those that decided, on the tuning samples: of every candidate that was asked for one, the best first. `less_plain`
-    is the smallest share that the winner keeps less that of the plain candidate, held out.
+    is the smallest share that the winner keeps less that of the plain candidate, held out; None where no parent scores.
     """
 
     trials: tuple[Trial, ...]
@@ -421,15 +421,19 @@ def advice(finding: Finding) -> list[str]:
 
     The winner was chosen before these samples were seen and stays the winner: it is the reader who may decide.
     """
-    if finding.winner.number == PLAIN or finding.less_plain is None:
+    if finding.winner.number == PLAIN:
         return []
+    if finding.less_plain is None:
+        if any(row.retention for row in finding.heldout):  # a finding of an earlier version, which did not look
+            return []
+        return ["held out, the winner cannot be compared with the plain sum: the parents score 0 on every task"]
     value, low, high = (100 * x for x in (finding.less_plain.value, finding.less_plain.low, finding.less_plain.high))
     points = f"{value:+.1f} points [{low:+.1f}, {high:+.1f}] in the smallest share"
     if low > 0:
         return [f"held out, the winner is better than the plain sum: {points}"]
     if high < 0:
         return [f"held out, the winner is worse than the plain sum: {points}; leave the weights at 1"]
-    return [f"held out, the winner is no better than equal weights: {points}; the plain sum is the simpler choice"]
+    return [f"held out, the winner is not told apart from equal weights: {points}; the plain sum is the simpler choice"]
 
 
 def describe(trial: Trial, labels: Sequence[str], kinds: Sequence[str]) -> str:

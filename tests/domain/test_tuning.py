@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -214,7 +215,7 @@ def test_the_explanation_names_winner_runner_up_plain_sum_and_the_held_out_verdi
     ("less", "said"),
     [
         (Interval(0.02, 0.01, 0.03), "is better than the plain sum: +2.0 points [+1.0, +3.0] in the smallest share"),
-        (Interval(0.02, -0.01, 0.03), "is no better than equal weights: +2.0 points [-1.0, +3.0]"),
+        (Interval(0.02, -0.01, 0.03), "is not told apart from equal weights: +2.0 points [-1.0, +3.0]"),
         (Interval(-0.02, -0.03, -0.01), "is worse than the plain sum: -2.0 points [-3.0, -1.0]"),
     ],
 )
@@ -224,6 +225,15 @@ def test_the_reader_is_told_whether_the_winner_is_worth_having(less: Interval, s
 
     assert said in advice(won)[0]
     assert advice(plain) == []
+
+
+def test_a_winner_is_said_not_to_be_comparable_where_its_parents_score_nothing():
+    rows = tuple(HeldOut(1, task, "exact_match", 0.0, 0.0, 0.2, None, None) for task in (0, 1))
+    finding = Finding((_trial(0, 0.8), _trial(1, 0.92)), (1,), (1,), (0, 1), rows, (), 7.25)
+    kept_some = replace(rows[1], retention=Interval(0.9, 0.8, 0.95))
+
+    assert "cannot be compared with the plain sum" in advice(finding)[0]
+    assert advice(replace(finding, heldout=(rows[0], kept_some))) == []  # found before the two were compared
 
 
 def test_the_explanation_says_why_a_candidate_that_keeps_more_did_not_win():

@@ -78,11 +78,34 @@ def test_the_smallest_shares_of_two_children_are_compared_whichever_tasks_they_a
     turned = least_difference([(exact, (parent, half, most)), (exact, (parent, most, half))])
     better = least_difference([(exact, (parent, most, half)), (exact, (parent, most, most))])
 
+    assert same is not None
+    assert turned is not None
+    assert better is not None
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
     assert turned.value == 0.0
     assert turned.low < 0 < turned.high
     assert better.value == pytest.approx(0.25)
     assert better.low > 0
+
+
+def test_a_task_does_not_count_in_draws_in_which_its_parent_scores_nothing():
+    exact = MEASURES["exact_match"]
+    nothing, rarely = ([{"exact": float(i < hits)} for i in range(16)] for hits in (0, 1))
+    always, often, half = ([{"exact": float(i % 16 < hits)} for i in range(16)] for hits in (16, 12, 8))
+    better = (exact, (always, often, half))
+
+    alone = least_difference([better])
+    in_all_draws = least_difference([better, (exact, (nothing, half, half))])
+    in_some_draws = least_difference([better, (exact, (rarely, always, always))])
+    only_in_some = least_difference([(exact, (rarely, rarely, nothing))])
+
+    assert alone is not None
+    assert alone.low > 0
+    assert in_all_draws == alone
+    assert in_some_draws == alone  # a share of 0 for both would have made "no better" of a third of the draws
+    assert only_in_some is not None
+    assert (only_in_some.value, only_in_some.low, only_in_some.high) == (1.0, 1.0, 1.0)
+    assert least_difference([(exact, (nothing, half, nothing))]) is None
 
 
 def test_a_child_like_the_base_kept_none_of_the_gain():
