@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..registry.services.words import EXACT, loss, number
@@ -213,7 +214,9 @@ def diff_text(view: DiffView, out: Output, *, top: int | None = None) -> str:
     lines = [f"{out.paint(printable(view.first), 'bold')} and {out.paint(printable(view.second), 'bold')}"]
     lines.append("  the same content" if view.same_content else "  different content")
     if view.cosine is not None and view.distance is not None:
-        lines.append(f"  cosine of the deltas {view.cosine:.4f}, relative distance {number(view.distance)}")
+        lines.append(f"  cosine of the deltas {view.cosine:.4f}, distance {_share(view.distance)}")
+    elif view.cosine is not None:
+        lines.append(printable(f"  the delta of {view.first} is zero"))
     for label, modules in ((view.first, view.only_first), (view.second, view.only_second)):
         if modules:
             names = ", ".join(modules[:3]) + (", …" if len(modules) > 3 else "")
@@ -232,6 +235,9 @@ def _layers_apart(view: DiffView, layers: Sequence[LayerDiff], out: Output, top:
         yield "no module is in both"
         return
     yield printable(f"A is {view.first}, B is {view.second}; {len(layers)} modules in both")
+    if all(row.distance == 0 for row in layers):
+        yield "  the deltas of these modules are equal"
+        return
     yield from (f"  {line}" for line in _apart_in_words(view, layers))
     shown = layers[:top]
     rows = [
@@ -245,22 +251,24 @@ def _layers_apart(view: DiffView, layers: Sequence[LayerDiff], out: Output, top:
     yield ""
     yield out.table(header, rows, right=range(1, 8))
     if any(row.loss != (None, None) for row in layers):
+        rows = [[row.module, *map(loss, row.loss), _change(row.loss), *map(loss, row.predicted_loss)] for row in shown]
+        yield from _told(["MODULE", "LOSS A", "LOSS B", "B - A (pp)", "PROMISED A", "PROMISED B"], rows, out)
         parents = list(dict.fromkeys(parent for row in layers for parent in row.retention))
-        rows = [
-            [
-                row.module, *map(loss, row.loss), _change(row.loss), *map(loss, row.predicted_loss),
-                *(cell for parent in parents for cell in _kept_by_both(row.retention.get(parent, (None, None)))),
-            ]
-            for row in shown
-        ]  # fmt: skip
-        header = ["MODULE", "LOSS A", "LOSS B", "B - A", "PROMISED A", "PROMISED B"]
-        header += [name for parent in parents for name in (f"KEPT {parent} A", "B", "B - A")]
-        told = [column for column in zip(header, *rows, strict=True) if set(column[1:]) != {"-"}]
-        header, *rows = [list(row) for row in zip(*told, strict=True)]
-        yield ""
-        yield out.table(header, rows, right=range(1, len(header)))
+        kept = [[_kept_by_both(row.retention.get(parent, (None, None))) for parent in parents] for row in shown]
+        rows = [[row.module, *chain.from_iterable(cells)] for row, cells in zip(shown, kept, strict=True)]
+        header = [name for parent in parents for name in (f"KEPT {parent} A", "B", "B - A (pp)")]
+        yield from _told(["MODULE", *header], rows, out)
     if len(layers) > len(shown):
         yield f"{len(layers) - len(shown)} more modules with --top {len(layers)} or -o json"
+
+
+def _told(header: Sequence[str], rows: Sequence[Sequence[str]], out: Output) -> Iterator[str]:
+    """A table without the columns that tell nothing, below an empty line."""
+    told = [column for column in zip(header, *rows, strict=True) if set(column[1:]) != {"-"}]
+    if len(told) > 1:
+        head, *body = zip(*told, strict=True)
+        yield ""
+        yield out.table(head, body, right=range(1, len(head)))
 
 
 def _apart_in_words(view: DiffView, layers: Sequence[LayerDiff]) -> Iterator[str]:
@@ -288,13 +296,15 @@ def _kept_by_both(pair: Both) -> list[str]:
 
 
 def _change(pair: Both) -> str:
-    """In points of a percent."""
+    """In percentage points."""
     first, second = pair
     return "-" if first is None or second is None else f"{100 * (second - first):+.2f}"
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else "0" if value == 0 else f"{value:.2%}"
+    if value is None or value == 0:
+        return "-" if value is None else "0"
+    return f"{value:.2%}" if value >= 5e-5 else "<0.01%"
 
 
 def retention_text(view: RetentionView, out: Output) -> str:

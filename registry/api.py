@@ -247,9 +247,9 @@ class LayerDiff:
 
     From the files: `distance` is ||first - second|| / ||first|| (None where only the second is not zero), `share` the
     part of the squared distance of the whole adapters that lies in this module, the overlaps how far the deltas read
-    from and write to the same directions of the base (0..1). From the receipts: what a merge lost and had promised to
-    lose, relative to its own exact sum, and how much of each parent its directions still hold; None where a version is
-    no merge, or not of that parent.
+    from and write to the same directions of the base (0..1, of the smaller space). From the receipts: what a merge
+    lost and had promised to lose, relative to its own exact sum, and how much of each parent its directions still
+    hold; None where a version is no merge, or not of that parent.
     """
 
     module: str
@@ -266,9 +266,10 @@ class LayerDiff:
 
 @dataclass(frozen=True, slots=True)
 class DiffView:
-    """Two versions side by side: fields that differ, and how their deltas relate (None where bases differ).
+    """Two versions side by side: fields that differ, and how their deltas relate.
 
-    `layers` is None unless it was asked for; the modules that are farthest apart come first.
+    `cosine` and `distance` (||first - second|| / ||first||) are None where bases differ, the latter also where only
+    the second delta is not zero. `layers` is None unless it was asked for; the modules farthest apart come first.
     """
 
     first: str

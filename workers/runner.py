@@ -152,26 +152,37 @@ def run_merge(task: Mapping[str, Any], conversation: Conversation) -> dict[str, 
         stored = Path(task["compare"]["folder"]) / engine.WEIGHTS_FILE
         # the same arithmetic gives the same bytes; only another one may differ, by its rounding
         same_arithmetic = task["compare"]["fingerprint"] == proof["fingerprint"]
-        bound = 0.0 if same_arithmetic else SAME_DELTA + 2 * receipt.ROUNDING[plan.recipe.dtype][0]
+        bound = None if same_arithmetic else SAME_DELTA + 2 * receipt.ROUNDING[plan.recipe.dtype][0]
         result["comparison"] = _compare(stored, out / engine.WEIGHTS_FILE, facts, bound)
     return result
 
 
-def _compare(stored: Path, again: Path, facts: AdapterFacts, bound: float) -> dict[str, Any]:
+def _compare(stored: Path, again: Path, facts: AdapterFacts, bound: float | None) -> dict[str, Any]:
     """Is the file that the recipe gave now the one that is stored?
 
     `bound` is the relative distance that other arithmetic explains: SAME_DELTA plus one rounding of both factors, for
-    other BLAS kernels give other last bits in float64 factors, which may round to a neighbour.
+    other BLAS kernels give other last bits in float64 factors, which may round to a neighbour. They may also write one
+    delta by other factors, at distance 0. None: the arithmetic is the same, and only the same bytes will do. Headers
+    and biases need no BLAS and have to be equal in any case.
     """
     # deferred: see run_merge
     from ..registry.merging.distance import distances, in_all
+    from ..registry.merging.tensors import TensorReader
 
     if file_digest(stored) == file_digest(again):
         return {"verdict": "identical", "distance": 0.0, "details": []}
-    stored_facts = read_facts(facts.config, read_header(stored))
-    _, distance = in_all(distances(stored_facts, stored, facts, again))
-    verdict = "equal within bound" if 0 < distance <= bound else "different"
-    return {"verdict": verdict, "distance": distance, "details": [f"distance {distance:.3g}, bound {bound:.3g}"]}
+    headers = read_header(stored), read_header(again)
+    _, distance = in_all(distances(read_facts(facts.config, headers[0]), stored, facts, again, spaces=False))
+    told = "distance unknown, for the stored deltas are zero" if distance is None else f"distance {distance:.3g}"
+    details = [f"{told}, bound {bound or 0:.3g}"]
+    if headers[0] != headers[1]:
+        details.append("the headers differ")
+    else:
+        with TensorReader(stored) as one, TensorReader(again) as other:
+            biases = [module.bias for module in facts.modules if module.bias]
+            details += [f"{bias.key} differs" for bias in biases if one.raw(bias) != other.raw(bias)]
+    within = bound is not None and distance is not None and distance <= bound and len(details) == 1
+    return {"verdict": "equal within bound" if within else "different", "distance": distance, "details": details}
 
 
 def _checked(parent: Mapping[str, Any]) -> Path:

@@ -79,7 +79,7 @@ def canonical(grams: Grams) -> Canonical:
     start = 0
     for block in grams.blocks:
         place = slice(block.start, block.stop)
-        part = Grams(grams.a[place, place], grams.b[place, place], grams.c[place], (block,))
+        part = grams.of(block)
         own = truncate(part, part.rank)
         sigma = own.spectrum
         count = int(np.sum(sigma > WEAKEST * sigma[0]))

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..domain.adapter import AdapterFacts
 from ..domain.errors import IncompatibleParents
 from ..domain.plan import Part
-from .grams import GRAM_FLOOR, block_products, overlaps
+from .grams import Grams, block_products, exact_norm, overlaps
 from .stack import load_stack
 from .tensors import TensorReader
 
@@ -21,7 +21,8 @@ from .tensors import TensorReader
 @dataclass(frozen=True, slots=True)
 class ModuleDistance:
     """One module: ||first||², ||second||², their inner product, ||first - second||², and how far their row and column
-    spaces are the same (0..1). A side without the module counts as zero, and nothing is `shared` then.
+    spaces are the same (0..1, of the smaller one). A side without the module counts as zero, and nothing is `shared`
+    then. What float64 Grams cannot tell from nothing, beside the parts that cancel there, is 0.
     """
 
     module: str
@@ -43,13 +44,8 @@ class ModuleDistance:
 
     @property
     def distance(self) -> float | None:
-        """||first - second|| / ||first||; what float64 Grams cannot tell from nothing is 0. None where only the second
-        is not zero.
-        """
-        distance, sizes = math.sqrt(self.difference), self.norms
-        if distance <= GRAM_FLOOR * sum(sizes):
-            return 0.0
-        return distance / sizes[0] if sizes[0] > 0 else None
+        """||first - second|| / ||first||, 0 when equal. None where only the second is not zero."""
+        return _relative(self.difference, self.squares[0])
 
 
 def distances(
@@ -67,32 +63,42 @@ def distances(
             compared = shared and spaces
             squares = [0.0, 0.0]
             for place, part in enumerate(parts):
-                squares[part.parent] = max(0.0, float(products[place, place]))
+                squares[part.parent] = _told(float(products[place, place]), grams.of(grams.blocks[place]))
             yield ModuleDistance(
                 module=name,
                 shared=shared,
                 squares=(squares[0], squares[1]),
                 product=-float(products[0, 1]) if shared else 0.0,
-                difference=max(0.0, float(products.sum())),
+                difference=_told(float(products.sum()), grams),
                 row_overlap=float(overlaps(grams.a, grams.blocks)[0, 1]) if compared else 0.0,
                 column_overlap=float(overlaps(grams.b, grams.blocks)[0, 1]) if compared else 0.0,
             )
 
 
-def in_all(found: Iterable[ModuleDistance]) -> tuple[float, float]:
-    """(cosine, distance) over all modules: distance is ||first - second|| / ||first||, 0 when equal.
-
-    Where the first is zero the distance is ||second||.
+def in_all(found: Iterable[ModuleDistance]) -> tuple[float, float | None]:
+    """(cosine, distance) over all modules: distance is ||first - second|| / ||first||, 0 when equal, None where only
+    the second is not zero.
     """
     found = list(found)
-    sizes = [math.sqrt(math.fsum(each.squares[side] for each in found)) for side in (0, 1)]
-    distance = math.sqrt(math.fsum(each.difference for each in found))
-    cosine = _cosine(math.fsum(each.product for each in found), *sizes)
-    return cosine, (distance / sizes[0] if sizes[0] > 0 else distance)
+    squares = [math.fsum(each.squares[side] for each in found) for side in (0, 1)]
+    cosine = _cosine(math.fsum(each.product for each in found), *map(math.sqrt, squares))
+    return cosine, _relative(math.fsum(each.difference for each in found), squares[0])
+
+
+def _told(square: float, grams: Grams) -> float:
+    """`square`, the squared norm that `grams` give, or 0 where it is rounding of parts that cancel."""
+    return max(0.0, square) if exact_norm(grams) > 0 else 0.0
+
+
+def _relative(difference: float, square: float) -> float | None:
+    if difference == 0:
+        return 0.0
+    return math.sqrt(difference) / math.sqrt(square) if square > 0 else None
 
 
 def _cosine(product: float, first: float, second: float) -> float:
-    return product / (first * second) if first * second > 0 else 0.0
+    """Rounding may lead beyond 1."""
+    return max(-1.0, min(1.0, product / (first * second))) if first * second > 0 else 0.0
 
 
 def _differences(first: AdapterFacts, second: AdapterFacts) -> Iterator[tuple[str, list[Part]]]:

@@ -50,6 +50,13 @@ class Grams:
         """R, the sum of the parents' ranks."""
         return len(self.c)
 
+    def of(self, block: Block) -> Grams:
+        """Those of one parent alone."""
+        own = _of(block)
+        return Grams(
+            self.a[own, own], self.b[own, own], self.c[own], (Block(block.parent, 0, block.stop - block.start),)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Maps:
@@ -125,7 +132,8 @@ def block_products(grams: Grams) -> Array:
 
 
 def overlaps(square: Array, blocks: Sequence[Block]) -> Array:
-    """(n, n): how far two blocks span the same space, 0..1, the mean squared cosine of their principal angles.
+    """(n, n): how much of the smaller of two blocks' spaces lies in the other, 0..1: the mean squared cosine of their
+    principal angles.
 
     Source: Björck & Golub 1973, https://doi.org/10.2307/2005662 (angles), from one Gram matrix.
     """
@@ -133,7 +141,7 @@ def overlaps(square: Array, blocks: Sequence[Block]) -> Array:
     result = np.eye(len(blocks))
     for i, j in combinations(range(len(blocks)), 2):
         between = roots[i] @ square[_of(blocks[i]), _of(blocks[j])] @ roots[j].T
-        result[i, j] = result[j, i] = np.sum(between**2) / max(1, min(between.shape))
+        result[i, j] = result[j, i] = min(1.0, float(np.sum(between**2)) / max(1, min(between.shape)))
     return result
 
 

@@ -125,7 +125,7 @@ def _layers(apart: Sequence[ModuleDistance], receipts: Sequence[_Receipt]) -> tu
         LayerDiff(
             module=each.module,
             distance=each.distance,
-            share=each.difference / whole if each.distance != 0 else 0.0,
+            share=each.difference / whole if whole > 0 else 0.0,
             cosine=each.cosine,
             norm=each.norms,
             row_overlap=each.row_overlap,

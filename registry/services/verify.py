@@ -27,10 +27,12 @@ from .staging import stage_folder
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The child's verdict on a recipe that was run again; `distance` is the relative one of the deltas."""
+    """The child's verdict on a recipe that was run again; `distance` is the relative one of the deltas, None where only
+    the new ones are not zero.
+    """
 
     verdict: Literal["identical", "equal within bound", "different"]
-    distance: float
+    distance: float | None
     details: tuple[str, ...] = ()
 
 

@@ -160,7 +160,7 @@ def test_diff_tells_the_modules_that_are_farthest_apart_first(read: Run):
     assert [row["distance"] for row in whole] == sorted((row["distance"] for row in whole), reverse=True)
     assert sum(row["share"] for row in whole) == pytest.approx(1)
     shown = [line.split()[0] for line in text if line.startswith("model.layers.")]
-    assert shown == [row["module"] for row in whole[:2]] * 2, "once with distances, once from the receipt"
+    assert shown == [row["module"] for row in whole[:2]] * 3, "once with distances, twice from the receipt"
     assert text[-1] == "2 more modules with --top 4 or -o json"
     cut = read("diff", "translate:v1", "translate-chat:v1", "--layers", "--top", "2", "-o", "json").data["layers"]
     assert cut == whole[:2]

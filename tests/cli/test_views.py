@@ -98,10 +98,31 @@ def test_layers_of_two_merges_are_told_with_what_changed():
     assert [line.split() for line in lines if line.startswith(("up", "down", "same"))] == [
         ["up", "-", "25.00%", "0.000", "0", "2", "0.500", "0.250"],
         ["down", "50.00%", "25.00%", "0.900", "2", "2", "1.000", "1.000"],
-        ["up", "-", "-", "-", "-", "-", "-", "-", "-"],
-        ["down", "2.00%", "5.00%", "+3.00", "2.00%", "5.00%", "100.00%", "75.00%", "-25.00"],
+        ["up", "-", "-", "-", "-", "-"],
+        ["down", "2.00%", "5.00%", "+3.00", "2.00%", "5.00%"],
+        ["up", "-", "-", "-"],
+        ["down", "100.00%", "75.00%", "-25.00"],
     ]
+    assert "  cosine of the deltas 0.5000, distance 100.00%" in lines
+    assert sum("B - A (pp)" in line for line in lines) == 2
     assert lines[-1] == "1 more modules with --top 3 or -o json"
+
+
+def test_layers_that_are_equal_are_no_table():
+    rows = tuple(LayerDiff(name, 0.0, 0.0, 1.0, (2.0, 2.0), 1.0, 1.0) for name in ("up", "down"))
+
+    lines = views.diff_text(DiffView("a:v1", "a:v1", True, {}, (), (), 1.0, 0.0, layers=rows), Output()).splitlines()
+
+    assert lines[-2:] == ["A is a:v1, B is a:v1; 2 modules in both", "  the deltas of these modules are equal"]
+    assert "  cosine of the deltas 1.0000, distance 0" in lines
+
+
+def test_a_distance_from_nothing_and_one_next_to_nothing_are_told():
+    view = DiffView("a:v1", "a:v2", False, {}, (), (), 0.0, None)
+
+    assert "  the delta of a:v1 is zero" in views.diff_text(view, Output()).splitlines()
+    near = views.diff_text(dataclasses.replace(view, cosine=1.0, distance=1e-5), Output())
+    assert "  cosine of the deltas 1.0000, distance <0.01%" in near.splitlines()
 
 
 def test_diff_shows_metrics_one_by_one_and_modules_that_one_side_lacks():

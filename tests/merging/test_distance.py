@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import LINEAR, write_tiny_adapter
 from tiny_merge import WEIGHTS, deltas, distance, facts_of, write_factors
 
 from adapterctl.registry.domain.errors import IncompatibleParents
 from adapterctl.registry.merging.distance import ModuleDistance, distances, in_all
+from adapterctl.registry.merging.grams import GRAM_FLOOR
 
 MIXED = {
     "linear": LINEAR,
@@ -73,9 +76,52 @@ def test_one_delta_written_with_other_factors_is_at_no_distance(tmp_path: Path):
     (module,) = compared(one, other)
     cosine, apart = in_all([module])
 
-    assert module.distance == 0
+    assert (module.distance, apart) == (0, 0)
     assert (module.cosine, module.row_overlap, module.column_overlap, cosine) == pytest.approx((1, 1, 1, 1))
-    assert apart <= 1e-6
+
+
+@given(
+    seed=st.integers(0, 1000),
+    first=st.floats(-6, 6),
+    second=st.floats(-6, 6),
+    steep=st.floats(0, 6),
+    dtype=st.sampled_from(["F64", "F32"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_gauge_parts_a_delta_from_itself(tmp_path_factory, seed, first, second, steep, dtype):
+    """Factors of any two scales, and mixed by a matrix of a condition number up to 1e6: its parts cancel."""
+    folder = tmp_path_factory.mktemp("gauge")
+    random = np.random.default_rng(seed)
+    a, b = random.normal(size=(4, 16)), random.normal(size=(8, 4))
+    turns = [np.linalg.qr(random.normal(size=(4, 4)))[0] for _ in range(2)]
+    turn = 10**first * turns[0] @ np.diag(np.logspace(-steep / 2, steep / 2, 4)) @ turns[1]
+    one = write_factors(folder / "p0", {"m": (10**second * a, 10**-second * b)}, dtype=dtype)
+    other = write_factors(folder / "p1", {"m": (turn @ a, b @ np.linalg.inv(turn))}, dtype=dtype)
+    # what rounding the factors to their type changed in the delta itself, beside the floor of the measurement
+    parts = np.linalg.norm(turn @ a, axis=1) @ np.linalg.norm(b @ np.linalg.inv(turn), axis=0)
+    bound = (4 * np.finfo(np.float32).eps if dtype == "F32" else GRAM_FLOOR) * parts / np.linalg.norm(b @ a)
+
+    (module,) = compared(one, other)
+    cosine, apart = in_all([module])
+
+    assert module.distance == apart
+    assert apart == 0 or apart <= bound
+    assert apart == 0 or dtype == "F32"
+    assert max(module.cosine, cosine, module.row_overlap, module.column_overlap) <= 1
+    assert module.row_overlap == pytest.approx(1, abs=1e-3)
+
+
+def test_a_difference_that_parts_in_a_wild_gauge_cannot_hide_is_told(tmp_path: Path):
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(4, 16)), random.normal(size=(8, 4))
+    turn = np.linalg.qr(random.normal(size=(4, 4)))[0] @ np.diag(np.logspace(-2, 2, 4))
+    one = write_factors(tmp_path / "p0", {"m": (1e6 * a, 1e-6 * b)})
+    other = write_factors(tmp_path / "p1", {"m": (turn @ a, 1.01 * b @ np.linalg.inv(turn))})
+
+    (module,) = compared(one, other)
+
+    assert module.distance == pytest.approx(0.01, rel=1e-4)
+    assert module.cosine == pytest.approx(1)
 
 
 def test_a_small_difference_is_told_to_many_digits(tmp_path: Path):
@@ -101,6 +147,7 @@ def test_a_module_that_one_lacks_counts_as_zero_there(tmp_path: Path):
     assert [(each.shared, each.distance) for each in found] == [(False, 1.0), (False, None)]
     assert cosine == 0
     assert apart > 1
+    assert in_all(found[1:]) == (0, None)
 
 
 def test_a_delta_of_zero_is_compared_too(tmp_path: Path):

@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tiny import LINEAR, write_tiny_adapter
-from tiny_merge import WEIGHTS, plan_of, run_merge
+from tiny import LINEAR, safetensors_bytes, write_tiny_adapter
+from tiny_merge import WEIGHTS, facts_of, plan_of, run_merge
 
-from adapterctl.registry.domain.adapter import AdapterFacts
+from adapterctl.registry.domain.adapter import AdapterFacts, LoraModule, TensorEntry
 from adapterctl.registry.domain.digest import file_digest
+from adapterctl.registry.domain.header import read_header
 from adapterctl.registry.merging.tensors import measure
 from adapterctl.registry.wire import from_json, to_builtins
 
@@ -30,8 +32,14 @@ COMMAND = [sys.executable, "-m", "adapterctl.workers.runner"]
 def make_task(tmp_path: Path) -> Callable[..., Path]:
     """A merge task of two tiny adapters; `max_loss` and what `plan_of` takes can be asked for."""
 
-    def make(*, linear: Mapping[str, tuple[int, int]] = LINEAR, max_loss: float | None = None, **ask: Any) -> Path:
-        folders = [write_tiny_adapter(tmp_path / f"p{i}", seed=i, linear=linear) for i in range(2)]
+    def make(
+        *,
+        linear: Mapping[str, tuple[int, int]] = LINEAR,
+        max_loss: float | None = None,
+        lora_bias: bool = False,
+        **ask: Any,
+    ) -> Path:
+        folders = [write_tiny_adapter(tmp_path / f"p{i}", seed=i, linear=linear, lora_bias=lora_bias) for i in range(2)]
         (tmp_path / "out").mkdir()
         task = {
             "kind": "merge",
@@ -108,6 +116,75 @@ def test_a_loss_above_the_limit_is_refused_before_anything_is_written(make_task:
 
 def test_a_limit_of_zero_allows_rounding(make_task: Callable[..., Path]):
     assert run(make_task(method="cat", dtype="bf16", max_loss=0.0))[0] == 0
+
+
+def other_gauge(module: LoraModule) -> Mapping[TensorEntry, float]:
+    return {module.a: 2.0, module.b: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("factors", "metadata", "same_arithmetic", "verdict", "distance", "details"),
+    [
+        (lambda module: {}, {}, True, "identical", 0, ()),
+        (lambda module: {}, {}, False, "identical", 0, ()),
+        (lambda module: {module.a: 1 + 1e-6}, {}, False, "equal within bound", 1e-6, ("distance",)),
+        (lambda module: {module.a: 1 + 1e-6}, {}, True, "different", 1e-6, ("distance",)),
+        (lambda module: {module.a: 1.001}, {}, False, "different", 1e-3, ("distance",)),
+        (other_gauge, {}, False, "equal within bound", 0, ("distance 0",)),
+        (other_gauge, {}, True, "different", 0, ("distance 0",)),
+        (lambda module: {}, {"note": "added"}, False, "different", 0, ("distance 0", "the headers differ")),
+        (lambda module: {module.bias: 2.0}, {}, False, "different", 0, ("distance 0", "base_model.model.")),
+        (lambda module: {module.a: 0.0}, {}, False, "different", None, ("distance unknown",)),
+    ],
+    ids=[
+        "same bytes", "same bytes elsewhere", "last bits elsewhere", "last bits", "too far", "other factors elsewhere",
+        "other factors", "header", "bias", "zero",
+    ],
+)  # fmt: skip
+def test_a_recipe_that_is_run_again_is_held_against_the_stored_file(
+    make_task: Callable[..., Path],
+    tmp_path: Path,
+    factors: Callable[[LoraModule], Mapping[TensorEntry, float]],
+    metadata: Mapping[str, str],
+    same_arithmetic: bool,
+    verdict: str,
+    distance: float | None,
+    details: tuple[str, ...],
+):
+    """The stored file is one that the child made, with tensors of every module times a factor."""
+    task = make_task(method="svd", lora_bias=True)
+    receipt = run(task)[1][-1]["result"]["receipt"]
+    stored = tmp_path / "stored"
+    (tmp_path / "out").rename(stored)
+    (tmp_path / "out").mkdir()
+    scaled = {entry.key: by for module in facts_of(stored).modules for entry, by in factors(module).items()}
+    rewrite(stored / WEIGHTS, scaled, metadata)
+    fingerprint = receipt["fingerprint"] if same_arithmetic else {**receipt["fingerprint"], "blas": "another"}
+    compare = {"folder": str(stored), "fingerprint": fingerprint}
+    task.write_text(json.dumps({**json.loads(task.read_text(encoding="utf-8")), "compare": compare}), encoding="utf-8")
+
+    found = run(task)[1][-1]["result"]["comparison"]
+
+    assert found["verdict"] == verdict
+    assert found["distance"] == (distance if distance is None else pytest.approx(distance, rel=0.1))
+    assert len(found["details"]) >= len(details)
+    assert all(line.startswith(start) for line, start in zip(found["details"], details, strict=False))
+
+
+def rewrite(path: Path, scaled: Mapping[str, float], metadata: Mapping[str, str]) -> None:
+    """The same file with tensors of float32 times a factor each, or with other metadata."""
+    header, stored = read_header(path), bytearray(path.read_bytes())
+    values = {
+        entry.key: np.frombuffer(stored, "<f4", (entry.end - entry.begin) // 4, entry.begin).reshape(entry.shape)
+        for entry in header.tensors
+    }
+    for key, by in scaled.items():
+        values[key] *= np.float32(by)
+    if metadata:
+        tensors = {key: ("F32", array) for key, array in values.items()}
+        path.write_bytes(safetensors_bytes(tensors, {**header.metadata, **metadata}))
+        return
+    path.write_bytes(stored)
 
 
 def test_a_task_of_an_unknown_kind_is_an_error_of_ours(tmp_path: Path):
