@@ -7,7 +7,7 @@ returns False unless the job is running under exactly that attempt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -514,7 +514,10 @@ class VersionStore(Protocol):
         ...
 
     def doubles(self, versions: Sequence[AdapterVersion], key: str | None = None) -> list[Double]:
-        """What MLflow has twice of these live versions of the ledger; with `key`, of the one that was made under it."""
+        """What MLflow has twice of those of these versions that are live; with `key`, of the one made under it.
+
+        What belongs to another of them is never a double, so give all that the ledger has.
+        """
         ...
 
     def drop_double(self, double: Double) -> None:
@@ -607,8 +610,10 @@ class VersionStore(Protocol):
         """The last value of every metric of a run of any experiment. Raises `NotFound`."""
         ...
 
-    def source_folder(self, kind: Literal["run", "model"], location: str) -> AbstractContextManager[Path]:
-        """Artifacts of `runs:/` or `models:/` as a local folder, for registering them."""
+    def source_folder(
+        self, kind: Literal["run", "model"], location: str, wanted: Collection[str]
+    ) -> AbstractContextManager[Path]:
+        """The `wanted` files at `runs:/` or `models:/` in a local folder; others, a checkpoint's, as empty files."""
         ...
 
 

@@ -21,6 +21,7 @@ NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,127}"
 _NAME = re.compile(NAME_PATTERN)
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{8,64}")
+_NOT_IN_A_PATH = re.compile(r"[%?#\\\x00-\x1f]")
 _NUMBER = re.compile(r"v?([1-9][0-9]{0,8})")
 _RESERVED_ALIAS = re.compile(r"latest|v[0-9]+")
 
@@ -127,8 +128,11 @@ def parse_source(text: str) -> Source:
         return Source("hub", location, revision)
     if text.startswith("runs:/"):
         location = text.removeprefix("runs:/").strip("/")
-        if "/" not in location or ".." in location.split("/"):
-            raise InvalidInput(f"{text!r} is not an artifact of a run", hint="write runs:/RUN_ID/PATH")
+        # MLflow reads the path as the end of a URI, where %2e%2e leads upwards too
+        if "/" not in location or _NOT_IN_A_PATH.search(location) or {"", ".", ".."} & set(location.split("/")):
+            raise InvalidInput(
+                f"{text!r} is not an artifact of a run", hint="write runs:/RUN_ID/PATH, without any of . .. % ? # \\"
+            )
         return Source("run", location)
     if text.startswith("models:/"):
         return Source("model", text.removeprefix("models:/"))

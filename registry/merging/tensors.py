@@ -33,6 +33,8 @@ _Hashed = tuple[str, str, tuple[int, ...], str]
 
 #: numpy type of the stored bytes; numpy has no bfloat16, so BF16 is the 16 bits as they are.
 STORED: Mapping[str, str] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+#: Of a delta: factors of 32 bits stay below 1e84, and the squares of larger ones leave the range of float64.
+LARGEST_NORM = 1e100
 #: After so many bytes the kernel is asked to begin with writing them down.
 WRITEBACK_BYTES = 4 << 20
 _SYNC_FILE_RANGE_WRITE = 2
@@ -128,7 +130,10 @@ class Measured:
 
 
 def measure(path: Path, facts: AdapterFacts) -> Measured:
-    """Read every tensor once. Raises `InvalidAdapter` for a value that is not finite, `Corrupt` for a short file."""
+    """Read every tensor once.
+
+    Raises `InvalidAdapter` for a value that is not finite or a delta beyond `LARGEST_NORM`, `Corrupt` for a short file.
+    """
     hashed: list[_Hashed] = []
     norms: dict[str, float] = {}
     with TensorReader(path) as reader:
@@ -138,7 +143,7 @@ def measure(path: Path, facts: AdapterFacts) -> Measured:
                 raw = reader.raw(entry)
                 hashed.append(_hash(entry, raw))
                 arrays.append(_finite(decode(raw, entry), entry))
-            norms[module.name] = _norm(module, arrays[0], arrays[1])
+            norms[module.name] = _within(_norm(module, arrays[0], arrays[1]), module)
     return Measured(_digest(hashed, facts), norms)
 
 
@@ -173,13 +178,25 @@ def _finite(array: Array, entry: TensorEntry) -> Array:
     )
 
 
+def _within(norm: float, module: LoraModule) -> float:
+    if norm <= LARGEST_NORM:  # which is false for NaN, what an overflow leaves
+        return norm
+    message = f"{module.name} has a delta of norm {norm:.3g}, beyond {LARGEST_NORM:.0g}, so that its squares overflow"
+    raise InvalidAdapter(
+        message,
+        hint="no factors of 32 bits are so large; the training diverged, or the file is broken",
+        problems=[Problem("too_large", message)],
+    )
+
+
 def _norm(module: LoraModule, a: Array, b: Array) -> float:
     """||s·B·A||_F from two R×R Gram matrices: ||BA||² = Σ (BᵀB) ∘ (AAᵀ); B·A itself is never formed."""
     wide_a = a.reshape(module.rank, -1).astype(np.float64)
     wide_b = b.reshape(-1, module.rank).astype(np.float64)
-    squared = float(np.sum((wide_b.T @ wide_b) * (wide_a @ wide_a.T)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        squared = float(np.sum((wide_b.T @ wide_b) * (wide_a @ wide_a.T)))
     # rounding may leave a tiny negative sum where B·A is zero
-    return abs(module.scaling) * float(np.sqrt(max(squared, 0.0)))
+    return abs(module.scaling) * float(np.sqrt(np.maximum(squared, 0.0)))
 
 
 class TensorWriter:

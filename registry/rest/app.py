@@ -17,7 +17,8 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Mount, Route
+from starlette.types import Scope as Asked
 
 from ..api import ServedRegistry
 from ..domain.access import Caller, Scope
@@ -25,7 +26,7 @@ from ..domain.errors import AdapterctlError, InvalidInput, NotAllowed, NotFound,
 from ..domain.job import JobState
 from ..domain.worker import QUEUES
 from ..ports import Access
-from .door import Door, Metrics, Rules, area_of
+from .door import Door, Metrics, Rules, area_of, is_ours
 from .pages import router as pages
 from .problems import MEDIA_TYPE, status_of, to_problem
 from .routes import router
@@ -79,8 +80,15 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
     _add_health(app, registry, metrics)
     _add_problems(app)
     if mlflow_app is not None:
-        app.mount("/", mlflow_app)
+        app.routes.append(_Beside("/", mlflow_app))
     return door
+
+
+class _Beside(Mount):
+    """An application for all paths but ours: MLflow has a route below /v1 too, whose callers our rules do not know."""
+
+    def matches(self, scope: Asked) -> tuple[Match, Asked]:
+        return (Match.NONE, {}) if is_ours(scope["path"]) else super().matches(scope)
 
 
 def _is_seldom(route: BaseRoute) -> bool:

@@ -2,8 +2,9 @@
 
 MLflow's pages are read with any token. Its record of versions is a projection of ours: what moves an alias or a stage,
 deletes, renames or writes artifacts could make it say something else than the ledger, and needs `admin`. Logging runs
-and metrics needs `merge`. What runs programs, calls other servers or keeps their secrets is closed to everyone. Where
-MLflow's pages only look whether there is any of it, they are told that there is none.
+and metrics needs `merge`, and `admin` where a key of it is one of ours. What runs programs, calls other servers or
+keeps their secrets is closed to everyone. Where MLflow's pages only look whether there is any of it, they are told that
+there is none.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ _LOGGING = re.compile(
     r"|runs/(create|update|log-batch|log-inputs|log-metric|log-parameter|set-tag))"
 )
 
+_OUR_KEYS = "adapterctl."
+
 
 def needed_scope(method: str, path: str) -> Scope | None:
     """The scope that a request to MLflow needs; None where nobody may. What no rule knows needs `admin`."""
@@ -67,6 +70,26 @@ def needed_scope(method: str, path: str) -> Scope | None:
     if method == "POST" and _LOGGING.fullmatch(path):
         return Scope.MERGE
     return Scope.ADMIN
+
+
+def names_ours(body: bytes) -> bool:
+    """Whether what is to be logged has a key of ours, by which versions, runs and registries are told apart.
+
+    Read as MLflow reads it, which takes JSON inside a JSON string, too. What is no JSON, MLflow refuses.
+    """
+    try:
+        said = json.loads(body)
+        return _has_our_key(json.loads(said) if isinstance(said, str) else said)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _has_our_key(said: object) -> bool:
+    if isinstance(said, list):
+        return any(_has_our_key(each) for each in said)
+    if not isinstance(said, dict):
+        return False
+    return str(said.get("key", "")).startswith(_OUR_KEYS) or any(_has_our_key(each) for each in said.values())
 
 
 def deed_of(method: str, path: str) -> str | None:

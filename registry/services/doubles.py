@@ -14,12 +14,12 @@ from collections.abc import Callable
 
 from ..domain.errors import AdapterctlError
 from ..domain.version import AdapterVersion
-from ..ports import VersionStore
+from ..ports import Ledger, VersionStore
 
 _log = logging.getLogger("adapterctl")
 
 
-def clear_doubles(versions: VersionStore, key: str, named: Callable[[], AdapterVersion | None]) -> None:
+def clear_doubles(ledger: Ledger, versions: VersionStore, key: str, named: Callable[[], AdapterVersion | None]) -> None:
     """Delete what was made under `key` beside the version that the ledger names now; nothing where it names none.
 
     Needs no lock: what was not taken never will be, for the ledger has one live version of an identity. What cannot be
@@ -27,7 +27,10 @@ def clear_doubles(versions: VersionStore, key: str, named: Callable[[], AdapterV
     """
     try:
         version = named()
-        for double in versions.doubles([version], key) if version is not None else ():
+        if version is None or not versions.doubles([version], key):
+            return
+        # seldom, so that all may be read: somebody may have given this key to the run of another version
+        for double in versions.doubles(ledger.versions(include_removed=True), key):
             versions.drop_double(double)
             _log.warning("deleted %s: it was made beside %s, which the ledger names", double.label, double.of.label)
     except AdapterctlError as error:

@@ -58,7 +58,7 @@ def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str]) -> I
     seen = store.seen()
     known = {version.id: version for version in everything}
     live = [version for version in everything if version.state == "live"]
-    doubles = store.doubles(live)
+    doubles = store.doubles(everything)
     ours = {model.adapter_id: model for model in seen if model.adapter_id is not None}
     by_adapter: dict[str, list[AdapterVersion]] = {}
     for version in live:

@@ -64,7 +64,7 @@ def _removed_versions(ledger: Ledger, store: VersionStore, *, dry_run: bool) -> 
 
 def _doubles(ledger: Ledger, store: VersionStore, *, dry_run: bool) -> Iterator[Garbage]:
     """What was made beside a version that the ledger names; see `doubles.py`."""
-    for double in store.doubles(ledger.versions()):
+    for double in store.doubles(ledger.versions(include_removed=True)):
         with ledger.try_exclusive(lock_of(double.key)) as free:
             if not free:  # its maker clears it away itself
                 continue

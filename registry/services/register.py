@@ -230,7 +230,7 @@ def _find_or_create(
                 then=then(version_id) if job else (),
             )
         finally:  # also where it failed: perhaps because the lock was lost, and another process was first
-            clear_doubles(versions, generation, lambda: _live_version(ledger, adapter_id, spec))
+            clear_doubles(ledger, versions, generation, lambda: _live_version(ledger, adapter_id, spec))
         mark(ledger, versions, version)
         tell_parents(ledger, versions, [parent.version for parent in parents])
         return version, existing is None
@@ -331,7 +331,7 @@ def _source_folder(
         with open_hub(source) as found:
             yield found
     else:
-        with open_versions().source_folder(source.kind, source.location) as folder:
+        with open_versions().source_folder(source.kind, source.location, MAX_BYTES) as folder:
             yield folder, source
 
 

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -213,14 +213,32 @@ class Mlflow:
             return Path(self.client.download_artifacts(run_id, name, folder)).read_bytes()
 
     @contextmanager
-    def download(self, uri: str) -> Iterator[Path]:
-        """The artifacts at a location, in a temporary folder."""
+    def download(self, uri: str, wanted: Collection[str] | None = None) -> Iterator[Path]:
+        """The artifacts at a location, in a temporary folder; of those not `wanted` empty files with their names."""
         with TemporaryDirectory(prefix="adapterctl-") as folder:
-            yield self._download_to(uri, folder)
+            if wanted is None:
+                yield self._download_to(uri, folder)
+            else:
+                self._download_some(uri, Path(folder), wanted)
+                yield Path(folder)
 
     @in_our_words
     def _download_to(self, uri: str, folder: str) -> Path:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=self.uri))
+
+    @in_our_words
+    def _download_some(self, uri: str, folder: Path, wanted: Collection[str]) -> None:
+        """Names two levels deep, so that who misses a file can tell where it is; bytes only of what is wanted."""
+        repository = get_artifact_repository(uri, tracking_uri=self.uri)
+        for entry in repository.list_artifacts():
+            if entry.is_dir:
+                (folder / entry.path).mkdir()
+                for inner in repository.list_artifacts(entry.path):
+                    (folder / inner.path).touch()
+            elif entry.path in wanted:
+                repository.download_artifacts(entry.path, dst_path=str(folder))
+            else:
+                (folder / entry.path).touch()
 
     @in_our_words
     def has_files(self, uri: str) -> bool:

@@ -2,11 +2,12 @@
 
 The ledger decides which of them counts. What carries the same key as the run of a version that the ledger names, and is
 not named itself, is a double: a model version, a LoggedModel of that very run, or another run with all that it made.
+What the ledger names for any version is none, whatever its tags say: people can change those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,14 +31,20 @@ def find_doubles(mlflow: Mlflow, versions: Sequence[AdapterVersion], key: str | 
     tagged = f"tags.`{KEY}` LIKE '%'" if key is None else f"tags.`{KEY}` = '{key}'"
     runs = list(pages(partial(mlflow.client.search_runs, [experiment], tagged)))
     by_run = {version.placement.run_id: version for version in versions}
-    keys = {run.info.run_id: run.data.tags[KEY] for run in runs if run.info.run_id in by_run}
+    live = {version.placement.run_id for version in versions if version.state == "live"}
+    keys = {run.info.run_id: run.data.tags[KEY] for run in runs if run.info.run_id in live}
     owners = {of_key: by_run[run_id] for run_id, of_key in keys.items()}
     if not owners:
         return []
     of_one = [] if key is None else [f"source_run_id = '{owners[key].placement.run_id}'"]
     models = pages(partial(mlflow.client.search_logged_models, [experiment], *of_one))
     stored = pages(partial(mlflow.client.search_model_versions, *([] if key is None else [tagged])))
-    return [*_versions(owners, stored), *_models(mlflow, by_run, keys, models), *_runs(mlflow, owners, runs)]
+    named = {(version.name, version.number) for version in versions}
+    return [
+        *_versions(owners, stored, named),
+        *_models(mlflow, by_run, keys, models),
+        *_runs(mlflow, owners, by_run, runs),
+    ]
 
 
 def pages(search: Callable[..., Any]) -> Iterator[Any]:
@@ -61,11 +68,13 @@ def bytes_of_run(mlflow: Mlflow, run: Run, models: Sequence[LoggedModel]) -> int
     return sum(mlflow.size_of_files(location) for location in locations)
 
 
-def _versions(owners: Mapping[str, AdapterVersion], stored: Iterator[ModelVersion]) -> Iterator[Double]:
+def _versions(
+    owners: Mapping[str, AdapterVersion], stored: Iterator[ModelVersion], named: Container[tuple[str, int]]
+) -> Iterator[Double]:
     for each in sorted(stored, key=lambda version: int(version.version)):
         key = each.tags.get(KEY, "")
         of = owners.get(key)
-        if of is None or (each.name, int(each.version)) == (of.name, of.number):
+        if of is None or (each.name, int(each.version)) in named:
             continue
         # MLflow copies every tag when a person copies a version, and names what it was copied from
         if each.name == of.name and "/" not in model_id(each):
@@ -83,10 +92,12 @@ def _models(
         yield Double(by_run[model.source_run_id], key, "model", model.model_id, size)
 
 
-def _runs(mlflow: Mlflow, owners: Mapping[str, AdapterVersion], runs: Sequence[Run]) -> Iterator[Double]:
+def _runs(
+    mlflow: Mlflow, owners: Mapping[str, AdapterVersion], named: Container[str], runs: Sequence[Run]
+) -> Iterator[Double]:
     for run in runs:
         of = owners.get(run.data.tags[KEY])
-        if of is not None and run.info.run_id != of.placement.run_id:
+        if of is not None and run.info.run_id not in named:
             models = models_of(mlflow, run.info.run_id)
             yield Double(of, run.data.tags[KEY], "run", run.info.run_id, bytes_of_run(mlflow, run, models))
 

@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -182,8 +182,8 @@ class MlflowVersions:
             yield folder
 
     @contextmanager
-    def source_folder(self, kind: Literal["run", "model"], location: str) -> Iterator[Path]:
-        with self._mlflow.download(self._mlflow.artifact_uri(kind, location)) as folder:
+    def source_folder(self, kind: Literal["run", "model"], location: str, wanted: Collection[str]) -> Iterator[Path]:
+        with self._mlflow.download(self._mlflow.artifact_uri(kind, location), wanted) as folder:
             yield folder
 
     @in_our_words

@@ -324,6 +324,23 @@ def fails(law: Callable[[str, Case], None], name: str, case: Case) -> bool:
 
 
 @pytest.mark.parametrize("name", list(methods()))
+@settings(max_examples=10)
+@given(case=cases(), everywhere=st.booleans())
+def test_a_module_that_training_left_at_zero_stays_there(name: str, case: Case, everywhere: bool):
+    """PEFT begins with B = 0, and a module without a gradient is stored so: by the first parent or by all of them."""
+    case = fit(name, case)
+    a, b = np.ones((2, 4)), np.zeros((3, 2))
+    other = b if everywhere else b + 1
+    with_it = [{**parent, "silent": (a, b if not i else other)} for i, parent in enumerate(case.parents)]
+
+    result = merge(name, replace(case, parents=tuple(with_it)))
+
+    assert all(np.isfinite(delta).all() for delta in result.delta.values())
+    if everywhere or len(case.parents) == 1:
+        assert not result.delta["silent"].any()
+
+
+@pytest.mark.parametrize("name", list(methods()))
 @settings(max_examples=25)
 @given(case=cases(), dtype=st.sampled_from(("F64", "F32", "F16", "BF16")))
 def test_what_was_predicted_is_what_is_measured(name: str, case: Case, dtype: str):

@@ -148,6 +148,20 @@ def test_a_value_that_is_not_finite_is_refused_by_the_name_of_its_tensor(tmp_pat
     assert caught.value.problems[0].code == "not_finite"
 
 
+@pytest.mark.parametrize(("size_a", "size_b"), [(1e120, 1.0), (1e200, 1e-200), (1e120, 1e120)])
+def test_a_delta_whose_squares_overflow_is_refused(tmp_path, size_a, size_b):
+    tensors = {
+        f"q_proj.lora_{which}.weight": ("F64", np.full(shape, size))
+        for which, shape, size in (("A", (1, 2), size_a), ("B", (2, 1), size_b))
+    }
+    folder = write(tmp_path, tensors, r=1, lora_alpha=1)
+
+    with pytest.raises(InvalidAdapter, match="q_proj has a delta of norm") as caught:
+        measured(folder)
+
+    assert caught.value.problems[0].code == "too_large"
+
+
 def test_threads_that_share_a_reader_do_not_disturb_each_other(tmp_path):
     path = tmp_path / "w"
     path.write_bytes(safetensors_bytes({f"t{i}": ("F32", np.full(5000, i, np.float32)) for i in range(16)}))

@@ -314,6 +314,52 @@ def test_only_admins_move_an_alias_in_mlflow(ask: Callable, scope: str, status: 
     assert ask("/api/2.0/mlflow/registered-models/alias", scope, method="POST", body=body)[0] == status
 
 
+def test_mlflows_own_paths_below_ours_are_not_reached(ask: Callable):
+    """MLflow takes traces at /v1/traces, by no rule of ours: what we do not know there is nothing."""
+    for method, path, status in (("POST", "/v1/traces", 404), ("GET", "/adapters", 404), ("PUT", "/v1/adapters", 405)):
+        headers = {"x-mlflow-experiment-id": "1", "Content-Type": "application/x-protobuf"}
+        assert ask(path, "admin", method=method, body={}, headers=headers)[0] == status
+
+
+@pytest.mark.parametrize(("scope", "status"), [("merge", 403), ("promote", 403), ("admin", 200)])
+def test_who_logs_runs_cannot_write_the_tags_of_the_registry(ask: Callable, scope: str, status: int):
+    api = "/api/2.0/mlflow"
+    said = json.loads(ask(f"{api}/experiments/get-by-name?experiment_name=adapters", "read")[1])
+    experiment = said["experiment"]["experiment_id"]
+
+    def send(what: str, body: object) -> tuple[int, str]:
+        return ask(f"{api}/{what}", scope, method="POST", body=body)
+
+    created, answer = send("runs/create", {"experiment_id": experiment, "tags": [{"key": "mine", "value": "x"}]})
+    run_id = json.loads(answer)["run"]["info"]["run_id"]
+    tag = {"key": "adapterctl.made_up", "value": "x"}
+
+    answers = [
+        send("experiments/set-experiment-tag", tag | {"experiment_id": experiment}),
+        send("runs/set-tag", tag | {"run_id": run_id}),
+        send("runs/set-tag", json.dumps(tag | {"run_id": run_id})),  # as MLflow's oldest clients send it
+        send("runs/log-batch", {"run_id": run_id, "tags": [{"key": "fine", "value": "x"}, tag]}),
+        send("runs/create", {"experiment_id": experiment, "tags": [tag]}),
+    ]
+
+    assert created == 200
+    assert [code for code, _ in answers] == [status] * 5
+    assert ask(f"{api}/runs/delete", "admin", method="POST", body={"run_id": run_id})[0] == 200
+
+
+def test_a_run_leads_to_no_folder_of_the_server_beside_its_own(server: Server, ask: Callable, tmp_path: Path):
+    write_tiny_adapter(tmp_path / "private", seed=9)
+    found = json.loads(ask("/api/2.0/mlflow/runs/search", "read", method="POST", body={"experiment_ids": ["1"]})[1])
+    run_id = found["runs"][0]["info"]["run_id"]
+    upwards = "/".join(["%2e%2e"] * len(server.home.parts) * 2)
+
+    for path in (f"{upwards}{tmp_path}/private", f"x/{upwards}{tmp_path}/private", "../../x", "a//b", "a?b", "a%00b"):
+        status, answer = ask(
+            "/v1/adapters/taken/versions", "merge", method="POST", body={"source": f"runs:/{run_id}/{path}"}
+        )
+        assert (status, "is not an artifact of a run" in answer) == (400, True)
+
+
 def test_what_is_done_in_mlflow_past_us_is_in_the_history_with_who_did_it(server: Server, ask: Callable):
     mlflow = "/api/2.0/mlflow"
     moved = {"name": "translate", "alias": "production"}

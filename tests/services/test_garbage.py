@@ -16,6 +16,7 @@ from adapterctl.registry.domain.errors import InvalidInput
 from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.domain.refs import Ref
 from adapterctl.registry.services import garbage
+from adapterctl.registry.services.doubles import clear_doubles
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.services.staging import stage_folder
 from adapterctl.registry.stores.spawn_bell import only_one
@@ -187,6 +188,27 @@ def test_what_was_made_twice_is_named_by_doctor_and_freed(two_parents: LocalRegi
     assert client.get_run(other_run).info.lifecycle_stage == "deleted"
     assert client.get_run(version.placement.run_id).info.lifecycle_stage == "active"
     assert two_parents.verify(Ref("chat")).files == "intact"
+
+
+def test_a_version_with_the_key_of_another_is_no_double(two_parents: LocalRegistry):
+    """A tag is changed with one click in MLflow; what the ledger names stays, whoever cleans up."""
+    chat, other = (two_parents.ledger.version_by_number(name, 1) for name in ("chat", "translate"))
+    assert chat is not None
+    assert other is not None
+    client = mlflow(two_parents)
+    key = client.get_run(chat.placement.run_id).data.tags["adapterctl.key"]
+    own = client.get_run(other.placement.run_id).data.tags["adapterctl.key"]
+    client.set_tag(other.placement.run_id, "adapterctl.key", key)
+    client.set_model_version_tag(other.name, "1", "adapterctl.key", key)
+
+    clear_doubles(two_parents.ledger, two_parents.version_store, key, lambda: chat)
+    freed = two_parents.gc(dry_run=False)
+
+    assert [check for check in two_parents.doctor() if check.name == "doubled"] == []
+    assert [each for each in freed.found if each.kind == "double"] == []
+    assert [two_parents.verify(Ref(name)).files for name in ("chat", "translate")] == ["intact", "intact"]
+    client.set_tag(other.placement.run_id, "adapterctl.key", own)
+    client.set_model_version_tag(other.name, "1", "adapterctl.key", own)
 
 
 def test_what_the_ledger_keeps_of_a_log_goes_a_month_later(two_parents: LocalRegistry, monkeypatch: pytest.MonkeyPatch):

@@ -114,7 +114,7 @@ def test_a_registry_may_keep_its_versions_in_an_mlflow_server(
     assert local_folder(placement.location) is None
     with store.folder(parent) as folder:
         assert damage(folder, at.files) == []
-    with store.source_folder("model", "child@production") as folder:
+    with store.source_folder("model", "child@production", [file.path for file in placement.files]) as folder:
         assert damage(folder, placement.files) == []
     store.remove(parent)
     assert store.alias("parent", "production") is None

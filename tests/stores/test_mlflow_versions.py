@@ -219,12 +219,13 @@ def test_a_source_is_read_from_a_run_and_from_a_model(store, family):
     run_id = family["translate"].placement.run_id
     store.project_stage("translate", "staging", number=1, legacy={})
 
-    with store.source_folder("run", f"{run_id}/lineage") as folder:
-        assert (folder / "lineage.md").is_file()
+    with store.source_folder("run", f"{run_id}/lineage", {"lineage.md"}) as folder:
+        assert (folder / "lineage.md").read_text()
+        assert {path.stat().st_size for path in folder.iterdir() if path.name != "lineage.md"} <= {0}
     for location in ("translate/1", "translate@staging", family["translate"].placement.model_id):
-        with store.source_folder("model", location) as folder:
+        with store.source_folder("model", location, {"adapter_model.safetensors"}) as folder:
             assert (folder / "adapter_model.safetensors").read_text() == "t"
-    with pytest.raises(NotFound), store.source_folder("model", "translate/7"):
+    with pytest.raises(NotFound), store.source_folder("model", "translate/7", ()):
         pass
 
 

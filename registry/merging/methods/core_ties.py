@@ -36,6 +36,8 @@ def core_ties(grams: Grams, *, rank: int, density: Density = 0.5, majority_sign_
     diagonal core, and comes back as it is while the density leaves the diagonal.
     """
     parents = canonical(grams)
+    if not len(parents.sigma):
+        return parents.product(rank, np.zeros((0, 0)))
     left, right = _basis(parents.grams.b, parents.sigma), _basis(parents.grams.a, parents.sigma)
     seen_left, seen_right = left.T @ parents.grams.b, right.T @ parents.grams.a
     cores = np.array(
@@ -43,7 +45,7 @@ def core_ties(grams: Grams, *, rank: int, density: Density = 0.5, majority_sign_
             _trimmed((seen_left[:, rows] * parents.sigma[rows]) @ seen_right[:, rows].T, density)
             for rows in (slice(block.start, block.stop) for block in parents.grams.blocks)
         ]
-    ).reshape(-1, left.shape[1], right.shape[1])
+    )
     merged = elect(majority_sign_method)(cores, np.ones(len(cores)))
     return parents.product(rank, left @ merged @ right.T)
 
@@ -52,7 +54,7 @@ def _basis(gram: Array, sigma: Array) -> Array:
     """X with V X an orthonormal basis of the vectors V with Vᵀ V = gram, each at the root of its singular value."""
     root = np.sqrt(sigma)
     values, vectors = np.linalg.eigh(root[:, None] * gram * root)
-    kept = values > SAME_DIRECTION * max(values[-1], 0.0) if len(values) else values > 0
+    kept = values > SAME_DIRECTION * max(values[-1], 0.0)
     basis: Array = root[:, None] * vectors[:, kept] / np.sqrt(values[kept])
     return basis
 
