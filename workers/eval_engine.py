@@ -38,6 +38,8 @@ Sample = tuple[list[int], list[int]]
 CANDIDATE = "candidate"
 #: About so many tokens go through the model at once where samples stand side by side, by kind of device.
 PASS_TOKENS = {"cpu": 512, "cuda": 4096, "mps": 4096}
+#: So many rows of logits are summed over the vocabulary at once.
+NORM_ROWS = 16
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 transformers_logging.set_verbosity_error()
@@ -259,7 +261,9 @@ class _RecordingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         with torch.inference_mode():
             logits = _logits_before_targets(self.model, samples)
             targets = torch.tensor([token for _, target in samples for token in target], device=logits.device)
-            scores = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+            # some rows at a time: the same bits, without a second array of the size of the logits
+            norms = torch.cat([rows.logsumexp(1) for rows in logits.split(NORM_ROWS)])
+            scores = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - norms
         return [float(part.double().sum()) for part in scores.split([len(target) for _, target in samples])]
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
