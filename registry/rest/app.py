@@ -27,6 +27,7 @@ from ..domain.job import JobState
 from ..domain.worker import QUEUES
 from ..ports import Access
 from .door import Door, Metrics, Rules, area_of, is_ours
+from .pages import problem_page, wants_a_page
 from .pages import router as pages
 from .problems import MEDIA_TYPE, status_of, to_problem
 from .routes import router
@@ -164,6 +165,8 @@ def _add_problems(app: FastAPI) -> None:
 
     def answer(request: Request, error: AdapterctlError, status: int | None = None) -> Response:
         status = status or status_of(error)
+        if wants_a_page(request):
+            return problem_page(error, status)
         body = to_problem(error, status=status, request_id=request.state.request_id)
         return JSONResponse(body, status, media_type=MEDIA_TYPE)
 

@@ -6,13 +6,17 @@ at every visit and answered with 304 while it is the same: a description is writ
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import html
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from ..api import Direction, Drawing, Look
+from ..domain.errors import AdapterctlError
 from ..domain.refs import Ref, check_name
 from .routes import Call, Read, version_ref
 
@@ -20,6 +24,12 @@ router = APIRouter(prefix="/adapters", include_in_schema=False)
 #: A form sends what nobody chose as an empty text.
 Depth = Annotated[str, Query(pattern="^[0-9]{0,5}$")]
 Metric = Annotated[str, Query(max_length=300)]
+_CODE = re.compile("`([^`]+)`")
+_STYLE = (
+    ":root{color-scheme:light dark}body{max-width:40em;margin:4em auto;padding:0 1em;"
+    'font:16px/1.5 ui-sans-serif,system-ui,"DejaVu Sans",sans-serif}h1{font-size:1.3em}'
+)
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 
 
 @router.api_route("/{name}/lineage.svg", methods=["GET", "HEAD"])
@@ -60,6 +70,24 @@ def version_page(
 ) -> Response:
     """All relatives of a version."""
     return _page(request, call, version_ref(name, version), _look(direction, depth, metric), whole=False)
+
+
+def wants_a_page(request: Request) -> bool:
+    """Whether a browser asks for one of these pages: then an error is told in a page too, not as a problem."""
+    return request.url.path.startswith(f"{router.prefix}/") and "text/html" in request.headers.get("accept", "")
+
+
+def problem_page(error: AdapterctlError, status: int) -> Response:
+    """What is wrong with an address that somebody followed or wrote."""
+    title = error.code.replace("_", " ").capitalize()
+    lines = [error.message, *(problem.message for problem in error.problems), error.hint]
+    told = "\n".join(_CODE.sub(r"<code>\1</code>", f"<p>{html.escape(line)}</p>") for line in lines if line)
+    text = (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n{told}\n</main>\n</body>\n</html>"
+    )
+    allowed = f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; frame-ancestors 'none'"
+    return Response(text, status, {"content-security-policy": allowed}, "text/html; charset=utf-8")
 
 
 def _look(direction: Direction = "both", depth: str = "", metric: str = "") -> Look:

@@ -11,8 +11,8 @@ from ..ports import Ledger
 from . import draw
 from .trace import family, lineage
 
-#: A picture inside a page of MLflow has room for so many versions, and for so many of one adapter.
-PICTURE_MOST, PICTURE_VERSIONS = 18, 12
+#: A picture inside a page of MLflow has room for so many versions, for so many of one adapter, and for so many abreast.
+PICTURE_MOST, PICTURE_VERSIONS, PICTURE_ABREAST = 18, 12, 3
 PICTURE_DEPTH = 2
 
 
@@ -22,7 +22,7 @@ def picture(ledger: Ledger, ref: Ref, look: Look, *, whole: bool) -> Drawing:
         view = family(ledger, ref.name, most=PICTURE_VERSIONS)
     else:
         view = lineage(ledger, ref, direction=look.direction, depth=look.depth or PICTURE_DEPTH)
-    text = draw.lineage_svg(view, most=PICTURE_MOST, shades=_shades(ledger, view, look))
+    text = draw.lineage_svg(view, most=PICTURE_MOST, shades=_shades(ledger, view, look), abreast=PICTURE_ABREAST)
     return Drawing(text, "image/svg+xml", draw.picture_policy())
 
 

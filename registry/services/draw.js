@@ -58,17 +58,20 @@
     if (!rows.length) return;
     add(card, "h3", title);
     for (const [ref, label] of rows) {
-      const shown = nodes.has(ref);
-      const item = add(card, shown ? "button" : "div", `${ref}  ${label}`);
+      const shown = nodes.has(ref), beyond = !shown && root !== null; // another page shows it
+      const item = add(card, shown ? "button" : "div", beyond ? "" : `${ref}  ${label}`);
       if (shown) { item.type = "button"; item.addEventListener("click", () => go(ref)); }
+      if (beyond) { add(item, "a", ref).href = page(ref); item.append(` ${label}`); }
     }
   };
+  const page = (ref) => { const end = ref.lastIndexOf(":"); return `${root}adapters/${encodeURIComponent(ref.slice(0, end))}/${ref.slice(end + 1)}`; };
   const links = (rows) => {
     if (!rows) return;
     const line = add(card, "p", "");
     for (const [word, address] of rows) { const link = add(line, "a", word); link.href = address; line.append(" "); }
   };
   const receipts = new Map();
+  const share = (value) => value === undefined || value === null ? value : value === 0 || value === 1 ? `${100 * value}%` : value >= 1e-4 ? `${(100 * value).toFixed(2)}%` : value.toExponential(1);
   const proof = async (ref, path) => {
     if (!receipts.has(ref)) {
       const answer = await fetch(root + path);
@@ -77,14 +80,14 @@
     }
     if (ref !== chosen) return;
     const { layers, checks, spectrum, fingerprint, predicted_loss: promised, loss } = receipts.get(ref);
-    const rows = [["measured loss", loss], ["promised loss", promised], ["energy held at this rank", spectrum?.energy_at_rank],
+    const rows = [["measured loss", share(loss)], ["promised loss", share(promised)], ["energy held at this rank", share(spectrum?.energy_at_rank)],
       ["checks passed", checks?.length], ["computed with", fingerprint && `numpy ${fingerprint.numpy}, ${fingerprint.blas}, ${fingerprint.cpu}`]];
     if (layers?.loss.length) {
       const worst = layers.loss.indexOf(Math.max(...layers.loss));
-      rows.push(["hardest module", `${layers.module[worst]}: ${layers.loss[worst]}`]);
+      rows.push(["hardest module", `${layers.module[worst]}, loss ${share(layers.loss[worst])}`]);
     }
     table("Receipt", rows.filter(([, value]) => value !== undefined && value !== null));
-    const link = add(card, "a", "The whole receipt");
+    const link = add(card, "a", "The whole receipt (JSON)");
     link.href = root + path;
   };
   const show = (ref) => {

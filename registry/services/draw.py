@@ -13,7 +13,7 @@ import html
 import json
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -94,9 +94,13 @@ class _Graph:
     total: int
 
 
-def lineage_svg(view: LineageView, *, most: int = MOST, shades: Shades = PLAIN, site: Site | None = None) -> str:
-    """The graph as one SVG document, parents above children, in light and dark. `most` bounds the versions drawn."""
-    return _svg(_graph(view, most), view, shades, site)
+def lineage_svg(view: LineageView, *, most: int = MOST, shades: Shades = PLAIN, abreast: int | None = None) -> str:
+    """The graph as one SVG document, parents above children, in light and dark. `most` bounds the versions drawn.
+
+    `abreast` is for a page that cuts off what is wider than it: so many versions of a generation are drawn, the
+    picture shrinks where they still need more room, and the others are counted.
+    """
+    return _svg(_graph(view, most, abreast), view, shades, None, abreast=abreast)
 
 
 def lineage_html(view: LineageView, *, most: int = MOST, shades: Shades = PLAIN, site: Site | None = None) -> str:
@@ -129,7 +133,7 @@ def lineage_html(view: LineageView, *, most: int = MOST, shades: Shades = PLAIN,
 </span>
 </header>
 <main>
-{_svg(graph, view, shades, site)}
+{_svg(graph, view, shades, site, titled=False)}
 <aside aria-label="Versions"{"" if site else ' class="empty"'}>
 <section id="card" aria-label="Selected version" hidden></section>
 {_list(graph, site) if site else ""}
@@ -158,26 +162,35 @@ def picture_policy() -> str:
     return f"default-src 'none'; style-src {_hash(_asset(_STYLE))}; base-uri 'none'; form-action 'none'"
 
 
-def _svg(graph: _Graph, view: LineageView, shades: Shades, site: Site | None) -> str:
+def _svg(
+    graph: _Graph,
+    view: LineageView,
+    shades: Shades,
+    site: Site | None,
+    *,
+    titled: bool = True,
+    abreast: int | None = None,
+) -> str:
     layout = place([*graph.versions, *graph.more], [*graph.pairs, *graph.more_pairs])
     heats = _heats(graph.versions.values(), shades.metric)
     legend = _legend(graph, shades)
-    footer = _FOOTER + (24 if heats else 0)
+    header, footer = _HEADER if titled else 0, _FOOTER + (24 if heats else 0)
     width = max(layout.width, 560, legend.width) + 2 * _MARGIN
-    height = layout.height + _HEADER + footer + 2 * _MARGIN
+    height = layout.height + header + footer + 2 * _MARGIN
+    shrunk = 1.0 if abreast is None else min(1.0, (abreast * _COLUMN + 2 * _MARGIN) / width)
     left = (width - layout.width) / 2
     children, parents = Counter(parent for parent, _ in graph.pairs), Counter(child for _, child in graph.pairs)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(width)} {_n(height)}" width="{_n(width)}"'
-        f' height="{_n(height)}" class="lineage" role="group" aria-labelledby="lineage-title lineage-desc">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(width)} {_n(height)}" width="{_n(width * shrunk)}"'
+        f' height="{_n(height * shrunk)}" class="lineage" role="group" aria-labelledby="lineage-title lineage-desc">',
         f'<title id="lineage-title">Lineage of {_text(view.root)}</title>',
         f'<desc id="lineage-desc">{_text(_summary(graph, view))}</desc>',
         f"<style>{_asset(_STYLE)}</style>",
         # letters wider than usual end at the box
         f'<clipPath id="lineage-inside"><rect width="{NODE_WIDTH - 4}" height="{NODE_HEIGHT}"/></clipPath>',
         '<rect class="paper" width="100%" height="100%"/>',
-        *_header(graph, view),
-        f'<g transform="translate({_n(left)} {_MARGIN + _HEADER})">',
+        *(_header(graph, view) if titled else ()),
+        f'<g transform="translate({_n(left)} {_MARGIN + header})">',
         *(
             # a label stands at the end that has fewer other lines
             _edge(
@@ -208,9 +221,11 @@ def place(nodes: Sequence[str], pairs: Sequence[_Pair]) -> Layout:
     Source: Sugiyama, Tagawa & Toda 1981, https://doi.org/10.1109/TSMC.1981.4308636, by fast-sugiyama.
     """
     points, lines = _layered(pairs)
-    for node in nodes:  # a version without any edge
-        if node not in points:
-            points[node] = (max((x for x, _ in points.values()), default=-1.0) + 1, 0.0)
+    alone = [node for node in nodes if node not in points]  # without any edge: a block beside the others
+    left = max((x for x, _ in points.values()), default=-1.0) + 1
+    columns = max(4, math.isqrt(len(alone)))
+    for place_of, node in enumerate(alone):
+        points[node] = (left + place_of % columns, float(place_of // columns))
     xs = [x for line in [points.values(), *lines.values()] for x, _ in line]
     left, right = min(xs), max(xs)
     rows = {y: row for row, y in enumerate(sorted({y for _, y in points.values()}))}
@@ -278,12 +293,14 @@ def _connected(pairs: Sequence[_Pair]) -> list[list[_Pair]]:
     return list({id(part): part for part in parts.values()}.values())
 
 
-def _graph(view: LineageView, most: int) -> _Graph:
+def _graph(view: LineageView, most: int, abreast: int | None = None) -> _Graph:
     """The versions to draw in a stated order, nearest to the root first where there are too many of them."""
     known = {version.ref: version for version in view.versions}
     edges = [edge for edge in view.edges if edge.parent in known and edge.child in known]
     edges.sort(key=lambda edge: (_order(known[edge.child]), edge.position, _order(known[edge.parent])))
-    kept = set(known) if len(known) <= most else _nearest(view.root, known, edges, most)
+    kept = set(known)
+    if len(known) > most or abreast is not None:
+        kept = _nearest(view.root, known, edges, most, abreast)
     pairs: dict[_Pair, tuple[LineageEdgeView, ...]] = {}
     behind: dict[_Pair, set[str]] = defaultdict(set)
     for edge in edges:
@@ -308,20 +325,36 @@ def _graph(view: LineageView, most: int) -> _Graph:
     )
 
 
-def _nearest(root: str, known: Mapping[str, VersionView], edges: Sequence[LineageEdgeView], most: int) -> set[str]:
-    """Breadth first over parents and children alike."""
-    beside: dict[str, list[str]] = defaultdict(list)
+def _nearest(
+    root: str,
+    known: Mapping[str, VersionView],
+    edges: Sequence[LineageEdgeView],
+    most: int,
+    abreast: int | None,
+) -> set[str]:
+    """Breadth first over parents and children alike, from the root, or from the newest versions of a whole adapter."""
+    beside: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for edge in edges:
-        beside[edge.parent].append(edge.child)
-        beside[edge.child].append(edge.parent)
-    kept = {root: None} if root in known else dict.fromkeys(list(known)[:1])
-    waiting = deque(kept)
-    while waiting and len(kept) < most:
-        for ref in beside[waiting.popleft()]:
-            if ref not in kept and len(kept) < most:
-                kept[ref] = None
-                waiting.append(ref)
-    return set(kept)
+        beside[edge.parent].append((edge.child, 1))
+        beside[edge.child].append((edge.parent, -1))
+    own = [root] if root in known else sorted((ref for ref in known if known[ref].name == root), key=_newest(known))
+    generation = dict.fromkeys((own or list(known))[:most], 0)
+    counts: Counter[int] = Counter()
+    waiting = deque(generation)
+    while waiting and len(generation) < most:
+        near = waiting.popleft()
+        for ref, step in beside[near]:
+            there = generation[near] + step
+            if ref in generation or len(generation) == most or (abreast is not None and counts[there] >= abreast):
+                continue
+            generation[ref] = there
+            counts[there] += 1
+            waiting.append(ref)
+    return set(generation)
+
+
+def _newest(known: Mapping[str, VersionView]) -> Callable[[str], int]:
+    return lambda ref: -known[ref].number
 
 
 def _order(version: VersionView) -> tuple[str, int, str]:
@@ -643,13 +676,13 @@ def _facts(version: VersionView, newer: str | None) -> Iterable[tuple[str, objec
     yield "state", "removed" if version.state == "removed" else ""
     yield "recalled", f"{version.recall.ref}: {version.recall.reason}" if version.recall else ""
     yield "behind", f"{newer} is newer than its parent" if newer else ""
-    yield "method", version.method or _origin(version)
+    yield "method" if version.method else "made", version.method or _origin(version)
     yield "loss", "" if version.loss is None else loss(version.loss)
     yield "rank", version.rank
     yield "base", version.base
     yield "dataset", version.dataset
     yield "license", version.license
-    yield "created", f"{version.created_at} {version.created_by}".strip()
+    yield "created", f"{version.created_at.replace('T', ' ').replace('Z', ' UTC')}, {version.created_by}".strip(", ")
     yield "params", ", ".join(f"{key}={value}" for key, value in version.params.items())
     yield "tags", ", ".join(f"{key}={value}" for key, value in version.tags.items())
 

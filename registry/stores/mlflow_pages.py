@@ -62,8 +62,10 @@ def describe(spec: NewVersion, parents: Sequence[Parent], number: int | None = N
         "",
         " · ".join(facts),
         *(["", picture(spec.adapter, number)] if number is not None else []),
-        *_section("Parents", ("parent", "weight"), ((_version_link(p), _number(p.weight)) for p in parents)),
-        *_section("Metrics", ("metric", "value"), ((escape(k), _number(v)) for k, v in figures(spec).items())),
+        *_listed(
+            "Parents", (_version_link(p) + ("" if p.weight is None else f" × {_number(p.weight)}") for p in parents)
+        ),
+        *_listed("Metrics", (f"{escape(key)}: {_number(value)}" for key, value in figures(spec).items())),
     ]
     return cut_to(lines, DESCRIPTION_LIMIT)
 
@@ -293,6 +295,12 @@ def picture(name: str, number: int | None = None) -> str:
     """The lineage as it is when somebody looks, drawn by our server; it leads to the page to look around in."""
     page = f"adapters/{name}" if number is None else f"adapters/{name}/v{number}"
     return f"[![{_ALT}]({page}/lineage.svg)]({page})"
+
+
+def _listed(title: str, items: Iterator[str]) -> list[str]:
+    """Items under their title. The page of a version draws a table without any room between its columns."""
+    lines = [f"- {item}" for item in items]
+    return ["", f"**{title}**", "", *lines] if lines else []
 
 
 def _section(title: str, columns: Sequence[str], rows: Iterator[tuple[str, ...]]) -> list[str]:

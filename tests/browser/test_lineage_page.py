@@ -136,7 +136,7 @@ def test_card_tells_what_is_known_and_leads_to_parents(open_page, family):
         "3.21%",
         "bleu",
         "0.31",
-        "2026-01-02T03:04:05Z",
+        "2026-01-02 03:04:05 UTC",
         "a:v2",
         "z:v1",
         "far:v9 × 0.25",

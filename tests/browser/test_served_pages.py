@@ -147,6 +147,24 @@ def test_our_pages_lead_both_ways_by_clicks(visit: Callable):
     assert page.inner_text("h1") == "Lineage of leaf:v1"
 
 
+def test_a_parent_that_the_picture_leaves_out_is_a_link_to_its_page(visit: Callable):
+    page = visit("/adapters/middle/v1?direction=down")
+    page.click("[data-ref='middle:v1']")
+    page.click("#card >> text=root:v1")
+    page.wait_for_url("**/adapters/root/v1")
+
+    assert page.inner_text("h1") == "Lineage of root:v1"
+
+
+def test_what_a_search_says_moves_nothing_on_the_page(visit: Callable):
+    page = visit("/adapters/middle/v1")
+    before = page.locator("#fit").bounding_box()
+    page.fill("#search", "root")
+
+    assert page.inner_text("#found") == "1 of 3"
+    assert page.locator("#fit").bounding_box()["y"] == before["y"]
+
+
 def test_what_is_chosen_is_in_the_address_and_keys_open_pages(visit: Callable):
     page = visit("/adapters/middle/v1")
 

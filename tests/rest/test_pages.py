@@ -89,6 +89,24 @@ def test_what_is_not_there_is_not_found(get: Callable, path: str):
     assert answer.headers["content-type"] == "application/problem+json"
 
 
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [
+        ("/adapters/nobody/v1", 404, "there is no adapter &#x27;nobody&#x27;"),
+        ("/adapters/%3Cscript%3E", 400, "&lt;script&gt;"),
+        ("/adapters/two/v1?depth=x", 400, "depth"),
+    ],
+)
+def test_a_browser_is_told_in_a_page_what_is_wrong_with_an_address(get: Callable, path: str, status: int, said: str):
+    answer = get(path, accept="text/html,application/xhtml+xml,*/*;q=0.8")
+
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert said in answer.text
+    assert "<script" not in answer.text
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'; style-src 'sha256-")
+
+
 def test_a_picture_is_asked_for_again_and_sent_again_only_when_it_changed(served: Any, get: Callable, tmp_path: Path):
     first = get("/adapters/three/v1/lineage.svg")
     same = get("/adapters/three/v1/lineage.svg", **{"If-None-Match": first.headers["etag"]})

@@ -133,6 +133,31 @@ def test_stages_removal_and_kinds_show(views):
     assert 'aria-label="b:v1, staging, production, merged, svd, rank 4, loss 3.21%, bleu 0.31"' in text
 
 
+def test_a_picture_for_a_narrow_page_is_no_wider_than_that_and_counts_what_it_leaves_out(views):
+    children = [f"c:v{i}" for i in range(1, 31)]
+    star = views(["a:v1", *children], [("a:v1", child) for child in children])
+
+    root = ET.fromstring(lineage_svg(star, abreast=4))
+
+    assert float(root.get("width")) <= 4 * 280 + 64
+    assert len(drawn_refs(root)) == 1 + 4
+    assert "+26 more" in "".join(root.itertext())
+    whole = ET.fromstring(lineage_svg(views(["a:v1", *children[:4]], [("a:v1", c) for c in children[:4]]), abreast=4))
+    assert len(drawn_refs(whole)) == 5
+
+
+def test_versions_without_relatives_stand_in_a_block(views):
+    alone = [f"a:v{i}" for i in range(1, 41)]
+
+    layout = place(alone, [])
+
+    assert len(set(layout.nodes.values())) == 40
+    assert layout.width < 7 * 280
+    drawn = ET.fromstring(lineage_svg(dataclasses.replace(views(alone, []), root="a"), abreast=4, most=18))
+    assert len(drawn_refs(drawn)) == 18
+    assert 'data-ref="a:v40"' in ET.tostring(drawn, encoding="unicode")
+
+
 @pytest.mark.parametrize("most", [1, 10, 30])
 def test_a_graph_too_large_shows_the_nearest_versions_and_counts_the_others(views, most: int):
     nodes = [f"n:v{i}" for i in range(100)]

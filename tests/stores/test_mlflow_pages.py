@@ -47,9 +47,9 @@ def test_a_merge_is_described_by_its_method_its_parents_as_links_and_its_loss(sp
     text = describe(spec, [parent_named("translate", 0.6), parent_named("chat", 0.4)])
 
     assert text.startswith("svd merge of translate:v7 + chat:v7.\n")
-    assert "| [translate:v7](#/models/translate/versions/7) | 0.6 |" in text
-    assert "| [chat:v7](#/models/chat/versions/7) | 0.4 |" in text
-    assert "| receipt/loss | 0.125 |" in text
+    assert "\n- [translate:v7](#/models/translate/versions/7) × 0.6\n" in text
+    assert "\n- [chat:v7](#/models/chat/versions/7) × 0.4\n" in text
+    assert "\n- receipt/loss: 0.125" in text
     assert "modules" not in text
 
 
