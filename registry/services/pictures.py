@@ -10,6 +10,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from ..api import RetentionRow, RetentionView, TrialView, TuneView
+from ..domain.evals import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +26,10 @@ _WIDE = 60
 
 
 def retention_picture(view: RetentionView) -> bytes:
-    """Every task by base, parents and child: each figure, coloured by its share of the owning parent's."""
+    """Every task by base, parents and child: each figure, coloured by its share of the owning parent's.
+
+    The child's share has its interval: on few samples it is the wider half of the story.
+    """
     parents = list(dict.fromkeys(ref for row in view.rows for ref in row.parents))
     columns = ["base", *parents, view.ref]
     names = [f"{row.task}\n{row.metric} {'↑' if row.direction == 'higher' else '↓'}" for row in view.rows]
@@ -36,19 +40,14 @@ def retention_picture(view: RetentionView) -> bytes:
     for y, row in enumerate(view.rows):
         for x, value in enumerate(_values(row, parents)):
             mark = " *" if columns[x] == row.owner else ""
-            axes.text(
-                x,
-                y,
-                f"{shares[y][x]:.0%}\n{value:.3g}{mark}",
-                ha="center",
-                va="center",
-                fontsize=9,
-                color=ink(shares[y][x]),
-            )
+            among = _bounds(row.retention) if columns[x] == view.ref else ""
+            text = f"{shares[y][x]:.0%}{among}\n{_figures(value)}{mark}"
+            axes.text(x, y, text, ha="center", va="center", fontsize=9, color=ink(shares[y][x]))
     axes.set_xticks(range(len(columns)), [_short(text) for text in columns], fontsize=9)
     axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.set_title("Share of the owning parent's figure (*)", fontsize=10, loc="left")
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    axes.set_title("Share of the owning parent's figure (*); [90 % interval]", fontsize=10, loc="left")
+    # pointed ends: there are shares beyond both
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, extend="both")
     bar.ax.yaxis.set_major_formatter(_percent())
     return _png(figure)
 
@@ -67,16 +66,21 @@ def pareto_picture(view: TuneView) -> bytes:
         axes.scatter([t.kept[x] for t in trials], [t.kept[y] for t in trials], **style)
     front = sorted((t.kept[x], t.kept[y]) for t in complete if t.number in view.front)
     axes.plot([a for a, _ in front], [b for _, b in front], color=STRONG, linewidth=1, label="front")
-    for number, marker, name in ((view.plain, "s", "plain sum"), (view.winner, "*", "winner")):
+    shown = [(trial.kept[x], trial.kept[y]) for trial in complete]
+    marked = {view.plain: ("s", "plain sum"), view.winner: ("*", "winner")}
+    if view.winner == view.plain:
+        marked = {view.winner: ("*", "winner: the plain sum")}
+    for number, (marker, name) in marked.items():
         kept = view.trials[number].kept
         axes.scatter([kept[x]], [kept[y]], marker=marker, s=170, color="none", edgecolor=INK, linewidth=1.4, label=name)
         held = {row.task: row.retention.value for row in view.heldout if row.trial == number and row.retention}
         if x in held and y in held:
             axes.plot([kept[x], held[x]], [kept[y], held[y]], color=FAINT, linewidth=0.8, linestyle=":")
             axes.scatter([held[x]], [held[y]], marker=marker, s=70, color=FAINT, label=f"{name}, held out")
+            shown.append((held[x], held[y]))
     # those dropped early lie anywhere; the picture is about the others
-    axes.set_xlim(min([t.kept[x] for t in complete] + [0.9]) - 0.03, None)
-    axes.set_ylim(min([t.kept[y] for t in complete] + [0.9]) - 0.03, None)
+    for place, zoom in enumerate((axes.set_xlim, axes.set_ylim)):
+        zoom(min(point[place] for point in shown) - 0.02, max(point[place] for point in shown) + 0.02)
     for axis, task in ((axes.xaxis, x), (axes.yaxis, y)):
         axis.set_major_formatter(_percent())
         axis.set_label_text(f"kept of {task}")
@@ -154,7 +158,7 @@ def trials_picture(view: TuneView) -> bytes:
     axes.tick_params(axis="x", pad=16, length=0)
     axes.set_yticks([])
     axes.set_ylim(-0.02, 1.02)
-    axes.set_title(_title(view) + "; the winner in black", fontsize=10, loc="left", pad=18)
+    axes.set_title(_title(view) + "; the winner in black, those dropped early pale", fontsize=10, loc="left", pad=18)
     for side in axes.spines.values():
         side.set_visible(False)
     return _png(figure)
@@ -198,6 +202,15 @@ def _share(row: RetentionRow, value: float) -> float:
     if row.direction == "lower":
         over, under = under, over
     return over / under if under else 0.0
+
+
+def _bounds(interval: Interval | None) -> str:
+    return f" [{100 * interval.low:.0f}, {100 * interval.high:.0f}]" if interval else ""
+
+
+def _figures(value: float) -> str:
+    """Three of them, zeros at the end too."""
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _two_tasks(view: TuneView) -> tuple[str, str]:
