@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -317,13 +317,20 @@ class _Stores:
         if self._versions is None:
             # deferred: MLflow takes 1.6 s, and reads of the registry never need it
             from .registry.services.drift import check_not_emptied
+            from .registry.stores.mlflow_access import make_database
+            from .registry.stores.mlflow_server import embedded_uri
             from .registry.stores.mlflow_versions import MlflowVersions
 
             settings = self._settings
             # the ledger keeps no password, so a shared MLflow's address comes from the settings
             uri = settings.mlflow_uri if settings.database_url else self._ledger.mlflow_uri
-            store = MlflowVersions(uri, settings.home, self._ledger.registry_id, settings.artifacts)
-            check_not_emptied(self._ledger, store)
+            new = not self._ledger.has_versions()
+            # MLflow makes its tables when it is opened first, and two that do so at once disturb each other
+            with self._ledger.exclusive("mlflow") if new else nullcontext():
+                if new and uri == embedded_uri(settings.home):
+                    make_database(settings.home)
+                store = MlflowVersions(uri, settings.home, self._ledger.registry_id, settings.artifacts)
+                check_not_emptied(self._ledger, store)
             self._versions = store
         return self._versions
 

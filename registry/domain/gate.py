@@ -220,7 +220,7 @@ def _bound(subject: str, kind: Kind, text: str) -> float:
 
 
 def _confidence(text: str | None) -> float:
-    value = CONFIDENCE if text is None else float(text) / 100
+    value = CONFIDENCE if text is None else round(float(text) / 100, 12)
     if not 0.5 <= value <= 0.999:
         raise InvalidInput(f"has a confidence of {text} %, expected 50 to 99.9")
     return value

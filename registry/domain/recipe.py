@@ -7,7 +7,6 @@ output changes. The SHA-256 of its canonical JSON is the *recipe digest*.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,15 @@ SUM_RANK_LIMIT = 64
 #: The method of recipes with one parent, which is made smaller.
 RESIZE = "resize"
 
+#: Between these a weight decides something: outside, sums in 16 or 32 bits vanish or overflow.
+LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6
+
 OptionValue = float | int | str | bool
+
+
+def is_weight(value: float) -> bool:
+    """Whether a parent may have this weight; not so for 0, with which it would be no parent."""
+    return LEAST_WEIGHT <= abs(value) <= LARGEST_WEIGHT
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +60,11 @@ def parse_layer_weights(text: str) -> LayerWeights:
         values = tuple(float(weight) for weight in weights.split(","))
     except ValueError:
         values = ()
-    if not values or not all(map(math.isfinite, values)) or not all(pattern.split(".")):
+    if not values or not all(pattern.split(".")) or not all(is_weight(value) or value == 0 for value in values):
         raise InvalidInput(
             f"layer weights {text[:80]!r} are not PATTERN=W,W,...",
-            hint="write parts of module names and a weight for every parent, such as layers.0-15=0.7,0.3",
+            hint="write parts of module names and for every parent 0 or a weight of size"
+            f" {LEAST_WEIGHT:g} to {LARGEST_WEIGHT:g}, such as layers.0-15=0.7,0.3",
         )
     return LayerWeights(pattern, values)
 

@@ -27,7 +27,15 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 from ..domain.adapter import AdapterFacts
 from ..domain.errors import InvalidInput, Misconfigured, NotFound, Problem, Refused, raise_all
-from ..domain.recipe import MergeRequest, OptionValue, Recipe, RecipeParent
+from ..domain.recipe import (
+    LARGEST_WEIGHT,
+    LEAST_WEIGHT,
+    MergeRequest,
+    OptionValue,
+    Recipe,
+    RecipeParent,
+    is_weight,
+)
 
 ENTRY_POINTS = "adapterctl.merge_methods"
 #: What a method keeps unless it declares in `breaks` that it does not; tests/laws has one test for each.
@@ -279,11 +287,11 @@ def _weight_problems(request: MergeRequest) -> list[Problem]:
     return [
         Problem(
             "bad_weight",
-            f"weight {parent.weight} of {parent.ref} is not a finite number other than 0",
+            f"weight {parent.weight} of {parent.ref} is not of a size from {LEAST_WEIGHT:g} to {LARGEST_WEIGHT:g}",
             f"leave {parent.ref} out, or write {parent.ref}=0.6",
         )
         for parent in request.parents
-        if not math.isfinite(parent.weight) or parent.weight == 0
+        if not is_weight(parent.weight)
     ]
 
 

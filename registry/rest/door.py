@@ -146,8 +146,14 @@ class Door:
             raise _Closed(421, f"this server does not answer for {visit.header(b'host')[:80]!r}", "set allowed_hosts")
         if visit.method in _UNSAFE:
             origin, site = visit.header(b"origin"), visit.header(b"sec-fetch-site")
-            if (origin and not _is_among(urlsplit(origin).netloc, hosts)) or site == "cross-site":
+            # a browser that says where a page is from means its port, too, which a proxy may have taken from the host
+            if (origin and not _is_among(urlsplit(origin).netloc, hosts)) or site not in ("", "same-origin", "none"):
                 raise NotAllowed("a page of another site asked for this", hint="only pages of this server may")
+        if not visit.path.isprintable():
+            # a rule and a route may take the end of a line for something else
+            raise InvalidInput(
+                f"the path {visit.path[:80]!r} has letters that cannot be printed", hint="leave them out"
+            )
         limit = self._body_limit(visit)
         announced = visit.header(b"content-length")
         if announced and (not announced.isdigit() or int(announced) > limit):

@@ -21,7 +21,8 @@ _MLFLOW = rf"{_API}/mlflow"
 #: Assistants, jobs, model gateways, hooks, judges: none is needed for a registry, each acts on the server's behalf.
 _CLOSED = re.compile(
     rf"{_MLFLOW}/(assistant|demo|gateway|gateway-proxy|genai|jobs|mcp|mcp-servers|prompt-optimization|review-queues|scorer"
-    rf"|scorers|webhooks|workspaces|issues/invoke|runs/create-promptlab-run)(/.*)?|{_API}/(jobs|mcp)(/.*)?|/(gateway|mcp)(/.*)?"
+    rf"|scorers|webhooks|workspaces|issues/invoke|runs/create-promptlab-run)(/.*)?|{_API}/(jobs|mcp)(/.*)?|/(gateway|mcp)(/.*)?",
+    re.DOTALL,
 )
 #: Reads that are POSTs, because their conditions are long.
 _SEARCHES = re.compile(

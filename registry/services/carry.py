@@ -137,7 +137,9 @@ def _made_of(registry: RegistryAPI, ref: Ref) -> list[VersionView]:
 
 
 def _place(ref: str) -> str:
-    return ref.replace(":", "/")
+    """NAME/vN; read, so that a server's answer leads nowhere else."""
+    read = parse_ref(ref)
+    return f"{read.name}/v{read.number}"
 
 
 def _listed(version: VersionView) -> Listed:

@@ -95,6 +95,10 @@ def _mlflow(
     open_versions: Callable[[], VersionStore],
     adoption: Callable[[], Adoption] | None,
 ) -> Iterator[Check]:
+    if settings.database_url is None and not ledger.has_versions():
+        # to open it would make it, and looking makes nothing
+        yield Check("mlflow", "ok", f"mlflow {version('mlflow')}; its database is made with the first version")
+        return
     try:
         store = open_versions()
         check_not_emptied(ledger, store)  # a server opened it long ago

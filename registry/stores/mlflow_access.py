@@ -29,7 +29,9 @@ import mlflow  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Run  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: E402
 
+DATABASE = "mlflow.db"
 EXPERIMENT = "adapters"
 REGISTRY_ID = "adapterctl.registry_id"
 ADAPTER_ID = "adapterctl.adapter_id"
@@ -107,6 +109,23 @@ def _connect(uri: str) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+@in_our_words
+def make_database(home: Path) -> None:
+    """Make MLflow's embedded database where there is none. The caller holds a lock.
+
+    It takes MLflow seconds and dozens of migrations, one after the other; whoever is killed in between would leave a
+    database that MLflow can neither use nor go on with. So it gets its name when it is complete.
+    """
+    database, unfinished = home / DATABASE, home / f"{DATABASE}.unfinished"
+    if database.exists() or not os.access(home, os.W_OK):
+        return
+    unfinished.unlink(missing_ok=True)
+    unfinished.with_name(f"{unfinished.name}-journal").unlink(missing_ok=True)
+    uri = f"sqlite:///{unfinished.absolute()}"
+    SqlAlchemyStore(uri, artifact_root(home)).engine.dispose()
+    os.replace(unfinished, database)
+
+
 def _check_can_open(database: Path) -> None:
     """Say at once what MLflow would find out by trying ten times in two minutes."""
     if not database.exists():
@@ -129,7 +148,7 @@ class Mlflow:
     def __init__(self, tracking_uri: str | None, home: Path, registry_id: str, artifacts: str | None = None) -> None:
         self.uri = client_uri(tracking_uri or embedded_uri(home))
         if self.uri == embedded_uri(home):
-            _check_can_open(home / "mlflow.db")
+            _check_can_open(home / DATABASE)
         self.client = _connect(self.uri)
         self._artifacts = artifacts or artifact_root(home)
         self._registry_id = registry_id

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
-from adapterctl.registry.domain.errors import Unavailable
+from adapterctl.registry.domain.errors import Refused, Unavailable
 from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.domain.stage import verify_chain
 from adapterctl.registry.domain.version import AdapterVersion
 from adapterctl.registry.ports import Ledger
 from adapterctl.registry.stores.sql import engine
+from adapterctl.registry.stores.sql.engine import Now
 from adapterctl.registry.stores.sql.ledger import SqlLedger
+from adapterctl.registry.stores.sql.tables import version
 
 PROCESSES, COMMANDS = 6, 200
 
@@ -26,6 +30,32 @@ def test_a_lock_that_is_held_is_told_at_once_and_one_that_is_free_is_taken(ledge
         assert (held, other) == (False, True)
     with ledger.try_exclusive("key") as first, ledger.try_exclusive("key") as second:
         assert (first, second) == (True, False)
+
+
+def test_a_child_waits_for_a_removal_of_its_parent_and_is_refused(
+    ledger: SqlLedger, add_version: Callable[..., AdapterVersion]
+):
+    parent, other, answers = add_version(), add_version(), []
+
+    def add_child() -> None:
+        try:
+            answers.append(add_version("child", parents=(other, parent)))
+        except Refused as error:
+            answers.append(error)
+
+    child = threading.Thread(target=add_child)
+    with ledger._db.write() as connection:
+        gone = {"state": "removed", "removed_at": Now(), "removed_by": "ada", "removed_reason": "a test"}
+        connection.execute(update(version).where(version.c.id == parent.id).values(gone))
+        child.start()
+        child.join(1.0)
+        waits = child.is_alive()
+    child.join()
+
+    assert waits
+    assert isinstance(answers[0], Refused)
+    assert "removed meanwhile" in answers[0].message
+    assert ledger.versions("child") == []
 
 
 def test_six_processes_at_once_lose_nothing(ledger: Ledger, add_version: Callable[..., AdapterVersion], address: str):

@@ -393,11 +393,12 @@ def test_all_problems_are_told_at_once_and_many_alike_are_counted(tmp_path):
 
 def test_too_many_patterns_for_the_modules_are_refused_before_they_are_tried(tmp_path):
     linear = {f"layers.{i}.q_proj": (2, 2) for i in range(1100)}
-    patterns = {f"x{i}": 4 for i in range(1000)}
+    many = {f"x{i}": 4 for i in range(8000)}
+    in_parts = {"." * 500 + str(i): 4 for i in range(100)}  # each of the parts is compared
 
-    assert codes_of(write_tiny_adapter(tmp_path, linear=linear, config={"rank_pattern": patterns})) == {
-        "too_many_patterns"
-    }
+    for number, patterns in enumerate((many, in_parts)):
+        folder = write_tiny_adapter(tmp_path / str(number), linear=linear, config={"rank_pattern": patterns})
+        assert codes_of(folder) == {"too_many_patterns"}
 
 
 def test_every_field_of_the_installed_peft_has_a_role():

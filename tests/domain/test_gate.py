@@ -90,6 +90,15 @@ def test_a_complete_file_is_read_with_bounds_confidences_and_places():
     assert len(conditions_for([production, staging], "translate-chat", "production")) == 18
 
 
+@pytest.mark.parametrize(("text", "share"), [("50", 0.5), ("99.9", 0.999), ("99.90", 0.999)])
+def test_the_bounds_of_a_confidence_belong_to_it(text: str, share: float):
+    gates = check_gates(
+        {"gates": [{"stage": "staging", "require": [f"bleu >= 0.3 @ {text}% confidence"]}]}, stages=("staging",)
+    )
+
+    assert [each.confidence for each in gates[0].conditions if each.text.startswith("bleu")] == [share]
+
+
 BAD_LINES = {
     "bleu => 0.3": "is 'bleu => 0.3', expected 'SUBJECT >= NUMBER'",
     "bleu >= a lot": "expected 'SUBJECT",

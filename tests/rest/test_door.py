@@ -50,6 +50,8 @@ def test_only_the_servers_own_names_are_answered(served: Any, host: str, status:
         ({"Origin": "null"}, 403),
         ({"Origin": "http://localhost.evil.example"}, 403),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://localhost:9999", "Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "none"}, 404),
     ],
     ids=str,
 )

@@ -288,10 +288,12 @@ def test_a_token_that_is_limited_to_names_stops_only_its_own_jobs(served: Any, v
         ("POST /ajax-api/3.0/jobs/", None),
         ("POST /ajax-api/3.0/mlflow/review-queues/get-or-create-user", None),
         ("POST /ajax-api/3.0/mlflow/scorer/invoke", None),
+        ("POST /ajax-api/3.0/mlflow/assistant/message\n", None),
+        ("GET /ajax-api/3.0/jobs/\n", None),
     ],
 )
 def test_mlflows_requests_need_a_scope_of_ours(request_line: str, scope: str | None):
-    assert needed_scope(*request_line.split()) == (Scope(scope) if scope else None)
+    assert needed_scope(*request_line.split(" ")) == (Scope(scope) if scope else None)
 
 
 def test_whatever_changes_mlflow_needs_more_than_read():

@@ -321,6 +321,13 @@ def test_mlflows_own_paths_below_ours_are_not_reached(ask: Callable):
         assert ask(path, "admin", method=method, body={}, headers=headers)[0] == status
 
 
+def test_an_end_of_line_opens_nothing_that_is_closed(ask: Callable):
+    """Routes end before it, so that MLflow's assistant would answer."""
+    for path in ("/ajax-api/3.0/mlflow/assistant/providers%0A", "/ajax-api/3.0/jobs/search%0A", "/v1/jobs%0D"):
+        status, answer = ask(path, "admin", method="POST", body={})
+        assert (status, "cannot be printed" in answer) == (400, True)
+
+
 @pytest.mark.parametrize(("scope", "status"), [("merge", 403), ("promote", 403), ("admin", 200)])
 def test_who_logs_runs_cannot_write_the_tags_of_the_registry(ask: Callable, scope: str, status: int):
     api = "/api/2.0/mlflow"

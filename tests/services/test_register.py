@@ -8,21 +8,32 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import write_tiny_adapter
 
+from adapterctl.bootstrap import connect
 from adapterctl.registry.api import Registered
 from adapterctl.registry.domain.errors import InvalidInput, Refused
 from adapterctl.registry.domain.refs import Ref
 from adapterctl.registry.ports import VersionStore
 from adapterctl.registry.services import bases
 from adapterctl.registry.services.register import Registration, register
+from adapterctl.registry.settings import Settings
 from adapterctl.registry.stores.hub import hub_folder
 from adapterctl.registry.stores.sql.ledger import SqlLedger
+
+REGISTER = """
+import sys
+from adapterctl.bootstrap import connect
+
+connect().register(sys.argv[1], name="many")
+"""
 
 Take = Callable[..., Registered]
 
@@ -341,3 +352,38 @@ def test_the_pages_of_parents_lead_to_their_children_and_to_none_that_was_remove
     assert {model.name for model in found} == {"task-a", "task-b"}  # of a child, until somebody says otherwise
     two_parents.remove(Ref("task-b"), reason="a test")
     assert "task-b" not in page("task-a")
+
+
+def test_first_commands_of_a_home_at_once_all_get_through(home: Path, tmp_path: Path):
+    """MLflow makes its tables when it is opened first, and two that do so at once break each other's."""
+    commands = [
+        [sys.executable, "-c", REGISTER, str(write_tiny_adapter(tmp_path / f"a{seed}", seed=seed))] for seed in range(4)
+    ]
+
+    processes = [
+        subprocess.Popen(command, env={**os.environ, "ADAPTERCTL_HOME": str(home)}, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    said = [process.communicate(timeout=300)[1] for process in processes]
+
+    assert [(process.returncode, text) for process, text in zip(processes, said, strict=True)] == [(0, "")] * 4
+    with closing(connect(Settings(home=home, actor="ada")).ledger) as ledger:
+        assert [version.number for version in ledger.versions("many")] == [1, 2, 3, 4]
+
+
+def test_who_is_killed_while_mlflow_makes_its_tables_leaves_a_home_that_works(home: Path, tmp_path: Path):
+    command = [sys.executable, "-c", REGISTER, str(write_tiny_adapter(tmp_path / "a"))]
+    first = subprocess.Popen(command)
+    unfinished = home / "mlflow.db.unfinished"
+    while not (unfinished.exists() and unfinished.stat().st_size > 100_000):
+        assert first.poll() is None
+        time.sleep(0.005)
+
+    first.kill()
+    first.wait()
+    made = (home / "mlflow.db").exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    assert not made
+    assert (again.returncode, again.stderr) == (0, "")
+    assert sorted(path.name for path in home.glob("mlflow.db*")) == ["mlflow.db"]

@@ -259,6 +259,10 @@ class SqlLedger(JobRows, WorkerRows):
             query = query.where(version.c.state == "live")
         return self._versions(query.order_by(adapter.c.name, version.c.number))
 
+    def has_versions(self) -> bool:
+        with self._db.read() as connection:
+            return connection.execute(select(version.c.id).limit(1)).first() is not None
+
     def newest(self, names: Sequence[str]) -> dict[str, int]:
         # one look at the end of an index each; a grouped maximum would read every version of an adapter
         with self._db.read() as connection:
@@ -730,9 +734,13 @@ def _check_references(connection: Connection, adapter_id: str, spec: NewVersion)
 
 
 def _check_parents(connection: Connection, edges: Iterable[Edge]) -> None:
-    """A parent may have been removed since the merge was planned; then its child must not come to life."""
-    query = select(version.c.id).where(among(version.c.id), version.c.state != "live").with_for_update()
-    gone = connection.execute(query, these(each.parent_id for each in edges)).scalars().all()
+    """A parent may have been removed since the merge was planned; then its child must not come to life.
+
+    The rows are locked whatever their state: who removes one holds it, and what he writes is seen once he is through.
+    """
+    query = select(version.c.id, version.c.state).where(among(version.c.id)).with_for_update(read=True)
+    rows = connection.execute(query, these(each.parent_id for each in edges)).all()
+    gone = [parent_id for parent_id, state in rows if state != "live"]
     if gone:
         named = ", ".join(sorted(labels(connection, gone).values()))
         raise Refused(f"{named} was removed meanwhile", hint="choose other parents, and ask again")
