@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import lru_cache
+from threading import Lock, Thread
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -36,6 +38,8 @@ from .routes import router
 BACKLOG = 2048
 #: Asked for again and again, so they are tried before all other routes.
 OFTEN = ("/v1/jobs/{job_id}", "/v1/merges")
+#: How long the ledger may take to be called ready.
+READY_S = 2.0
 #: Names by which a server that only this machine can reach is asked for.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -137,10 +141,12 @@ def _add_health(app: FastAPI, registry: ServedRegistry, metrics: Metrics) -> Non
         """The process answers."""
         return PlainTextResponse("ok\n")
 
+    ready = _Asked(registry.check)
+
     @app.get("/readyz", include_in_schema=False)
     def readyz() -> Response:
-        """The ledger answers."""
-        registry.check()
+        """The ledger answers, and soon."""
+        ready.wait(READY_S)
         return PlainTextResponse("ok\n")
 
     @app.get("/metrics", include_in_schema=False)
@@ -158,6 +164,38 @@ def _add_health(app: FastAPI, registry: ServedRegistry, metrics: Metrics) -> Non
             age.labels(queue).set(own[JobState.QUEUED].oldest_s if JobState.QUEUED in own else 0)
             workers.labels(queue).set(sum(queue in worker.queues for worker in at_work))
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Asked:
+    """A question that is asked once at a time, however many wait for its answer, and may never be answered."""
+
+    def __init__(self, ask: Callable[[], object]) -> None:
+        self._ask = ask
+        self._lock = Lock()
+        self._answer: Future[None] | None = None
+
+    def wait(self, seconds: float) -> None:
+        """Raises what asking raised, or `Unavailable` where it takes longer."""
+        with self._lock:
+            if self._answer is None:
+                self._answer = Future()
+                # a daemon: a server whose database is frozen can still be stopped
+                Thread(target=self._run, args=[self._answer], daemon=True).start()
+            answer = self._answer
+        try:
+            answer.result(seconds)
+        except TimeoutError as error:
+            raise Unavailable(f"the ledger has not answered for {seconds:g} s", hint="is its database up?") from error
+
+    def _run(self, answer: Future[None]) -> None:
+        try:
+            self._ask()
+        except BaseException as error:  # noqa: BLE001 - who waits gets it
+            answer.set_exception(error)
+        else:
+            answer.set_result(None)
+        with self._lock:
+            self._answer = None
 
 
 def _add_problems(app: FastAPI) -> None:

@@ -224,7 +224,7 @@ class LocalRegistry:
         return stage_folder(self.settings.home)
 
     def check(self) -> None:
-        _ = self.ledger.registry_id
+        self.ledger.has_versions()
 
     @contextmanager
     def files(self, ref: Ref) -> Iterator[tuple[VersionView, Path]]:

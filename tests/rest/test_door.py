@@ -6,17 +6,23 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from starlette.testclient import TestClient
 from tiny import write_tiny_adapter
 
+from adapterctl.bootstrap import connect
 from adapterctl.registry.domain import errors
 from adapterctl.registry.domain.access import Scope
 from adapterctl.registry.domain.job import JobState, NewJob
+from adapterctl.registry.rest.app import create_app
 from adapterctl.registry.rest.door import JSON_BYTES, Rules
 from adapterctl.registry.rest.problems import STATUS, from_problem, to_problem
+from adapterctl.registry.settings import Settings
 
 UPLOAD_BYTES = 1 << 20
 
@@ -410,3 +416,21 @@ def test_changes_are_recorded_under_the_name_of_the_token(served: Any, parts: li
     )
 
     assert answer.json()["actor"] == "grace"
+
+
+def test_a_server_is_ready_only_while_its_ledger_answers(
+    home: Path, postgres_url: str, new_database: Callable[[str], str], postgres_mlflow_schema: str
+):
+    address = new_database(postgres_mlflow_schema)
+    registry = connect(Settings(home=home, actor="ada", database_url=postgres_url, mlflow_uri=address))
+    door = create_app(registry, registry.access, Rules(hosts=("localhost",), upload_bytes=1), version="1.2.3")
+    with closing(registry.ledger), TestClient(door, base_url="http://localhost") as client:
+        before = client.get("/readyz").status_code
+        with psycopg.connect(postgres_url) as other:
+            other.execute("LOCK TABLE version IN ACCESS EXCLUSIVE MODE")  # as good as a database that stands still
+            frozen = [client.get("/readyz") for _ in range(2)]
+        after = [client.get("/readyz").status_code for _ in range(2)]
+
+    assert before == 200
+    assert [(answer.status_code, "has not answered" in answer.text) for answer in frozen] == [(503, True)] * 2
+    assert after[-1] == 200
