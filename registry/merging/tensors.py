@@ -35,6 +35,8 @@ _Hashed = tuple[str, str, tuple[int, ...], str]
 STORED: Mapping[str, str] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 #: Of a delta: factors of 32 bits stay below 1e84, and the squares of larger ones leave the range of float64.
 LARGEST_NORM = 1e100
+#: Of float64, into which a tensor is widened piece by piece to be measured.
+BLOCK_BYTES = 8 << 20
 #: After so many bytes the kernel is asked to begin with writing them down.
 WRITEBACK_BYTES = 4 << 20
 _SYNC_FILE_RANGE_WRITE = 2
@@ -138,12 +140,12 @@ def measure(path: Path, facts: AdapterFacts) -> Measured:
     norms: dict[str, float] = {}
     with TensorReader(path) as reader:
         for module in facts.modules:
-            arrays: list[Array] = []
-            for entry in _entries(module):
+            grams: list[Array] = []
+            for entry, shape in zip(_entries(module), ((module.rank, -1), (-1, module.rank), (1, -1)), strict=False):
                 raw = reader.raw(entry)
                 hashed.append(_hash(entry, raw))
-                arrays.append(_finite(decode(raw, entry), entry))
-            norms[module.name] = _within(_norm(module, arrays[0], arrays[1]), module)
+                grams.append(_gram(raw, entry, shape, along=int(entry is not module.b)))
+            norms[module.name] = _within(_norm(module, grams[0], grams[1]), module)
     return Measured(_digest(hashed, facts), norms)
 
 
@@ -166,16 +168,30 @@ def _digest(hashed: Sequence[_Hashed], facts: AdapterFacts) -> str:
     return content_digest(hashed, scaling=facts.scaling, fan_in_fan_out=facts.fan_in_fan_out)
 
 
-def _finite(array: Array, entry: TensorEntry) -> Array:
-    if np.isfinite(array).all():
-        return array
-    count = int(array.size - np.isfinite(array).sum())
-    message = f"{entry.key} holds {count:,} values that are NaN or infinite"
-    raise InvalidAdapter(
-        message,
-        hint="the training diverged; register an earlier checkpoint",
-        problems=[Problem("not_finite", message)],
-    )
+def _gram(raw: memoryview, entry: TensorEntry, shape: tuple[int, int], *, along: int) -> Array:
+    """The tensor in `shape`, multiplied with itself along one axis, in float64; looked at in pieces of `BLOCK_BYTES`.
+
+    Raises `InvalidAdapter` for values that are not finite.
+    """
+    stored = np.frombuffer(raw, STORED[entry.dtype]).reshape(shape)
+    step = max(1, BLOCK_BYTES // (8 * max(1, stored.shape[1 - along])))
+    total: Array = np.zeros((stored.shape[1 - along],) * 2)
+    wrong = 0
+    for start in range(0, stored.shape[along], step):
+        piece = stored[:, start : start + step] if along else stored[start : start + step]
+        values = np.empty(piece.shape)
+        widen(piece, entry.dtype, values)
+        wrong += values.size - int(np.count_nonzero(np.isfinite(values)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            total += values @ values.T if along else values.T @ values
+    if wrong:
+        message = f"{entry.key} holds {wrong:,} values that are NaN or infinite"
+        raise InvalidAdapter(
+            message,
+            hint="the training diverged; register an earlier checkpoint",
+            problems=[Problem("not_finite", message)],
+        )
+    return total
 
 
 def _within(norm: float, module: LoraModule) -> float:
@@ -190,11 +206,9 @@ def _within(norm: float, module: LoraModule) -> float:
 
 
 def _norm(module: LoraModule, a: Array, b: Array) -> float:
-    """||s·B·A||_F from two R×R Gram matrices: ||BA||² = Σ (BᵀB) ∘ (AAᵀ); B·A itself is never formed."""
-    wide_a = a.reshape(module.rank, -1).astype(np.float64)
-    wide_b = b.reshape(-1, module.rank).astype(np.float64)
+    """||s·B·A||_F from the R×R Gram matrices AAᵀ and BᵀB: ||BA||² = Σ (BᵀB) ∘ (AAᵀ); B·A itself is never formed."""
     with np.errstate(over="ignore", invalid="ignore"):
-        squared = float(np.sum((wide_b.T @ wide_b) * (wide_a @ wide_a.T)))
+        squared = float(np.sum(b * a))
     # rounding may leave a tiny negative sum where B·A is zero
     return abs(module.scaling) * float(np.sqrt(np.maximum(squared, 0.0)))
 

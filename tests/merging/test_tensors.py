@@ -17,6 +17,7 @@ from tiny import encode, safetensors_bytes, write_tiny_adapter
 from adapterctl.registry.domain.adapter import read_facts
 from adapterctl.registry.domain.errors import Corrupt, InvalidAdapter
 from adapterctl.registry.domain.header import read_header
+from adapterctl.registry.merging import tensors as merging_tensors
 from adapterctl.registry.merging.tensors import Measured, TensorReader, measure
 
 
@@ -89,7 +90,9 @@ def test_the_digest_depends_on_what_is_computed_and_on_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
-def test_norms_are_those_of_the_dense_delta(tmp_path, dtype):
+@pytest.mark.parametrize("block_bytes", [merging_tensors.BLOCK_BYTES, 100])
+def test_norms_are_those_of_the_dense_delta(tmp_path, dtype, block_bytes, monkeypatch):
+    monkeypatch.setattr(merging_tensors, "BLOCK_BYTES", block_bytes)
     folder = write_tiny_adapter(
         tmp_path, dtype=dtype, alpha=-6, embedding={"emb": (12, 6)}, conv={"conv": (4, 3, 3, 3)}, ranks={"conv": 2}
     )
