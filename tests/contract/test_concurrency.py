@@ -20,7 +20,7 @@ from adapterctl.registry.ports import Ledger
 from adapterctl.registry.stores.sql import engine
 from adapterctl.registry.stores.sql.engine import Now
 from adapterctl.registry.stores.sql.ledger import SqlLedger
-from adapterctl.registry.stores.sql.tables import version
+from adapterctl.registry.stores.sql.tables import job, version
 
 PROCESSES, COMMANDS = 6, 200
 
@@ -56,6 +56,22 @@ def test_a_child_waits_for_a_removal_of_its_parent_and_is_refused(
     assert isinstance(answers[0], Refused)
     assert "removed meanwhile" in answers[0].message
     assert ledger.versions("child") == []
+
+
+def test_a_job_that_is_given_back_at_that_moment_is_cancelled(ledger: SqlLedger):
+    ledger.submit(NewJob("merge", "key", "title", {}, "ada"))
+    claimed, answers = ledger.claim("me", 60.0), []
+    assert claimed is not None
+    cancel = threading.Thread(target=lambda: answers.append(ledger.request_cancel(claimed.id)))
+
+    with ledger._db.write() as connection:
+        queued = {"state": JobState.QUEUED, "owner": None, "lease_until": None}
+        connection.execute(update(job).where(job.c.id == claimed.id).values(queued))
+        cancel.start()
+        cancel.join(1.0)
+    cancel.join()
+
+    assert [each.state for each in answers] == [JobState.CANCELLED]
 
 
 def test_six_processes_at_once_lose_nothing(ledger: Ledger, add_version: Callable[..., AdapterVersion], address: str):

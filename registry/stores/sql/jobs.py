@@ -151,6 +151,8 @@ class JobRows:
 
     def request_cancel(self, job_id: str) -> Job:
         with self._db.write() as connection:
+            # held, so that the job does not go from running to queued between the two looks
+            connection.execute(select(job.c.id).where(job.c.id == job_id).with_for_update())
             waiting = (job.c.id == job_id) & (job.c.state == JobState.QUEUED)
             moved = end_job(connection, waiting, JobState.CANCELLED)
             if moved is not None:
