@@ -264,7 +264,7 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
             settings,
             open_versions=lambda: registry.version_store,
             folders=folders,
-            beside=lambda version, suite: beside(ledger, version, suite),
+            beside=lambda version, suite, dtype: beside(ledger, version, suite, dtype),
             made_on_demand=registry.made_on_demand,
         ),
         "recall": RecallHandler(ledger, open_versions=lambda: registry.version_store),

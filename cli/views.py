@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from ..registry.domain.base_dtype import told
 from ..registry.services.words import EXACT, loss, number
 from .output import Output, printable
 
@@ -313,7 +314,7 @@ def retention_text(view: RetentionView, out: Output) -> str:
     if view.rows:
         header, rows = _retention_table(view)
         lines.append(out.table(header, rows, right=range(2, len(header) - 2)))
-    notes = {f"{row.task}: {row.note}" for row in view.rows if row.note}
+    notes = {f"{row.task}{told(row.dtype)}: {row.note}" for row in view.rows if row.note}
     lines += [out.paint(f"  {printable(note)}", "dim") for note in sorted(notes)]
     lines += [out.paint(f"  {printable(note)}", "dim") for note in view.notes]
     lines += [printable(f"  not evaluated: {name}") for name in view.missing]
@@ -338,7 +339,7 @@ def tune_text(view: TuneView, out: Output, *, explain: bool) -> str:
     ]  # fmt: skip
     header = ["TASK", "METRIC", "PARENT", "BASE", "ITS", "THIS", "RETENTION", "GAIN KEPT", "PLAIN SUM"]
     lines.append(out.table(header, rows, right={3, 4, 5}))
-    samples = f"{view.heldout_samples} held-out samples; {view.tuning_samples} others decided"
+    samples = f"{view.heldout_samples} held-out samples; {view.tuning_samples} others decided{told(view.base_dtype)}"
     lines.append(out.paint(f"  on {samples}; {view.used:.1f} of {view.budget:g} full evaluations used", "dim"))
     lines += [out.paint(f"  {line}", "dim") for line in view.advice]
     best = sorted((trial for trial in view.trials if trial.complete), key=lambda trial: -trial.worst)[:10]

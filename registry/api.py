@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from .domain.access import EVERY_NAME, Scope, Token
+from .domain.base_dtype import FULL
 from .domain.evals import EvalReport, Interval
 from .domain.job import Job, JobEvent, LogPiece, QueueDepth
 from .domain.plan import Forecast, Interference, Pair
@@ -290,7 +291,8 @@ class RetentionRow:
     `retention` is child / parent (parent / child where lower is better); `gain_kept` is
     (child - base) / (parent - base), None where the parent does not beat the base beyond its interval. `primary` says
     that the task goes by this metric, `here` that this registry computed all of the figures; `switched` is
-    the share of answers that read more like another parent's than like the owner's, where answers are there.
+    the share of answers that read more like another parent's than like the owner's, where answers are there. `dtype` is
+    what the base was computed with for all of them; where that is not float32, it ends the name of the metric.
     """
 
     suite: str
@@ -308,6 +310,7 @@ class RetentionRow:
     primary: bool = False
     here: bool = True
     switched: float | None = None
+    dtype: str = FULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +363,7 @@ class TuneView:
     candidate. `jobs` are the merges that register the finalists, where that was asked for. `layer_groups` are patterns
     of the runs of layers with weights of their own. `less_plain` is the smallest share that the winner keeps less that
     of the plain candidate, held out (-1 to 1; None where every parent scores 0), and `advice` what follows from it.
+    All of it is on the base in `base_dtype`.
     """
 
     job: str
@@ -382,6 +386,7 @@ class TuneView:
     layer_groups: tuple[str, ...] = ()
     less_plain: Interval | None = None
     advice: tuple[str, ...] = ()
+    base_dtype: str = FULL
 
     @property
     def searched(self) -> tuple[str, ...]:
@@ -626,7 +631,12 @@ class RegistryAPI(Protocol):
     def retry(self, job_id: str) -> Job: ...
 
     # evaluation
-    def evaluate(self, refs: Sequence[Ref], *, suites: Sequence[str], limit: int | None = None) -> Job: ...
+    def evaluate(
+        self, refs: Sequence[Ref], *, suites: Sequence[str], limit: int | None = None, base_dtype: str | None = None
+    ) -> Job:
+        """Queue an evaluation. The base is in `base_dtype`: float32, nf4 or nf4-dq; None is the registry's setting."""
+        ...
+
     def tune(self, request: TuneRequest) -> Job:
         """Queue a search for the weights of a merge."""
         ...

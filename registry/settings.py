@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .domain.base_dtype import DTYPES, FULL
 from .domain.errors import Misconfigured
 from .domain.worker import GPU_QUEUE
 
@@ -25,9 +26,10 @@ ELSEWHERE = ("server", "token", "database_url", "broker_url")
 class Settings:
     """`home` holds the embedded registry. `mlflow_uri` is only read when a registry is made.
 
-    `base_paths` says where base models lie, each as NAME=FOLDER; `eval_device` is auto, cpu, cuda or mps. With `server`
-    every verb goes to another machine; with `database_url` the ledger is shared, and `home` holds what is only ours.
-    What may hold a password is left out of `repr`.
+    `base_paths` says where base models lie, each as NAME=FOLDER; `eval_device` is auto, cpu, cuda or mps; `eval_dtype`
+    is what bases are loaded in where an evaluation does not say, unless their files are quantised. With `server` every
+    verb goes to another machine; with `database_url` the ledger is shared, and `home` holds what is only ours. What may
+    hold a password is left out of `repr`.
     """
 
     home: Path
@@ -42,6 +44,7 @@ class Settings:
     gpu_queue: str = "prefer"
     base_paths: tuple[str, ...] = ()
     eval_device: str = "auto"
+    eval_dtype: str = FULL
     actor: str = ""
     mlflow_ui: str = "http://127.0.0.1:5000"
     server: str | None = None
@@ -80,10 +83,10 @@ def load_settings(
         values = {key: value for key, value in values.items() if key not in ELSEWHERE}
     values |= given
     settings = Settings(**{key: _convert(key, value, "settings") for key, value in values.items()})
-    if settings.gpu_queue not in GPU_QUEUE:
-        raise Misconfigured(
-            f"gpu_queue is {settings.gpu_queue!r}, expected {', '.join(GPU_QUEUE)}", hint="see docs/settings.md"
-        )
+    for name, known in (("gpu_queue", GPU_QUEUE), ("eval_dtype", DTYPES)):
+        value = getattr(settings, name)
+        if value not in known:
+            raise Misconfigured(f"{name} is {value!r}, expected {', '.join(known)}", hint="see docs/settings.md")
     return settings
 
 

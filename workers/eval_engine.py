@@ -23,9 +23,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+from ..registry.domain.base_dtype import FOUR_BITS, FULL
 from ..registry.domain.errors import Corrupt, InvalidInput, JobFailed, Unavailable
 from ..registry.domain.evals import answer_statistics
 from ..registry.domain.suite import Row, SuiteTask
@@ -55,18 +56,20 @@ class Answers:
 
 
 class Engine:
-    """The base in float32 with adapters loaded from their files, one active at a time, never merged into it.
+    """The base, in float32 or in fewer bits, with adapters loaded from their files, one active at a time, never merged.
 
     Every adapter ever used stays loaded: a LoRA adapter is small beside its base, and PEFT activates another one by
     itself when the active one is deleted.
     """
 
-    def __init__(self, base: Path, *, device: str, batch_size: int, threads: int, tick: Tick) -> None:
+    def __init__(
+        self, base: Path, *, device: str, dtype: str = FULL, batch_size: int, threads: int, tick: Tick
+    ) -> None:
         torch.set_num_threads(threads)
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("torch sees no CUDA device", hint="set ADAPTERCTL_EVAL_DEVICE=cpu")
         self._device = device
-        self._model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True).to(device)
+        self._model = _load(base, device, dtype)
         self._model.eval()
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         if not tokenizer.eos_token:
@@ -178,6 +181,36 @@ class Engine:
         ids = torch.arange(16, device=self._device).remainder(self._model.config.vocab_size).unsqueeze(0)
         with torch.inference_mode():
             return self._model(ids).logits.clone()
+
+
+def _load(base: Path, device: str, dtype: str) -> Any:
+    """The base's model: as it is stored where that is quantised, else in `dtype`; what is not quantised in float32."""
+    options: dict[str, Any] = {}
+    if dtype != FULL:
+        options["device_map"] = {"": device}  # what is quantised cannot be moved
+    if dtype in FOUR_BITS and not _is_quantised(base):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=dtype == "nf4-dq",
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True, **options)
+    except (ImportError, RuntimeError, ValueError) as error:
+        if dtype == FULL:
+            raise
+        raise JobFailed(f"the base cannot be loaded in {dtype} here: {error}") from error
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # on a CPU with bfloat16 bitsandbytes would round inputs and scales to it, whatever the compute dtype says:
+            # other figures than on other machines, and it takes no widths but multiples of 64
+            module.support_avx512bf16_for_cpu = False
+    return model if options else model.to(device)
+
+
+def _is_quantised(base: Path) -> bool:
+    return getattr(AutoConfig.from_pretrained(base, local_files_only=True), "quantization_config", None) is not None
 
 
 class _AddInPlace:

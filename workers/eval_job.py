@@ -6,6 +6,7 @@ once, and so is each task of one that is not complete: what an interrupted evalu
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,7 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
 
     Raises `JobCancelled` between two batches once `should_stop` says so.
     """
-    os.environ.update(QUIET)  # before the libraries below read it
+    be_quiet()
     from .eval_engine import Engine  # deferred: torch, transformers, peft and lm_eval take 5 to 10 s
 
     plan, out = from_builtins(task["plan"], EvalPlan), Path(task["out"])
@@ -57,6 +58,7 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
     engine = Engine(
         base_of(Path(plan.base_folder)),
         device=plan.engine["device"],
+        dtype=plan.engine["dtype"],
         batch_size=int(plan.engine["batch_size"]),
         threads=task.get("threads") or threads_of(),
         tick=progress.tick,
@@ -71,6 +73,13 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
                 files.append(_write(out / f"{pair.key}.json", _evaluate(engine, plan, pair, out.parent, progress)))
     engine.check_base()
     return {"reports": files}
+
+
+def be_quiet() -> None:
+    """Tell the libraries so before they are imported, for that is when they read it."""
+    os.environ.update(QUIET)
+    # once imported it asks for `kernels`, which would fetch what it runs from the network
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def threads_of() -> int:

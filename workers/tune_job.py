@@ -49,7 +49,7 @@ from ..registry.merging.stack import Stack, coefficients, load_stack
 from ..registry.merging.tensors import TensorReader
 from ..registry.wire import from_builtins, to_builtins
 from .engine import WEIGHTS_FILE, for_each_module
-from .eval_job import QUIET, base_of, threads_of
+from .eval_job import base_of, be_quiet, threads_of
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ def run(task: Mapping[str, Any], emit: Emit, should_stop: Callable[[], bool]) ->
 
     Raises `JobCancelled` between two batches once `should_stop` says so.
     """
-    os.environ.update(QUIET)  # before the libraries below read it
+    be_quiet()
     plan = from_builtins(task["plan"], TunePlan)
     with Journal(Path(task["journal"]), plan.digest) as journal:
         bench = Bench(plan, emit, should_stop, threads=task.get("threads") or threads_of())
@@ -380,6 +380,7 @@ class Bench:
         return Engine(
             base_of(Path(self._plan.base_folder)),
             device=self._plan.engine["device"],
+            dtype=self._plan.engine["dtype"],
             batch_size=int(self._plan.engine["batch_size"]),
             threads=self._threads,
             tick=self._tick,

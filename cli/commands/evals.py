@@ -17,6 +17,13 @@ from ..output import printable
 
 GROUP = "Evaluation and stages"
 
+BaseDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE", help="The base in float32, nf4 (4 bits, as QLoRA) or nf4-dq.  [default: setting eval_dtype]"
+    ),
+]
+
 
 class OrRun(TyperGroup):
     """`eval REF` is `eval run REF`: what does not begin with the name of a command goes to `run`."""
@@ -55,6 +62,7 @@ def evaluate(
         typer.Option(metavar="FILE", help="A suite; may be repeated.  [default: those of the adapter and its parents]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Samples a task at most.")] = None,
+    base_dtype: BaseDtype = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result, or print the job's id.")] = True,
     timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Wait no longer, e.g. 90s, 5m, 1.5h.")] = None,
 ) -> None:
@@ -67,7 +75,7 @@ def evaluate(
     timeout_s = parse.duration_s(timeout)
     wanted = [parse_ref(ref) for ref in refs]
     registry = session.registry()
-    job = registry.evaluate(wanted, suites=suite or (), limit=limit)
+    job = registry.evaluate(wanted, suites=suite or (), limit=limit, base_dtype=base_dtype)
     if not wait:
         session.out.say(f"queued; wait for it with: adapterctl jobs wait {job.id}")
         session.out.data(job, text=lambda: job.id, names=[job.id])

@@ -12,6 +12,7 @@ from .. import parse, views
 from ..complete import complete_names, complete_refs
 from ..connect import Session, add_verbs
 from ..follow import follow
+from .evals import BaseDtype
 
 GROUP = "Merging"
 
@@ -46,6 +47,7 @@ def tune(
     ] = 1,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the proposals.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Samples a task, both halves together.")] = None,
+    base_dtype: BaseDtype = None,
     register: Annotated[int, typer.Option(min=0, metavar="K", help="Make versions of the K best.")] = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Tell why the winner won.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result, or print the job's id.")] = True,
@@ -76,6 +78,7 @@ def tune(
         limit=limit,
         keep=register,
         layer_groups=layer_groups,
+        base_dtype=base_dtype,
     )
     registry = session.registry()
     job = registry.tune(request)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal
 
+from .base_dtype import FULL, marked
 from .errors import InvalidInput
 
 Direction = Literal["higher", "lower"]
@@ -65,9 +66,18 @@ class EvalReport:
     outputs: tuple[Mapping[str, Any], ...] = ()
 
     @property
+    def dtype(self) -> str:
+        """What the base was computed with, `float32` or for instance `nf4`."""
+        return self.engine.get("dtype", FULL)
+
+    @property
     def metrics(self) -> dict[str, float]:
-        """Every metric as `task/metric`."""
-        return {f"{task.task}/{name}": value for task in self.tasks for name, value in task.metrics.items()}
+        """Every metric as `task/metric`, or `task/metric.nf4` on a base in 4 bits: none ever stands for the other."""
+        return {
+            f"{task.task}/{marked(name, self.dtype)}": value
+            for task in self.tasks
+            for name, value in task.metrics.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ DECISION = ("plain unless beaten beyond the interval", CONFIDENCE)
 @dataclass(frozen=True, slots=True)
 class TuneRequest:
     """A search as the caller asks for it. `ranks` are for methods that have a choice; `keep` is how many become
-    versions; in each of `layer_groups` runs of layers the parents have weights of their own.
+    versions; in each of `layer_groups` runs of layers the parents have weights of their own. `base_dtype` is what the
+    base is loaded in, see `base_dtype.py`.
 
     `budget` is counted in full evaluations: looks at as many samples as the tuning half has.
     """
@@ -52,6 +53,7 @@ class TuneRequest:
     limit: int | None = None
     keep: int = 0
     layer_groups: int = 1
+    base_dtype: str | None = None
 
     @property
     def target(self) -> str:

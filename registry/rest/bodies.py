@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..api import DAY_S
 from ..domain.access import EVERY_NAME, Scope
+from ..domain.base_dtype import DTYPES
 from ..domain.recipe import MergeRequest, ResizeRequest, parse_layer_weights
 from ..domain.refs import check_name, parse_parent, parse_ref
 from ..domain.tuning import DEFAULT_BUDGET, TuneRequest
@@ -17,6 +18,7 @@ Short = Annotated[str, Field(max_length=512)]
 Ref = Annotated[str, Field(max_length=300, description="NAME[:vN | @STAGE | @sha256:HEX]", examples=["translate:v3"])]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 SuiteDigest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="Of a suite that was sent to /v1/suites.")]
+BaseDtype = Annotated[str, Field(max_length=512, description=f"Of the base: {', '.join(DTYPES)}.", examples=["nf4"])]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -111,6 +113,7 @@ class EvaluateBody(Body):
     refs: Annotated[list[Ref], Field(min_length=1, max_length=64)]
     suites: Annotated[list[SuiteDigest], Field(max_length=32)] = []
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    base_dtype: BaseDtype | None = None
 
 
 class TuneBody(Body):
@@ -126,6 +129,7 @@ class TuneBody(Body):
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     keep: Annotated[int, Field(ge=0, le=16, description="How many of the best to make versions of.")] = 0
     layer_groups: Annotated[int, Field(ge=1, le=1000, description="Runs of layers, each with weights of its own.")] = 1
+    base_dtype: BaseDtype | None = None
 
     def request(self) -> TuneRequest:
         """Raises `InvalidInput` for a reference that cannot be read."""
@@ -140,6 +144,7 @@ class TuneBody(Body):
             limit=self.limit,
             keep=self.keep,
             layer_groups=self.layer_groups,
+            base_dtype=self.base_dtype,
         )
 
 

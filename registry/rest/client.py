@@ -289,11 +289,12 @@ class RemoteRegistry:
 
     # evaluation
 
-    def evaluate(self, refs: Sequence[Ref], *, suites: Sequence[str], limit: int | None = None) -> Job:
+    def evaluate(
+        self, refs: Sequence[Ref], *, suites: Sequence[str], limit: int | None = None, base_dtype: str | None = None
+    ) -> Job:
         digests = [self._keep_suite(suite) for suite in suites]
-        return self._post(
-            "/v1/evaluations", {"refs": [str(ref) for ref in refs], "suites": digests, "limit": limit}, Job
-        )
+        body = {"refs": [str(ref) for ref in refs], "suites": digests, "limit": limit, "base_dtype": base_dtype}
+        return self._post("/v1/evaluations", body, Job)
 
     def tune(self, request: TuneRequest) -> Job:
         body = {
@@ -307,6 +308,7 @@ class RemoteRegistry:
             "limit": request.limit,
             "keep": request.keep,
             "layer_groups": request.layer_groups,
+            "base_dtype": request.base_dtype,
         }
         return self._post("/v1/tunes", body, Job)
 

@@ -580,7 +580,7 @@ def evaluate(body: bodies.EvaluateBody, call: Merge) -> Response:
     """Queue an evaluation of versions, and of their base and parents."""
     refs = [parse_ref(ref) for ref in body.refs]
     call.caller.check_change(*(ref.name for ref in refs))
-    queued = call.registry.evaluate(refs, suites=body.suites, limit=body.limit)
+    queued = call.registry.evaluate(refs, suites=body.suites, limit=body.limit, base_dtype=body.base_dtype)
     return _accepted(queued, queued)
 
 

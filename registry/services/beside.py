@@ -9,9 +9,9 @@ from .pictures import retention_picture
 from .retain import retention_view, side_by_side
 
 
-def beside(ledger: Ledger, version: AdapterVersion, suite: Suite) -> Beside:
-    """Nothing for a version without parents, or whose parents are not evaluated."""
-    view = retention_view(ledger, version)
+def beside(ledger: Ledger, version: AdapterVersion, suite: Suite, dtype: str) -> Beside:
+    """Nothing for a version without parents, or whose parents are not evaluated on the base in this dtype."""
+    view = retention_view(ledger, version, dtype=dtype)
     if not view.rows:
         return Beside()
-    return Beside(side_by_side(ledger, version, suite), {"retention.png": retention_picture(view)})
+    return Beside(side_by_side(ledger, version, suite, dtype), {"retention.png": retention_picture(view)})

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..crashpoints import reached
+from ..domain.base_dtype import BITSANDBYTES, FULL, check_dtype, told
 from ..domain.digest import json_digest
-from ..domain.errors import Corrupt, InvalidInput, Refused, Unavailable
+from ..domain.errors import Corrupt, InvalidInput, JobFailed, Refused, Unavailable
 from ..domain.eval_plan import BASE, EvalPlan, Pair, Subject, report_key
 from ..domain.evals import HERE, EvalReport
 from ..domain.job import Job, NewJob
@@ -29,14 +30,13 @@ from ..ports import Beside, Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
 from ..wire import from_builtins, from_json, to_builtins
 from .fleet import queue_for_gpu_work
-from .locate_base import locate_base
+from .locate_base import locate_base, quantised_to
 from .resolve import resolve
 from .schedule import Done, Task, submit
 from .suites import find_suite, keep_suite, suites_of
 
-EXTRA = "pip install 'adapterctl[eval]'"
+EXTRA, FOUR_BIT_EXTRA = "pip install 'adapterctl[eval]'", "pip install 'adapterctl[4bit]'"
 ENGINE_PACKAGES = ("lm_eval", "torch", "transformers", "peft")
-DTYPE = "float32"
 BATCH_SIZE = 8
 #: Provenance of reports that came with a file instead of being computed here.
 IMPORTED = "committed result"
@@ -49,26 +49,30 @@ def request_evaluation(
     *,
     suites: Sequence[str] = (),
     limit: int | None = None,
+    base_dtype: str | None = None,
     settings: Settings,
     made_on_demand: Mapping[str, str] | None = None,
 ) -> Job:
     """Queue the evaluation of versions of one base; a merged version brings its parents and their suites along.
 
-    `suites` are paths of YAML files or digests of kept suites; without any, the versions' own are taken.
+    `suites` are paths of YAML files or digests of kept suites; without any, the versions' own are taken. Without a
+    `base_dtype` it is that of the settings, or of the base's files where those are quantised.
 
-    Raises `InvalidInput` without a suite or with several bases, `Unavailable` when the extra or the base is not here.
+    Raises `InvalidInput` without a suite or with several bases, `Unavailable` when an extra or the base is not here.
     """
     check_installed()
+    check_dtype(base_dtype)
     if limit is not None and limit < 1:
         raise InvalidInput(f"--limit {limit} is not a number of samples", hint="give 1 or more")
     versions = list({version.id: version for version in (resolve(ledger, ref) for ref in refs)}.values())
     given = [find_suite(ledger, text) for text in suites]
     chosen = _choose_suites(ledger, versions, given)
-    locate(ledger, _one_base(versions), settings, made_on_demand)
+    base = _one_base(versions)
+    dtype = dtype_of(locate(ledger, base, settings, made_on_demand), base, base_dtype, settings)
     labels = ", ".join(version.label for version in versions)
     ids = [version.id for version in versions]
     queue = queue_for_gpu_work(ledger, settings)
-    new = _new_job(ledger, ids, labels, chosen, limit=limit, actor=settings.actor, queue=queue)
+    new = _new_job(ledger, ids, labels, chosen, limit=limit, dtype=dtype, actor=settings.actor, queue=queue)
     return submit(ledger, bell, new)[0]
 
 
@@ -84,16 +88,45 @@ def evaluation_of_merge(
     inherited = [suite for i in job.spec["parents"] for suite in suites_of(ledger, parents[i])]
     suites = list({suite.digest: suite for suite in [*inherited, *given]}.values())
     base = parents[job.spec["parents"][0]].spec.base
-    if not suites or not (given or _can_evaluate(ledger, base, settings, made_on_demand)):
+    asked = job.spec.get("base_dtype")
+    dtype = _possible_dtype(ledger, base, asked, settings, made_on_demand) if suites else None
+    if dtype is None and not given:
         return []
+    dtype = dtype or asked or settings.eval_dtype
     queue = queue_for_gpu_work(ledger, settings)
-    return [_new_job(ledger, [version_id], job.spec["into"], suites, limit=None, actor=job.created_by, queue=queue)]
+    into, actor = job.spec["into"], job.created_by
+    return [_new_job(ledger, [version_id], into, suites, limit=None, dtype=dtype, actor=actor, queue=queue)]
 
 
 def check_installed() -> None:
     """Raises `Unavailable` unless the extra `eval` is there. Imports none of it."""
     if missing := _missing():
         raise Unavailable(f"evaluation needs {', '.join(missing)}, which is not installed", hint=EXTRA)
+
+
+def dtype_of(folder: Path, base: Base, asked: str | None, settings: Settings) -> str:
+    """What the base in `folder` is computed with: what it is quantised to as it is stored, else what is asked for.
+
+    Raises `InvalidInput` where it is stored in something else than asked, `Unavailable` without bitsandbytes.
+    """
+    stored = quantised_to(folder)
+    _check_stored(base, stored, asked)
+    dtype = stored or asked or settings.eval_dtype
+    if _lacks_bitsandbytes(dtype):
+        raise Unavailable(f"a base in {dtype} needs bitsandbytes, which is not installed", hint=FOUR_BIT_EXTRA)
+    return dtype
+
+
+def _check_stored(base: Base, stored: str | None, asked: str | None) -> None:
+    if stored and asked not in (None, stored):
+        raise InvalidInput(
+            f"the base {base.name} is stored in {stored} and cannot be evaluated in {asked}",
+            hint="leave out --base-dtype; another form of the model is another base",
+        )
+
+
+def _lacks_bitsandbytes(dtype: str) -> bool:
+    return dtype in BITSANDBYTES and find_spec("bitsandbytes") is None
 
 
 def _missing() -> list[str]:
@@ -105,13 +138,15 @@ def _versions() -> dict[str, str]:
     return {name: installed_version(name).partition("+")[0] for name in ENGINE_PACKAGES}
 
 
-def _can_evaluate(ledger: Ledger, base: Base, settings: Settings, made_on_demand: Mapping[str, str] | None) -> bool:
+def _possible_dtype(
+    ledger: Ledger, base: Base, asked: str | None, settings: Settings, made_on_demand: Mapping[str, str] | None
+) -> str | None:
+    """What this machine would evaluate the base in; None where it cannot."""
     try:
         check_installed()
-        locate(ledger, base, settings, made_on_demand)
+        return dtype_of(locate(ledger, base, settings, made_on_demand), base, asked, settings)
     except (Refused, Unavailable):
-        return False
-    return True
+        return None
 
 
 def locate(ledger: Ledger, base: Base, settings: Settings, made_on_demand: Mapping[str, str] | None) -> Path:
@@ -121,9 +156,31 @@ def locate(ledger: Ledger, base: Base, settings: Settings, made_on_demand: Mappi
     )
 
 
-def engine_facts(settings: Settings) -> dict[str, str]:
-    """Settings and versions that a report depends on, read without importing anything."""
-    return {"device": device_of(settings), "dtype": DTYPE, "batch_size": str(BATCH_SIZE), **_versions()}
+def folder_of(
+    ledger: Ledger,
+    base: Base,
+    engine: Mapping[str, str],
+    settings: Settings,
+    made_on_demand: Mapping[str, str] | None,
+) -> Path:
+    """Where the base is on the machine that computes. Raises `InvalidInput` where it is stored otherwise there."""
+    folder = locate(ledger, base, settings, made_on_demand)
+    _check_stored(base, quantised_to(folder), engine["dtype"])
+    return folder
+
+
+def engine_facts(settings: Settings, dtype: str = FULL) -> dict[str, str]:
+    """Settings and versions that a report depends on, read without importing anything.
+
+    Raises `JobFailed` where a worker lacks what `dtype` takes: it would lack it again in the next attempt.
+    """
+    if _lacks_bitsandbytes(dtype):
+        raise JobFailed(
+            f"a base in {dtype} needs bitsandbytes, which is not installed where the job ran",
+            hint=f"{FOUR_BIT_EXTRA} there, then adapterctl jobs retry",
+        )
+    facts = {"device": device_of(settings), "dtype": dtype, "batch_size": str(BATCH_SIZE), **_versions()}
+    return facts | ({"bitsandbytes": installed_version("bitsandbytes")} if dtype in BITSANDBYTES else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +215,10 @@ class EvalHandler:
         *,
         open_versions: Callable[[], VersionStore],
         folders: Folders,
-        beside: Callable[[AdapterVersion, Suite], Beside],
+        beside: Callable[[AdapterVersion, Suite, str], Beside],
         made_on_demand: Mapping[str, str] | None = None,
     ) -> None:
-        """`beside` gives what an evaluation of a merge shows of its parents, once their reports are there too."""
+        """`beside` gives what a merge, evaluated in a dtype, shows of its parents once their reports are there too."""
         self._ledger = ledger
         self._settings = settings
         self._beside = beside
@@ -210,7 +267,7 @@ class EvalHandler:
             subjects=subjects,
             suites={digest: find_suite(self._ledger, digest) for digest in job.spec["suites"]},
             limit=job.spec["limit"],
-            engine=engine_facts(self._settings),
+            engine=engine_facts(self._settings, job.spec.get("base_dtype", FULL)),
         )
 
     def _plan(self, wanted: Wanted, missing: Sequence[Pair], stack: ExitStack) -> EvalPlan:
@@ -221,7 +278,7 @@ class EvalHandler:
             subjects.append(Subject(digest, version.label if version is not None else BASE, folder))
         return EvalPlan(
             base_id=wanted.base.id,
-            base_folder=str(locate(self._ledger, wanted.base, self._settings, self._made_on_demand)),
+            base_folder=str(folder_of(self._ledger, wanted.base, wanted.engine, self._settings, self._made_on_demand)),
             subjects=tuple(subjects),
             suites={digest: wanted.suites[digest] for digest in dict.fromkeys(pair.suite for pair in missing)},
             pairs=tuple(missing),
@@ -254,7 +311,7 @@ class EvalHandler:
     def _show(self, version: AdapterVersion, report: EvalReport, suite: Suite) -> None:
         show_metrics(self._ledger, version, report)
         self._open_versions().log_report(
-            version, report, dataset_digest=suite.data_digest, beside=self._beside(version, suite)
+            version, report, dataset_digest=suite.data_digest, beside=self._beside(version, suite, report.dtype)
         )
 
 
@@ -323,15 +380,18 @@ def _new_job(
     suites: Sequence[Suite],
     *,
     limit: int | None,
+    dtype: str,
     actor: str,
     queue: Queue,
 ) -> NewJob:
+    # a job on the full base has the key and the spec that it always had
+    chosen = {} if dtype == FULL else {"base_dtype": dtype}
     digests = [keep_suite(ledger, suite) for suite in suites]
     return NewJob(
         kind="eval",
-        key=json_digest([sorted(ids), sorted(digests), limit]),
-        title=f"evaluate {labels} on {', '.join(suite.name for suite in suites)}",
-        spec={"refs": list(ids), "suites": digests, "limit": limit},
+        key=json_digest([sorted(ids), sorted(digests), limit, *chosen.values()]),
+        title=f"evaluate {labels} on {', '.join(suite.name for suite in suites)}{told(dtype)}",
+        spec={"refs": list(ids), "suites": digests, "limit": limit, **chosen},
         created_by=actor,
         queue=queue,
     )

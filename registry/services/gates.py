@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..api import GateCheck, GatesView
+from ..domain.base_dtype import FULL, marked
 from ..domain.digest import canonical_json, json_digest
 from ..domain.errors import GateRefused, InvalidInput, NotFound, Problem, raise_all
 from ..domain.eval_plan import report_key
@@ -120,7 +121,8 @@ def collect(ledger: Ledger, version: AdapterVersion, stage: str, conditions: Seq
         reports = ledger.reports_for(version.spec.content_digest, version.spec.base.id)
         judged_by = [suite for each in (version, *parents) for suite in suites_of(ledger, each)]
         suites = {suite.digest: suite for suite in judged_by}
-    current = {digest: found for digest in suites if (found := _newest(reports, digest)) is not None}
+    current = _current(reports, suites, conditions)
+    measured = {report.suite_digest for report in current}
     kept, missing = _kept(ledger, version, conditions) if kinds & {"retention", "gain_kept"} else ((), ())
     return Evidence(
         ref=version.label,
@@ -134,11 +136,11 @@ def collect(ledger: Ledger, version: AdapterVersion, stage: str, conditions: Seq
         missing=missing,
         receipt=_receipt(ledger, version) if kinds & {"receipt", "loss"} else None,
         changed={
-            "suite": tuple(suite.name for digest, suite in suites.items() if digest not in current),
-            "base": tuple(_changed_bases(version, current.values())),
+            "suite": tuple(suite.name for digest, suite in suites.items() if digest not in measured),
+            "base": tuple(_changed_bases(version, current)),
         },
-        evaluated_here=sum(not is_imported(report) for report in (current.values() if suites else reports)),
-        evaluation_age=_evaluation_age(ledger, current.values() if suites else reports, now),
+        evaluated_here=sum(not is_imported(report) for report in (current if suites else reports)),
+        evaluation_age=_evaluation_age(ledger, current if suites else reports, now),
         version_age=round((now - version.created_at) / _HOUR_S, 4),
         approvals=approvals(ledger.stage_history(version.adapter_id, stage), version.id, stage),
         tags=version.spec.tags,
@@ -152,21 +154,34 @@ def _recalled(ledger: Ledger, version: AdapterVersion) -> tuple[str, ...]:
     return () if hit is None else (hit.ref,)
 
 
-def _newest(reports: Sequence[EvalReport], suite: str) -> EvalReport | None:
-    """The report of a suite that counts: of those with the most samples the newest."""
-    found = [report for report in reports if report.suite_digest == suite]
-    return max(reversed(found), key=lambda report: sum(len(task.samples) for task in report.tasks), default=None)
+def _current(reports: Sequence[EvalReport], suites: Iterable[str], conditions: Sequence[Condition]) -> list[EvalReport]:
+    """The report of each suite that counts: on the full base where there is one, of those with the most samples the
+    newest; and the same of every other dtype whose metrics a condition names.
+    """
+    named = [name for each in conditions for name in (each.name, dict(each.places).get("metric", ""))]
+    found = []
+    for suite in suites:
+        ours = [report for report in reversed(reports) if report.suite_digest == suite]
+        dtypes = sorted({report.dtype for report in ours}, key=lambda dtype: (dtype != FULL, dtype))
+        for place, dtype in enumerate(dtypes):
+            if place == 0 or any(name.endswith(marked("", dtype)) for name in named):
+                found.append(max((r for r in ours if r.dtype == dtype), key=_samples))
+    return found
+
+
+def _samples(report: EvalReport) -> int:
+    return sum(len(task.samples) for task in report.tasks)
 
 
 def _figures(
-    ledger: Ledger, version: AdapterVersion, conditions: Sequence[Condition], current: Mapping[str, EvalReport]
+    ledger: Ledger, version: AdapterVersion, conditions: Sequence[Condition], current: Sequence[EvalReport]
 ) -> Iterable[Figure]:
     """Each metric that is asked for: as the suites that judge the version measured it, else as it was last told."""
     told = ledger.metrics([version.id]).get(version.id, {})
     sources = ledger.metric_sources(version.id)
     wanted = {(each.name, each.looks_at): None for each in conditions if each.kind == "metric"}
     for name, confidence in wanted:
-        measured = _measured(name, confidence, current.values())
+        measured = _measured(name, confidence, current)
         if measured is not None:
             yield measured
         elif name in told:
@@ -177,7 +192,8 @@ def _figures(
 def _measured(name: str, confidence: float, reports: Iterable[EvalReport]) -> Figure | None:
     for report in reports:
         for task in report.tasks:
-            metric = {**MEASURES, **BEHAVIOUR}.get(name.removeprefix(f"{task.task}/"))
+            own = name.removeprefix(f"{task.task}/").removesuffix(marked("", report.dtype))
+            metric = {**MEASURES, **BEHAVIOUR}.get(own)
             if metric is None or name not in report.metrics or metric.name not in task.metrics:
                 continue
             interval = spread(metric, task.samples, confidence=confidence)

@@ -383,13 +383,16 @@ class LocalRegistry:
 
     # evaluation
 
-    def evaluate(self, refs: Sequence[Ref], *, suites: Sequence[str], limit: int | None = None) -> Job:
+    def evaluate(
+        self, refs: Sequence[Ref], *, suites: Sequence[str], limit: int | None = None, base_dtype: str | None = None
+    ) -> Job:
         return evaluate.request_evaluation(
             self.ledger,
             self.bell,
             refs,
             suites=suites,
             limit=limit,
+            base_dtype=base_dtype,
             settings=self.settings,
             made_on_demand=self.made_on_demand,
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..domain.base_dtype import stored_dtype
 from ..domain.errors import InvalidInput, Refused, Unavailable
 from ..domain.version import Base
 from . import bases
@@ -43,6 +45,17 @@ def locate_base(
         f"the files of the base {base.name} are not on this machine",
         hint=f"say where: ADAPTERCTL_BASE_PATHS='{base.name}=FOLDER', or put them into the Hugging Face cache",
     )
+
+
+def quantised_to(folder: Path) -> str | None:
+    """What the base in `folder` is stored in, e.g. `nf4`; None where it is not quantised, or is yet to be made."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"{folder}/config.json cannot be read: {error}", hint="put the base's files right") from error
+    return stored_dtype(config) if isinstance(config, dict) else None
 
 
 def remember_base(home: Path, name: str, folder: Path) -> None:

@@ -121,13 +121,17 @@ def new_merge(
     max_loss: float | None = None,
     tags: Mapping[str, str] | None = None,
     expect: tuple[str, str] | None = None,
+    base_dtype: str | None = None,
     actor: str,
 ) -> NewJob:
-    """The job that makes what was planned; `tags` go to the version, and say for instance which search proposed it."""
+    """The job that makes what was planned; `tags` go to the version, and say for instance which search proposed it.
+
+    `base_dtype` is for the evaluation that follows.
+    """
     verb = RESIZE if ready.recipe.method == RESIZE else "merge"
     return NewJob(
         kind="merge",
-        key=":".join([adapter_id, ready.digest, *_terms(max_loss, suites, expect)]),
+        key=":".join([adapter_id, ready.digest, *_terms(max_loss, suites, expect, base_dtype)]),
         title=f"{verb} {' '.join(view.ref for view in ready.parent_views)} into {ready.into}",
         spec={
             "into": ready.into,
@@ -138,6 +142,7 @@ def new_merge(
             "max_loss": max_loss,
             "tags": dict(tags or {}),
             "expect": expect,
+            **({"base_dtype": base_dtype} if base_dtype else {}),
         },
         created_by=actor,
     )
@@ -357,10 +362,12 @@ def _target(request: MergeRequest) -> str:
     return check_name(name)
 
 
-def _terms(max_loss: float | None, suites: Sequence[Suite], expect: tuple[str, str] | None = None) -> list[str]:
+def _terms(
+    max_loss: float | None, suites: Sequence[Suite], expect: tuple[str, str] | None, base_dtype: str | None
+) -> list[str]:
     """What a caller asks beyond the recipe, as a part of the job's key; nothing where nothing is asked."""
-    terms = [max_loss, [suite.digest for suite in suites], *(expect or ())]
-    return [json_digest(terms)[:16]] if max_loss is not None or suites or expect else []
+    terms = [max_loss, [suite.digest for suite in suites], *(expect or ()), *([base_dtype] if base_dtype else [])]
+    return [json_digest(terms)[:16]] if max_loss is not None or suites or expect or base_dtype else []
 
 
 def _check_content(made: str, expect: Sequence[str] | None) -> None:

@@ -1,6 +1,7 @@
 """What a merged or further trained version kept of its parents: their own suites, on base, parents and child.
 
-Reads reports that are stored already. Figures are compared only where samples, device and dtype are the same for all.
+Reads reports that are stored already. Figures are compared only where samples, device and dtype are the same for all:
+one comparison for each dtype that the base was evaluated in.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..api import RetentionRow, RetentionView
+from ..domain.base_dtype import FULL, marked
 from ..domain.eval_plan import BASE
 from ..domain.evals import CONFIDENCE, MEASURES, EvalReport, Metric, TaskResult, behaviour_note, kept, switched
 from ..domain.suite import Suite
@@ -21,7 +23,7 @@ from .suites import suites_of
 SHOWN = 20
 #: More answers than these in another parent's manner are told.
 SWITCHED = 0.1
-#: What must be equal before two reports on one suite are compared.
+#: What must be equal before two reports on one suite are compared: samples of each task, device, dtype of the base.
 Setting = tuple[tuple[int, ...], str, str]
 
 
@@ -35,11 +37,17 @@ class _Compared:
 
 
 def retention_view(
-    ledger: Ledger, version: AdapterVersion, *, confidence: float = CONFIDENCE, judging: bool = False
+    ledger: Ledger,
+    version: AdapterVersion,
+    *,
+    confidence: float = CONFIDENCE,
+    judging: bool = False,
+    dtype: str | None = None,
 ) -> RetentionView:
     """One row for each metric of each task of the parents' suites; suites without reports are named as missing.
 
-    Whatever else the version was evaluated on is shown as well, unless only `judging` suites are asked for.
+    Whatever else the version was evaluated on is shown as well, unless only `judging` suites are asked for. `dtype`
+    leaves only what was evaluated on the base in it. Where there are several, only metrics of the full one are primary.
     """
     parents = parents_of(ledger, version)
     if not parents:
@@ -47,34 +55,39 @@ def retention_view(
     subjects = _subjects(version, parents)
     reports = _reports(ledger, version, subjects)
     owners, names = _suite_owners(ledger, version, parents)
-    for digest, found in reports[version.spec.content_digest].items() if not judging else ():
-        names.setdefault(digest, next(iter(found.values())).suite)
+    for digest, each in reports[version.spec.content_digest].items() if not judging else ():
+        names.setdefault(digest, next(iter(each.values())).suite)
     rows: list[RetentionRow] = []
     missing: list[str] = []
     imported: dict[str, list[str]] = {}
     for digest, name in names.items():
-        compared = _compare([reports[subject].get(digest, {}) for subject in subjects])
-        if compared is None:
+        found = _compare([reports[subject].get(digest, {}) for subject in subjects], dtype)
+        if not found:
             missing.append(name)
             continue
         own = owners.get(digest, range(len(parents)))
-        rows += _rows(compared, [parent.label for parent in parents], own, confidence)
         labels = dict(zip(subjects, [BASE, *(p.label for p in parents), version.label], strict=True))
-        for report in (compared.base, *compared.parents, compared.child):
-            if is_imported(report):
-                imported.setdefault(report.engine["source"], []).append(labels[report.subject])
-    notes = (f"{', '.join(dict.fromkeys(found))}: {source}" for source, found in imported.items())
+        for compared in found:
+            rows += _rows(compared, [p.label for p in parents], own, confidence, primary=compared is found[0])
+            for report in (compared.base, *compared.parents, compared.child):
+                if is_imported(report):
+                    imported.setdefault(report.engine["source"], []).append(labels[report.subject])
+    notes = (f"{', '.join(dict.fromkeys(whose))}: {source}" for source, whose in imported.items())
     return RetentionView(version.label, tuple(rows), tuple(missing), tuple(notes))
 
 
-def side_by_side(ledger: Ledger, version: AdapterVersion, suite: Suite) -> list[dict[str, str]]:
-    """The first answers of base, parents and child to the same prompts, a column each; empty where none were made."""
+def side_by_side(ledger: Ledger, version: AdapterVersion, suite: Suite, dtype: str) -> list[dict[str, str]]:
+    """The first answers of base, parents and child to the same prompts, a column each; empty where none were made.
+
+    All of them on the base in `dtype`.
+    """
     parents = parents_of(ledger, version)
     subjects = _subjects(version, parents)
     reports = _reports(ledger, version, subjects)
-    compared = _compare([reports[subject].get(suite.digest, {}) for subject in subjects]) if parents else None
-    if compared is None:
+    found = _compare([reports[subject].get(suite.digest, {}) for subject in subjects], dtype) if parents else []
+    if not found:
         return []
+    compared = found[0]
     labels = [BASE, *(parent.label for parent in parents), version.label]
     columns = dict(zip(labels, (compared.base, *compared.parents, compared.child), strict=True))
     rows = {(task.name, row.id): row for task in suite.tasks for row in task.rows}
@@ -126,17 +139,22 @@ def _by_suite(reports: Sequence[EvalReport]) -> dict[str, dict[Setting, EvalRepo
     return found
 
 
-def _compare(found: Sequence[Mapping[Setting, EvalReport]]) -> _Compared | None:
-    """Reports of all subjects under the setting with the most samples that all of them have."""
-    shared = [setting for setting in found[-1] if all(setting in reports for reports in found)]
-    if not shared:
-        return None
-    setting = max(shared)
-    base, *parents, child = (reports[setting] for reports in found)
-    return _Compared(base, tuple(parents), child)
+def _compare(found: Sequence[Mapping[Setting, EvalReport]], dtype: str | None) -> list[_Compared]:
+    """Reports of all subjects for each dtype of the base, the full one first, under the setting with the most samples
+    that all of them have.
+    """
+    shared = sorted(setting for setting in found[-1] if all(setting in reports for reports in found))
+    best = {setting[2]: setting for setting in shared if dtype in (None, setting[2])}
+    compared = []
+    for setting in sorted(best.values(), key=lambda setting: (setting[2] != FULL, setting[2])):
+        base, *parents, child = (reports[setting] for reports in found)
+        compared.append(_Compared(base, tuple(parents), child))
+    return compared
 
 
-def _rows(compared: _Compared, labels: Sequence[str], owners: Sequence[int], confidence: float) -> list[RetentionRow]:
+def _rows(
+    compared: _Compared, labels: Sequence[str], owners: Sequence[int], confidence: float, *, primary: bool
+) -> list[RetentionRow]:
     rows: list[RetentionRow] = []
     suite = compared.child.suite
     for position, child in enumerate(compared.child.tasks):
@@ -148,7 +166,11 @@ def _rows(compared: _Compared, labels: Sequence[str], owners: Sequence[int], con
         metrics = [metric for name, metric in MEASURES.items() if name in child.metrics]
         rows += [_row(suite, metric, base, by_label, owner, child, like_others, confidence) for metric in metrics]
     here = not any(is_imported(report) for report in (compared.base, *compared.parents, compared.child))
-    return [replace(row, here=here) for row in rows]
+    dtype = compared.child.dtype
+    return [
+        replace(row, metric=marked(row.metric, dtype), dtype=dtype, primary=primary and row.primary, here=here)
+        for row in rows
+    ]
 
 
 def _row(

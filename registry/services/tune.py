@@ -16,6 +16,7 @@ from typing import Any
 
 from ..api import HeldOutView, ParentView, TrialView, TuneView
 from ..crashpoints import reached
+from ..domain.base_dtype import FULL, check_dtype, told
 from ..domain.digest import json_digest
 from ..domain.errors import Conflict, InvalidInput, NotFound, Refused, Unavailable
 from ..domain.eval_plan import Subject
@@ -42,7 +43,7 @@ from ..domain.version import AdapterVersion
 from ..ports import Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
 from ..wire import from_builtins, to_builtins
-from .evaluate import EXTRA, check_installed, engine_facts, locate
+from .evaluate import EXTRA, check_installed, dtype_of, engine_facts, folder_of, locate
 from .fleet import queue_for_gpu_work
 from .merge import job_parents, new_merge, preflight
 from .pictures import pareto_picture, trials_picture, weights_picture
@@ -68,6 +69,7 @@ def request_tune(
     these parents cannot be merged, `Unavailable` where the extra or the base is not here.
     """
     check_installed()
+    check_dtype(request.base_dtype)
     if find_spec("optuna") is None:
         raise Unavailable("a search needs optuna, which is not installed", hint=EXTRA)
     kinds, parents, into = _kinds(ledger, request)
@@ -84,7 +86,8 @@ def request_tune(
         )
     modules = [module.name for parent in parents for module in ledger.detail(parent.id).facts.modules]
     groups = layer_groups(modules, request.layer_groups)
-    locate(ledger, parents[0].spec.base, settings, made_on_demand)
+    base = parents[0].spec.base
+    dtype = dtype_of(locate(ledger, base, settings, made_on_demand), base, request.base_dtype, settings)
     spec = {
         "parents": [parent.id for parent in parents],
         "kinds": [kind.to_json() for kind in kinds],
@@ -96,12 +99,14 @@ def request_tune(
         "keep": request.keep,
         # without groups a search has the key that it had before there were any, and joins one from then
         **({"layer_groups": list(groups)} if groups else {}),
+        # and so has one on the full base
+        **({} if dtype == FULL else {"base_dtype": dtype}),
     }
     names = " ".join(parent.label for parent in parents)
     new = NewJob(
         kind="tune",
         key=json_digest(spec),
-        title=f"tune {names}",
+        title=f"tune {names}{told(dtype)}",
         spec=spec,
         created_by=settings.actor,
         queue=queue_for_gpu_work(ledger, settings),
@@ -171,7 +176,8 @@ class TuneHandler:
         return {**result, "jobs": merges}
 
     def _plan(self, job: Job, parents: Sequence[AdapterVersion], folders: Sequence[Path]) -> TunePlan:
-        base = locate(self._ledger, parents[0].spec.base, self._settings, self._made_on_demand)
+        engine = engine_facts(self._settings, job.spec.get("base_dtype", FULL))
+        base = folder_of(self._ledger, parents[0].spec.base, engine, self._settings, self._made_on_demand)
         return TunePlan(
             base_folder=str(base),
             parents=tuple(
@@ -183,7 +189,7 @@ class TuneHandler:
             budget=job.spec["budget"],
             seed=job.spec["seed"],
             finalists=max(1, job.spec["keep"]),
-            engine=engine_facts(self._settings),
+            engine=engine,
             groups=_groups(job),
         )
 
@@ -193,7 +199,9 @@ class TuneHandler:
         suites = [find_suite(self._ledger, digest) for digest in job.spec["suites"]]
         tags = {TUNE_TAG: job.id, TRIAL_TAG: str(number)}
         adapter_id = self._ledger.ensure_adapter(ready.into)
-        return new_merge(ready, adapter_id, suites, tags=tags, actor=job.created_by)
+        dtype = job.spec.get("base_dtype", FULL)
+        other = dtype if dtype != self._settings.eval_dtype else None
+        return new_merge(ready, adapter_id, suites, tags=tags, base_dtype=other, actor=job.created_by)
 
 
 class _Told:
@@ -259,6 +267,7 @@ class _Told:
             layer_groups=self._groups,
             less_plain=finding.less_plain,
             advice=tuple(advice(finding)),
+            base_dtype=job.spec.get("base_dtype", FULL),
         )  # fmt: skip
 
     def _trial(self, trial: Trial) -> TrialView:
@@ -280,6 +289,7 @@ class _Told:
             "budget": str(spec["budget"]),
             "seed": str(spec["seed"]),
             "limit": str(spec["limit"]),
+            "base_dtype": spec.get("base_dtype", FULL),
             **({"layer_groups": ", ".join(self._groups)} if self._groups else {}),
             "winner": self.explain()[1],
         }

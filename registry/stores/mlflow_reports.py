@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from ..crashpoints import reached
+from ..domain.base_dtype import told
 from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion
 from ..ports import Beside
@@ -88,7 +89,7 @@ def _run(mlflow: Mlflow, version: AdapterVersion, report: EvalReport, dataset_di
         "adapterctl.suite_digest": report.suite_digest,
         "adapterctl.dataset_digest": dataset_digest,
     }
-    name = f"eval {version.label} on {report.suite}"
+    name = f"eval {version.label} on {report.suite}{told(report.dtype)}"
     run = mlflow.client.create_run(mlflow.experiment_id, tags=tags, run_name=name)
     reached("eval.run")
     return run

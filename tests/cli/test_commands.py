@@ -228,6 +228,7 @@ def test_register_refuses_a_folder_that_is_no_adapter(run: Run, tmp_path: Path):
         ["promote", "a"],
         ["promote", "a", "--to", "v1"],
         ["jobs", "ls", "--state", "lost"],
+        ["eval", "translate", "--base-dtype", "int3"],
     ],
     ids=" ".join,
 )

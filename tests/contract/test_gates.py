@@ -120,6 +120,36 @@ def test_an_evaluation_on_a_suite_that_judges_nobody_changes_no_verdict(family: 
     assert len(found.kept) == 2
 
 
+def test_figures_of_a_base_in_four_bits_decide_only_what_names_them_or_has_no_others(family: Family):
+    family.evaluate(child=2.02, dtype="nf4", bitsandbytes="0")  # parents in float32, so nothing can be compared
+    nothing = family.evidence("retention.min >= 0.9", "translate/nll <= 3")
+    for on in family.suites:
+        for subject in (None, *family.parents):
+            family.report(subject, on, 6.0 if subject is None else 2.0, dtype="nf4", bitsandbytes="0")
+    alone = family.evidence("retention.min >= 0.9", "translate/nll.nf4 <= 3")
+    family.evaluate(child=2.5)
+
+    both = family.evidence("retention.min >= 0.9", "translate/nll <= 3", "chat/nll.nf4 <= 3")
+    verdict = decide(
+        [parse_condition("retention.min >= 0.9 on metric nll.nf4")], family.evidence("retention.min >= 0.9")
+    )
+
+    assert (nothing.missing, nothing.figures) == (("translate", "chat"), ())
+    assert [(row.metric, row.primary) for row in alone.kept] == [("nll.nf4", True)] * 2
+    assert [figure.value for figure in alone.figures] == pytest.approx([2.07])
+    assert alone.changed["suite"] == ()
+    assert [(row.metric, row.primary, round(row.retention.value, 2)) for row in both.kept] == [
+        ("nll", True, 0.80),
+        ("nll.nf4", False, 0.99),
+    ] * 2
+    assert {figure.name: round(figure.value, 2) for figure in both.figures} == {
+        "translate/nll": 2.55,
+        "chat/nll.nf4": 2.07,
+    }
+    assert both.evaluated_here == 4
+    assert verdict.passed
+
+
 def test_a_wider_confidence_gives_a_wider_interval(family: Family):
     family.evaluate()
 

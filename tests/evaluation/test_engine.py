@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
+from adapterctl.registry.domain.base_dtype import stored_dtype
 from adapterctl.registry.domain.errors import Corrupt, InvalidInput, JobCancelled, JobFailed
 from adapterctl.registry.domain.eval_plan import EvalPlan, Pair, Subject
 from adapterctl.registry.domain.evals import EvalReport
@@ -159,7 +162,85 @@ def test_swapping_leaks_nothing(tiny_base: Path, tiny_adapters: tuple[Path, Path
     assert _figures(reports["base"]) != _figures(reports["first"])
 
 
-def test_a_base_that_changed_under_the_adapters_is_noticed(engine: Engine, tiny_adapters: tuple[Path, Path]):
+@pytest.fixture(params=["nf4", "nf4-dq"])
+def in_four_bits(request: pytest.FixtureRequest, tiny_base: Path) -> Engine:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: NO BASE WAS LOADED IN 4 BITS")
+    return Engine(tiny_base, device="cpu", dtype=request.param, batch_size=2, threads=1, tick=lambda samples: None)
+
+
+def test_a_base_in_four_bits_gives_what_its_rounded_weights_give_in_float32(
+    in_four_bits: Engine, engine: Engine, tiny_adapters: tuple[Path, Path], suite: Suite
+):
+    from bitsandbytes.functional import dequantize_4bit  # deferred: without it these tests are skipped
+
+    task = suite.tasks[0]
+    with engine.subject(None):
+        full = engine.answer(task, task.rows)
+    rounded = {
+        name: dequantize_4bit(module.weight.data, module.weight.quant_state)
+        for name, module in in_four_bits._model.named_modules()
+        if type(module).__name__ == "Linear4bit"
+    }
+    assert {name.rpartition(".")[2] for name in rounded} >= {"q_proj", "o_proj", "up_proj", "down_proj"}
+    with torch.no_grad():
+        for name, weight in rounded.items():
+            engine._model.get_submodule(name).weight.copy_(weight)
+
+    for folder in (None, *tiny_adapters):
+        with in_four_bits.subject(folder):
+            found = in_four_bits.answer(task, task.rows)
+        with engine.subject(folder):
+            expected = engine.answer(task, task.rows)
+        # float32 sums in the same order; products with bfloat16 would be some 1e-3 away
+        assert [s["nll"] for s in found.samples] == pytest.approx([s["nll"] for s in expected.samples], rel=1e-5)
+        assert found.texts == expected.texts
+        assert found.texts != full.texts
+
+
+def test_swapping_in_four_bits_leaks_nothing(
+    in_four_bits: Engine, tiny_adapters: tuple[Path, Path], suite: Suite, tmp_path: Path
+):
+    task, ids = suite.tasks[0], torch.arange(24).unsqueeze(0)
+    config = json.loads((tiny_adapters[0] / "adapter_config.json").read_text())
+    factors = load_file(tiny_adapters[0] / "adapter_model.safetensors")
+    candidate = {key: config[key] for key in ("peft_type", "task_type", "r", "target_modules")} | {"lora_alpha": 2}
+
+    def logits() -> torch.Tensor:
+        with in_four_bits.subject(None), torch.inference_mode():
+            return in_four_bits._model(ids).logits.clone()
+
+    before, answers = logits(), []
+    for place in (0, 1, 0):
+        with in_four_bits.subject(tiny_adapters[place]):
+            answers.append(in_four_bits.answer(task, task.rows))
+        # scaling is 8 / 2 in the file and 1 in the slot
+        scaled = {key: 4 * factor if "lora_B" in key else factor for key, factor in factors.items()}
+        with in_four_bits.candidate(candidate, scaled):
+            answers.append(in_four_bits.answer(task, task.rows))
+
+    assert torch.equal(before, logits())
+    in_four_bits.check_base()
+    first, in_memory, second, _, again, _ = answers
+    assert (first.samples, first.texts) == (again.samples, again.texts)
+    assert first.samples != second.samples
+    assert (in_memory.samples, in_memory.texts) == (first.samples, first.texts)
+
+
+def test_a_base_that_is_stored_in_four_bits_is_loaded_as_it_is(in_four_bits: Engine, tiny_base: Path, tmp_path: Path):
+    ids = torch.arange(24).unsqueeze(0)
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "stored"))
+    (folder / "model.safetensors").unlink()
+    in_four_bits._model.save_pretrained(folder)
+    dtype = stored_dtype(json.loads((folder / "config.json").read_text()))
+    assert dtype is not None
+
+    stored = Engine(folder, device="cpu", dtype=dtype, batch_size=2, threads=1, tick=lambda samples: None)
+
+    with torch.inference_mode():
+        assert torch.equal(stored._model(ids).logits, in_four_bits._model(ids).logits)
+
+
+def test_a_base_that_was_changed_under_the_adapters_is_noticed(engine: Engine, tiny_adapters: tuple[Path, Path]):
     with engine.subject(tiny_adapters[0]):
         pass
     engine.check_base()

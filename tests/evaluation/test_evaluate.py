@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from adapterctl.migrations import migrate
-from adapterctl.registry.domain.errors import InvalidInput, JobCancelled, Refused, Unavailable
+from adapterctl.registry.domain.errors import InvalidInput, JobCancelled, JobFailed, Refused, Unavailable
 from adapterctl.registry.domain.eval_plan import BASE
 from adapterctl.registry.domain.job import Job, NewJob
 from adapterctl.registry.domain.refs import parse_ref
@@ -26,11 +28,13 @@ from adapterctl.registry.services.schedule import Done, Task
 from adapterctl.registry.services.suites import add_suite, load_suite, suites_of
 from adapterctl.registry.settings import Settings
 from adapterctl.registry.stores.artifacts import local_folder
+from adapterctl.registry.stores.mlflow_access import VERSION_ID
 from adapterctl.registry.stores.mlflow_versions import MlflowVersions
 from adapterctl.registry.stores.sql.engine import Database, sqlite_url
 from adapterctl.registry.stores.sql.ledger import SqlLedger
 from adapterctl.registry.wire import to_json
 from adapterctl.workers import eval_job
+from adapterctl.workers.supervisor import PASSING
 
 TASK = "tasks:\n  - {name: t, data: rows.jsonl, metrics: [nll, chrf], max_new_tokens: 8}\n"
 
@@ -54,10 +58,12 @@ class World:
         assert folder is not None
         yield folder
 
-    def request(self, *refs: str, suites: tuple[str, ...] = (), limit: int | None = None) -> Job:
+    def request(
+        self, *refs: str, suites: tuple[str, ...] = (), limit: int | None = None, base_dtype: str | None = None
+    ) -> Job:
         parsed = [parse_ref(ref) for ref in refs]
         return evaluate.request_evaluation(
-            self.ledger, Silence(), parsed, suites=suites, limit=limit, settings=self.settings
+            self.ledger, Silence(), parsed, suites=suites, limit=limit, base_dtype=base_dtype, settings=self.settings
         )
 
     def handler(self) -> evaluate.EvalHandler:
@@ -66,7 +72,7 @@ class World:
             self.settings,
             open_versions=lambda: self.versions,
             folders=self.folder,
-            beside=lambda version, suite: beside(self.ledger, version, suite),
+            beside=lambda version, suite, dtype: beside(self.ledger, version, suite, dtype),
         )
 
     def work(self, should_stop: Callable[[Path], bool] = lambda out: False) -> None:
@@ -342,6 +348,115 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(family: World
 
     assert "not_installed_anywhere" in refusal.value.message
     assert refusal.value.hint == "pip install 'adapterctl[eval]'"
+
+
+def test_what_no_base_can_be_loaded_in_is_refused_with_what_there_is(family: World):
+    with pytest.raises(InvalidInput, match="'int3' is not one of float32, nf4, nf4-dq"):
+        family.request("translate", base_dtype="int3")
+
+
+def test_four_bits_without_bitsandbytes_are_refused_with_the_command_that_installs_it(
+    family: World, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+
+    with pytest.raises(Unavailable, match="a base in nf4 needs bitsandbytes") as refusal:
+        family.request("translate", base_dtype="nf4")
+
+    assert refusal.value.hint == "pip install 'adapterctl[4bit]'"
+    assert family.ledger.claim("test", 60.0) is None  # nothing was queued
+    assert family.request("translate").spec.get("base_dtype") is None
+
+
+def test_a_worker_without_bitsandbytes_ends_the_job_for_good(family: World, monkeypatch: pytest.MonkeyPatch):
+    version = _version(family, "translate")
+    (suite,) = suites_of(family.ledger, version)
+    spec = {"refs": [version.id], "suites": [suite.digest], "limit": None, "base_dtype": "nf4"}
+    job = family.ledger.submit(NewJob("eval", "key", "from a machine that has it", spec, "me"))[0]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+
+    with pytest.raises(JobFailed) as failure, family.handler().begin(job):
+        pass
+
+    assert failure.value.code not in PASSING
+    assert failure.value.hint == "pip install 'adapterctl[4bit]' there, then adapterctl jobs retry"
+
+
+def test_a_base_that_is_stored_quantised_is_evaluated_as_it_is_and_in_nothing_else(
+    family: World, tiny_base: Path, tmp_path: Path
+):
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "stored"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    base = _version(family, "translate").spec.base
+    four_bits = replace(family.settings, eval_dtype="nf4")
+
+    assert evaluate.dtype_of(folder, base, None, four_bits) == "gptq"
+    with pytest.raises(InvalidInput, match="is stored in gptq and cannot be evaluated in nf4"):
+        evaluate.dtype_of(folder, base, "nf4", family.settings)
+    elsewhere = replace(family.settings, base_paths=(f"tiny/base={folder}",))
+    with pytest.raises(InvalidInput, match="is stored in gptq and cannot be evaluated in float32"):
+        evaluate.folder_of(family.ledger, base, {"dtype": "float32"}, elsewhere, None)
+
+
+def test_a_base_in_four_bits_has_reports_metrics_and_comparisons_of_its_own(family: World):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: NO BASE WAS EVALUATED IN 4 BITS")
+    family.request("translate-chat")
+    family.work()
+    child = _version(family, "translate-chat")
+    before = family.ledger.metrics([child.id])[child.id]
+    family.computed.clear()
+
+    job = family.request("translate-chat", base_dtype="nf4")
+    family.work()
+
+    assert job.title == "evaluate translate-chat:v1 on one, two, base in nf4"
+    assert sorted(family.computed) == sorted(["base", "translate:v1", "translate-chat:v1"] * 2)  # none was used again
+    after = family.ledger.metrics([child.id])[child.id]
+    assert before.items() < after.items()  # what was measured on the full base stays
+    assert {f"{name}.nf4" for name in before} == after.keys() - before.keys()
+    assert after["t/nll.nf4"] != after["t/nll"]
+    reports = family.ledger.reports_for(child.spec.content_digest, child.spec.base.id)
+    assert {report.dtype for report in reports} == {"float32", "nf4"}
+    assert all(("bitsandbytes" in report.engine) == (report.dtype == "nf4") for report in reports)
+    rows = retention_view(family.ledger, child).rows
+    assert [(row.task, row.metric, row.dtype, row.primary) for row in rows if row.task == "t"] == [
+        ("t", "nll", "float32", True),
+        ("t", "chrf", "float32", False),
+        ("t", "nll.nf4", "nf4", False),
+        ("t", "chrf.nf4", "nf4", False),
+    ]
+    identity = next(row for row in rows if row.owner == "chat:v1" and row.metric == "nll.nf4")
+    assert identity.retention is not None
+    assert (identity.retention.value, identity.child) == (1.0, identity.parents["chat:v1"])
+    runs = MlflowClient(family.versions.uri).search_runs(["1"], f"tags.`{VERSION_ID}` = '{child.id}'")
+    in_nf4 = [run for run in runs if run.data.params.get("dtype") == "nf4"]
+    assert {run.info.run_name for run in in_nf4} == {
+        "eval translate-chat:v1 on one, base in nf4",
+        "eval translate-chat:v1 on two, base in nf4",
+    }
+    assert all("bitsandbytes" in run.data.params for run in in_nf4)
+
+
+def test_a_registry_that_is_set_to_four_bits_evaluates_its_merges_in_them(family: World):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: NO MERGE IN 4 BITS WAS PLANNED")
+    merge = _merge_job(family, "translate", "chat")
+    settings = replace(family.settings, eval_dtype="nf4-dq")
+
+    (new,) = evaluate.evaluation_of_merge(
+        family.ledger, merge, _version(family, "translate-chat").id, settings=settings
+    )
+    (full,) = evaluate.evaluation_of_merge(
+        family.ledger,
+        replace(merge, spec={**merge.spec, "base_dtype": "float32"}),
+        _version(family, "translate-chat").id,
+        settings=settings,
+    )
+
+    assert new.spec["base_dtype"] == "nf4-dq"
+    assert "base_dtype" not in full.spec
+    assert new.key != full.key
 
 
 def test_a_merge_shows_its_answers_beside_its_parents_and_what_it_kept_in_mlflow(family: World):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import adapterctl
-from adapterctl.registry.domain.errors import InvalidInput, Unavailable
+from adapterctl.registry.domain.errors import InvalidInput, Misconfigured, Unavailable
 from adapterctl.registry.domain.version import Base
-from adapterctl.registry.services.locate_base import locate_base, remember_base
+from adapterctl.registry.services.locate_base import locate_base, quantised_to, remember_base
+from adapterctl.registry.settings import load_settings
 
 BASE = Base("org/model", "org/model")
 
@@ -105,3 +108,40 @@ def test_what_it_is_made_from_must_be_installed(home: Path, cache: Path):
 def test_a_setting_that_is_no_pair_is_refused(home: Path, cache: Path):
     with pytest.raises(InvalidInput):
         _find(home, paths=("/some/folder",))
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({}, None),
+        ({"quantization_config": None}, None),
+        ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}, "nf4"),
+        (
+            {
+                "quantization_config": {
+                    "load_in_4bit": True,
+                    "bnb_4bit_quant_type": "nf4",
+                    "bnb_4bit_use_double_quant": True,
+                }
+            },
+            "nf4-dq",
+        ),
+        ({"quantization_config": {"load_in_4bit": True}}, "fp4"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "int8"),
+        ({"quantization_config": {"quant_method": "GPTQ/../x"}}, "gptqx"),
+        ([], None),
+    ],
+)
+def test_what_a_base_is_quantised_to_is_read_from_its_config(config: Any, dtype: str | None, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    assert quantised_to(tmp_path) == dtype
+
+
+def test_a_base_that_is_yet_to_be_made_is_not_quantised(tmp_path: Path):
+    assert quantised_to(tmp_path / "none") is None
+
+
+def test_a_setting_that_names_no_dtype_is_refused(home: Path):
+    with pytest.raises(Misconfigured, match="eval_dtype is 'int3', expected float32, nf4, nf4-dq"):
+        load_settings({"home": home}, env={"ADAPTERCTL_EVAL_DTYPE": "int3"})

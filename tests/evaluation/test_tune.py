@@ -292,6 +292,37 @@ def test_a_search_without_groups_joins_the_same_one_of_before_there_were_any(
     assert grouped.spec["layer_groups"]
 
 
+def test_a_search_on_a_base_in_four_bits_is_another_one_and_so_is_what_its_merge_is_evaluated_on(
+    tiny_base: Path,
+    tiny_adapters: tuple[Path, Path],
+    write_suite: Callable[..., Path],
+    home: Path,
+    mlflow_schema: Path,
+):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: NOTHING WAS SEARCHED IN 4 BITS")
+    (home / "mlflow.db").write_bytes(mlflow_schema.read_bytes())
+    registry = connect(
+        load_settings({"home": home, "idle_s": 0.3, "eval_device": "cpu", "base_paths": f"tiny/base={tiny_base}"})
+    )
+    for name, folder in zip(("a", "b"), tiny_adapters, strict=True):
+        registry.register(str(folder), name=name, base="tiny/base")
+    suite = str(write_suite(TASK.replace("chrf", "nll_per_byte").replace("NAME", "one"), rows=ROWS, name="one"))
+    request = TuneRequest((parse_ref("a"), parse_ref("b")), suites=(suite,), budget=4, keep=1, base_dtype="nf4")
+
+    job = registry.tune(request)
+    *_, ended = registry.follow(job.id, timeout_s=120)
+    found = registry.tuned(job.id)
+    *_, merged = registry.follow(found.jobs[0], timeout_s=120)
+    *_, evaluated = registry.follow(merged.result["jobs"][0], timeout_s=120)
+
+    assert (job.title, ended.state) == ("tune a:v1 b:v1, base in nf4", JobState.SUCCEEDED), ended.error
+    assert found.base_dtype == "nf4"
+    assert evaluated.state is JobState.SUCCEEDED, evaluated.error
+    assert set(registry.version(parse_ref("a-b")).metrics) == {"one/nll.nf4", "one/nll_per_byte.nf4"}
+    rows = {row.metric: row for row in registry.retention(parse_ref("a-b")).rows}
+    assert rows.keys() == {"nll.nf4", "nll_per_byte.nf4"}
+
+
 def test_a_killed_search_is_finished_by_its_next_attempt_with_no_trial_twice(
     tiny_base: Path,
     tiny_adapters: tuple[Path, Path],

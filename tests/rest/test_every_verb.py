@@ -535,7 +535,9 @@ def test_an_evaluation_without_its_base_is_refused(registry: RegistryAPI, add: A
     path = suite_file(tmp_path, "mine")
 
     with pytest.raises(AdapterctlError, match="tiny/base"):
-        registry.evaluate([ref(version)], suites=[str(path)], limit=1)
+        registry.evaluate([ref(version)], suites=[str(path)], limit=1, base_dtype="nf4")
+    with pytest.raises(InvalidInput, match="nf4-dq"):
+        registry.evaluate([ref(version)], suites=[str(path)], base_dtype="int3")
     with pytest.raises(InvalidInput, match="no evaluation suite"):
         registry.evaluate([ref(version)], suites=[])
 
@@ -554,6 +556,8 @@ def test_a_search_without_its_base_is_refused_and_a_merge_is_no_search(
         registry.tune(TuneRequest(parents))
     with pytest.raises(InvalidInput, match="make no 99 groups"):
         registry.tune(TuneRequest(parents, suites=(str(tmp_path / "mine.yaml"),), layer_groups=99))
+    with pytest.raises(InvalidInput, match="nf4-dq"):
+        registry.tune(TuneRequest(parents, suites=(str(tmp_path / "mine.yaml"),), base_dtype="int3"))
     with pytest.raises(NotFound, match="is no search"):
         registry.tuned(job.id)
 
