@@ -308,8 +308,11 @@ def _share(value: float | None) -> str:
     return f"{value:.2%}" if value >= 5e-5 else "<0.01%"
 
 
-def retention_text(view: RetentionView, out: Output) -> str:
-    """One line a task: base, parents, the version, and what it kept of the parent that owns the task (marked *)."""
+def retention_text(view: RetentionView, out: Output, alone: VersionView | None = None) -> str:
+    """One line a task: base, parents, the version, and what it kept of the parent that owns the task (marked *).
+
+    `alone` is the version just evaluated: its own figures are told of tasks that nothing can be held against.
+    """
     lines = [out.paint(printable(view.ref), "bold")]
     if view.rows:
         header, rows = _retention_table(view)
@@ -317,8 +320,16 @@ def retention_text(view: RetentionView, out: Output) -> str:
     notes = {f"{row.task}{told(row.dtype)}: {row.note}" for row in view.rows if row.note}
     lines += [out.paint(f"  {printable(note)}", "dim") for note in sorted(notes)]
     lines += [out.paint(f"  {printable(note)}", "dim") for note in view.notes]
-    lines += [printable(f"  not evaluated: {name}") for name in view.missing]
-    if not view.rows and not view.missing:
+    compared = {row.task for row in view.rows}
+    own = [] if alone is None else [(alone.imported, key, value) for key, value in alone.metrics.items() if "/" in key]
+    figures = [
+        _metric_text(key, value, imported) for imported, key, value in own if key.partition("/")[0] not in compared
+    ]
+    why = "not compared, its parents are not evaluated on it" if figures else "not evaluated"
+    lines += [printable(f"  {why}: {name}") for name in view.missing]
+    if view.missing or not view.rows:
+        lines += [printable(f"  {figure}") for figure in figures]
+    if not (view.rows or view.missing or figures):
         lines.append("  not evaluated yet")
     return "\n".join(lines)
 

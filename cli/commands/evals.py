@@ -84,7 +84,10 @@ def evaluate(
     tables = [registry.retention(ref) for ref in wanted]
     session.out.data(
         tables,
-        text=lambda: "\n\n".join(views.retention_text(table, session.out) for table in tables),
+        text=lambda: "\n\n".join(
+            views.retention_text(table, session.out, registry.version(ref))
+            for table, ref in zip(tables, wanted, strict=True)
+        ),
         names=[table.ref for table in tables],
     )
 

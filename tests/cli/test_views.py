@@ -9,7 +9,7 @@ import pytest
 
 from adapterctl.cli import views
 from adapterctl.cli.output import Output
-from adapterctl.registry.api import DiffView, LayerDiff, RetentionRow, RetentionView
+from adapterctl.registry.api import DiffView, LayerDiff, RetentionRow, RetentionView, VersionView
 from adapterctl.registry.domain.evals import Interval
 from adapterctl.registry.domain.job import Job, JobState, Progress
 
@@ -79,6 +79,21 @@ def test_retention_marks_the_owner_and_keeps_what_cannot_be_said_apart():
 
 def test_what_was_not_evaluated_says_so():
     assert views.retention_text(RetentionView("a:v1", ()), Output()).splitlines() == ["a:v1", "  not evaluated yet"]
+
+
+def test_a_version_that_cannot_be_compared_shows_its_own_figures():
+    version = VersionView(
+        ref="a:v1", name="a", number=1, id="1", kind="train", state="live", base="base", base_id="b", rank=4,
+        dtype="BF16", modules=1, parameters=1, size_bytes=1, content_digest="0", created_at="", created_by="",
+        metrics={"bleu": 0.3, "chat/nll": 2.5, "spoken/nll": 3.25}, imported={"chat/nll": "shipped"},
+    )  # fmt: skip
+
+    first = views.retention_text(RetentionView("a:v1", ()), Output(), version)
+    further = views.retention_text(RetentionView("a:v1", (), missing=("spoken",)), Output(), version)
+
+    assert first.splitlines() == ["a:v1", "  chat/nll = 2.5  (shipped)", "  spoken/nll = 3.25"]
+    assert further.splitlines()[1] == "  not compared, its parents are not evaluated on it: spoken"
+    assert further.splitlines()[2:] == first.splitlines()[1:]
 
 
 def test_layers_of_two_merges_are_told_with_what_changed():
