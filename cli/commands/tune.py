@@ -11,7 +11,7 @@ from ...registry.domain.refs import check_name, parse_ref
 from .. import parse, views
 from ..complete import complete_names, complete_refs
 from ..connect import Session, add_verbs
-from ..follow import follow
+from ..follow import follow, version_of
 from .evals import BaseDtype
 
 GROUP = "Merging"
@@ -91,6 +91,7 @@ def tune(
     for job_id in found.jobs:
         try:
             made = follow(session, registry, job_id, timeout_s=timeout_s)
+            session.out.say(f"kept as {version_of(registry, found.into, made).ref}")
             for evaluation in made.result.get("jobs", ()):
                 follow(session, registry, evaluation, timeout_s=timeout_s)
         except (JobFailed, JobCancelled, Refused) as error:
