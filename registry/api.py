@@ -704,11 +704,12 @@ class RegistryAPI(Protocol):
     def revoke_token(self, token_id: str) -> Token: ...
 
     # the registry itself
-    def doctor(self, *, adopt: bool = False) -> list[Check]:
+    def doctor(self, *, adopt: bool = False, force: Sequence[str] = ()) -> list[Check]:
         """What is configured, reachable and out of step.
 
         With `adopt`, what was done in MLflow past us is accepted first where the rules allow it: one check named
-        `adopted` for each thing.
+        `adopted` for each thing. For the adapters of `force` also a rename under which other gates or tokens hold, and
+        the loss of versions that looks like an older backup of MLflow.
         """
         ...
 

@@ -42,6 +42,7 @@ CRASH_POINTS = (
     "stage.writing",  # inside the transaction that moves a stage, before its commit
     "stage.recorded",  # a stage moved in the ledger, nothing did in MLflow
     "stage.legacy",  # MLflow's legacy stages moved too, its alias has not
+    "stage.renamed",  # an adapter has another name in the ledger, MLflow's pages have the former one
     "stage.projected",  # the alias moved as well, nobody was told
 )
 

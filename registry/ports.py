@@ -115,8 +115,8 @@ class Ledger(Protocol):
     def adapter_id(self, name: str) -> str | None: ...
     def ensure_adapter(self, name: str) -> str: ...
     def adapter_names(self) -> list[str]: ...
-    def rename_adapter(self, adapter_id: str, name: str, *, actor: str) -> StageEvent | None:
-        """Give an adapter another name; its history says so. None where it is called that already.
+    def rename_adapter(self, adapter_id: str, name: str, *, actor: str, note: str = "") -> StageEvent | None:
+        """Give an adapter another name; its history says so, with `note`. None where it is called that already.
 
         Raises `Refused` where another adapter has that name.
         """
@@ -426,12 +426,13 @@ class SeenVersion:
     """A model version as MLflow has it now.
 
     `version_id` is ours that it carries; `taken_as` that of the version which was made of it when a person had made
-    it; `described` whether its description still leads to our page of it.
+    it; `described` whether its description still leads to our page of it; `parents` the labels that its tags name.
     """
 
     version_id: str | None
     taken_as: str | None
     described: bool
+    parents: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -537,8 +538,12 @@ class VersionStore(Protocol):
         """Whether this version is still there: it or its registered model may have been deleted, or made again."""
         ...
 
-    def seen(self) -> list[SeenModel]:
-        """Every registered model with its versions, by name, whoever made it."""
+    def seen(self, adapter_id: str | None = None) -> list[SeenModel]:
+        """Every registered model with its versions, by name, whoever made it; or those that carry an id of ours."""
+        ...
+
+    def without_run(self, versions: Sequence[AdapterVersion]) -> list[AdapterVersion]:
+        """Those whose source run MLflow does not know, not even as a deleted one."""
         ...
 
     def project_stage(self, name: str, stage: str, *, number: int | None, legacy: Mapping[int, str]) -> None:
@@ -561,17 +566,20 @@ class VersionStore(Protocol):
         ...
 
     def describe(
-        self, spec: NewVersion, number: int, parents: Sequence[Parent], recalled: tuple[str, str] | None
+        self,
+        version: AdapterVersion,
+        spec: NewVersion,
+        parents: Sequence[Parent],
+        recalled: tuple[str, str] | None,
     ) -> bool:
-        """Put our description of a version below what a person wrote in its place; False where there is no room."""
+        """Let the page of a version lead to ours and to its parents by the names that they have now.
+
+        Where a person wrote over our description, it goes below what stands there; False where there is no room.
+        """
         ...
 
     def describe_adapter(self, name: str, base: Base) -> bool:
         """The same for a registered model."""
-        ...
-
-    def rename_links(self, former: str, name: str, versions: Sequence[AdapterVersion]) -> None:
-        """Let what the pages of the adapter `name` and of these versions say of `former` be about `name`."""
         ...
 
     def log_report(

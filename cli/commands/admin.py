@@ -23,6 +23,15 @@ def doctor(
     adopt: Annotated[
         bool, typer.Option("--adopt", help="Accept what was renamed, deleted, made or moved in MLflow.")
     ] = False,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--force",
+            metavar="NAME",
+            help="With --adopt: also a rename of this adapter under which other gates or tokens hold, and versions of"
+            " it that MLflow lost as by an older backup.",
+        ),
+    ] = None,
 ) -> None:
     """Check the registry and tell how to mend it.
 
@@ -33,8 +42,10 @@ def doctor(
     """
     from ...registry.api import Check  # deferred: help needs no views
 
+    if force and not adopt:
+        raise InvalidInput("--force goes with --adopt", hint="adapterctl doctor --adopt --force NAME")
     try:
-        checks = session.registry(readonly=not adopt).doctor(adopt=adopt)
+        checks = session.registry(readonly=not adopt).doctor(adopt=adopt, force=force or ())
     except AdapterctlError as error:
         checks = [Check("registry", "error", error.message, error.hint)]
     session.out.data(

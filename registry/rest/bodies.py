@@ -180,6 +180,15 @@ class RebuildBody(Body):
     dry_run: bool = False
 
 
+class DoctorBody(Body):
+    """The adapters for which more is accepted: a rename under which other rules hold, versions lost with their runs."""
+
+    force: Annotated[list[Short], Field(max_length=1000)] = []
+
+
+NO_FORCE = DoctorBody()
+
+
 class GcBody(Body):
     older_than_s: Finite = DAY_S
     dry_run: bool = False

@@ -43,7 +43,7 @@ from ..api import (
     VersionView,
 )
 from ..domain.access import EVERY_NAME, Caller, Scope, Token
-from ..domain.errors import Unavailable, WaitTimedOut
+from ..domain.errors import InvalidInput, Unavailable, WaitTimedOut
 from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece
 from ..domain.recipe import MergeRequest, ResizeRequest
@@ -391,10 +391,13 @@ class RemoteRegistry:
 
     # the registry itself
 
-    def doctor(self, *, adopt: bool = False) -> list[Check]:
+    def doctor(self, *, adopt: bool = False, force: Sequence[str] = ()) -> list[Check]:
+        if force and not adopt:
+            raise InvalidInput("force without adopt", hint="adapterctl doctor --adopt --force NAME")
         caller = self.whoami()
         server = Check("server", "ok", f"{self._server}, as {caller.name} with the scope {caller.scope}")
-        found = self._post("/v1/doctor", {}, list[Check]) if adopt else self._get("/v1/doctor", list[Check])
+        body = {"force": list(force)}
+        found = self._post("/v1/doctor", body, list[Check]) if adopt else self._get("/v1/doctor", list[Check])
         return [server, *found]
 
     def gc(self, *, older_than_s: float = DAY_S, dry_run: bool = False) -> GarbageView:

@@ -685,10 +685,10 @@ def doctor(call: Read) -> Response:
 
 
 @router.post("/doctor", response_model=list[Check])
-def adopt_all(call: Admin) -> Response:
+def adopt_all(call: Admin, body: bodies.DoctorBody = bodies.NO_FORCE) -> Response:
     """Accept what was done in MLflow past us, as far as the rules allow it, and tell what is out of step then."""
     call.caller.check_change()
-    return _reply(call.registry.doctor(adopt=True))
+    return _reply(call.registry.doctor(adopt=True, force=[check_name(name) for name in body.force]))
 
 
 @router.post("/gc", response_model=GarbageView)

@@ -18,7 +18,7 @@ from ..domain.job import JobState
 from ..domain.worker import QUEUES, Worker, served
 from ..ports import Doorbell, Ledger, VersionStore
 from ..settings import Settings
-from .drift import check_not_emptied, differences
+from .drift import Rules, check_not_emptied, differences
 from .reconcile import Adoption
 
 EVAL_PACKAGES = ("torch", "transformers", "peft", "lm_eval", "sacrebleu", "gguf")
@@ -31,6 +31,7 @@ def examine(
     ledger: Ledger,
     bell: Doorbell,
     open_versions: Callable[[], VersionStore],
+    rules: Rules,
     adoption: Callable[[], Adoption] | None = None,
 ) -> list[Check]:
     """Every check, in the order in which a fault would matter. With `adoption`, what it can accept is accepted."""
@@ -43,7 +44,7 @@ def examine(
         _filesystem(settings.home),
         _space(settings.home),
         Check("ledger", "ok", f"registry {registry_id}, {len(ledger.versions())} versions"),
-        *_mlflow(settings, ledger, open_versions, adoption),
+        *_mlflow(settings, ledger, open_versions, rules, adoption),
         *_jobs(ledger),
         *(_fleet(settings, ledger, bell) if settings.broker_url else ()),
         _evaluation(),
@@ -93,6 +94,7 @@ def _mlflow(
     settings: Settings,
     ledger: Ledger,
     open_versions: Callable[[], VersionStore],
+    rules: Rules,
     adoption: Callable[[], Adoption] | None,
 ) -> Iterator[Check]:
     if settings.database_url is None and not ledger.has_versions():
@@ -109,7 +111,7 @@ def _mlflow(
     if adoption is not None:
         yield from adoption().accept_all()
     else:
-        yield from (each.check for each in differences(ledger, store, settings.stages))
+        yield from (each.check for each in differences(ledger, store, settings.stages, rules))
 
 
 def _jobs(ledger: Ledger) -> Iterator[Check]:

@@ -2,12 +2,12 @@
 overwritten.
 
 Reads only. MLflow cannot keep anybody from it; each difference says what happened and the verb that mends it, or that
-`doctor --adopt` accepts it (`reconcile.py`).
+`doctor --adopt` accepts it (`reconcile.py`). Nothing counts as gone that a second look finds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..api import Check
@@ -15,8 +15,11 @@ from ..domain.errors import Misconfigured
 from ..domain.refs import first_few
 from ..domain.version import AdapterVersion
 from ..ports import Double, Ledger, SeenModel, VersionStore
+from .views import iso_time
 
 _ADOPT = "adapterctl doctor --adopt"
+#: What is other for an adapter under another name, in words: former name, new name.
+Rules = Callable[[str, str], Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +28,7 @@ class Difference:
 
     `model` is the registered model as MLflow has it, None where it is gone. `versions` are those that are gone or lack
     their description, or of a renamed adapter all; of an alias, the one that was made of the version it points to.
-    `number` is that of an unknown version.
+    `number` is that of an unknown version, `rules` is what a rename changes beside the name.
     """
 
     check: Check
@@ -33,6 +36,7 @@ class Difference:
     versions: tuple[AdapterVersion, ...] = ()
     number: int | None = None
     stage: str = ""
+    rules: tuple[str, ...] = ()
 
 
 def check_not_emptied(ledger: Ledger, store: VersionStore) -> None:
@@ -51,7 +55,7 @@ def check_not_emptied(ledger: Ledger, store: VersionStore) -> None:
         )
 
 
-def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str]) -> Iterator[Difference]:
+def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str], rules: Rules) -> Iterator[Difference]:
     """By adapter; none where MLflow says what the ledger says. `stages` are the settings'."""
     # in this order: a version is in MLflow before it is in the ledger
     everything = ledger.versions(include_removed=True)
@@ -59,29 +63,98 @@ def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str]) -> I
     known = {version.id: version for version in everything}
     live = [version for version in everything if version.state == "live"]
     doubles = store.doubles(everything)
-    ours = {model.adapter_id: model for model in seen if model.adapter_id is not None}
+    names = {version.adapter_id: version.name for version in everything}
+    ours = _by_adapter(seen, names)
     by_adapter: dict[str, list[AdapterVersion]] = {}
     for version in live:
         by_adapter.setdefault(version.adapter_id, []).append(version)
+    missing = list(_look_again(store, ours, by_adapter, names))
+    lost = store.without_run(missing)
+    if lost:
+        yield _lost(lost, live)
+    explained = {version.id for version in lost}
+    parents = _parents(ledger, live, known)
     held = ledger.stages()
     for adapter_id, versions in by_adapter.items():
         model = ours.pop(adapter_id, None)
         holds = held.get(adapter_id, {})
         if model is None:
-            yield _gone(versions, holds)
+            gone = [version for version in versions if version.id not in explained]
+            if gone:
+                yield _gone(gone, holds)
             continue
         if model.name != versions[0].name:
-            yield _renamed(model, versions)
+            yield _renamed(model, versions, rules)
             continue
         doubled = [each for each in doubles if each.of.adapter_id == adapter_id]
-        yield from _versions(model, versions, known, doubled, holds)
+        yield from _versions(model, versions, known, doubled, holds, explained)
         yield from _stages(store, model, versions, known, holds, stages)
-        yield from _descriptions(model, versions)
-    names = {version.adapter_id: version.name for version in everything}
-    for adapter_id, model in ours.items():
-        if names.get(adapter_id) == model.name:  # all its versions here are tombstones
-            yield from _versions(model, (), known, (), {})
-    yield from _strangers(seen, ours, {version.adapter_id for version in everything})
+        yield from _descriptions(model, versions, parents)
+    for adapter_id, model in ours.items():  # all versions here are tombstones
+        tombstones = [version for version in everything if version.adapter_id == adapter_id]
+        if tombstones and model.name != names[adapter_id]:
+            yield _renamed(model, tombstones, rules)
+        elif tombstones:
+            yield from _versions(model, (), known, (), {}, set())
+    yield from _strangers(seen, ours, set(names))
+
+
+def _by_adapter(seen: Sequence[SeenModel], names: Mapping[str, str]) -> dict[str, SeenModel]:
+    """The models that carry an id of ours. Where several carry one, that with the name of the adapter is it."""
+    found: dict[str, SeenModel] = {}
+    for model in seen:
+        if model.adapter_id is not None and (
+            model.adapter_id not in found or model.name == names.get(model.adapter_id)
+        ):
+            found[model.adapter_id] = model
+    return found
+
+
+def _look_again(
+    store: VersionStore,
+    ours: dict[str, SeenModel],
+    by_adapter: Mapping[str, Sequence[AdapterVersion]],
+    names: Mapping[str, str],
+) -> Iterator[AdapterVersion]:
+    """The versions that MLflow does not have. Sets right in `ours` what the first look missed.
+
+    MLflow's pages are offsets: whatever is renamed or deleted between two of them hides itself, or somebody else.
+    """
+    for adapter_id, versions in by_adapter.items():
+        if not _absent(ours.get(adapter_id), versions):
+            continue
+        found = _by_adapter(store.seen(adapter_id), names).get(adapter_id)
+        if found is None:
+            ours.pop(adapter_id, None)
+        else:
+            ours[adapter_id] = found
+        yield from _absent(found, versions)
+
+
+def _absent(model: SeenModel | None, versions: Sequence[AdapterVersion]) -> list[AdapterVersion]:
+    return [version for version in versions if model is None or version.number not in model.versions]
+
+
+def _parents(
+    ledger: Ledger, live: Sequence[AdapterVersion], known: Mapping[str, AdapterVersion]
+) -> dict[str, tuple[str, ...]]:
+    """What each version is made of, by its present label."""
+    edges = ledger.parent_edges([version.id for version in live])
+    return {child: tuple(known[edge.parent_id].label for edge in each) for child, each in edges.items()}
+
+
+def _lost(lost: Sequence[AdapterVersion], live: Sequence[AdapterVersion]) -> Difference:
+    """Whoever deletes a version in MLflow leaves its run, at least among the deleted ones."""
+    ids = {version.id for version in lost}
+    ordered = sorted(lost, key=lambda version: version.created_at)
+    first, last = (iso_time(version.created_at) for version in (ordered[0], ordered[-1]))
+    restored = all(version.created_at < ordered[0].created_at for version in live if version.id not in ids)
+    count = f"{len(lost)} version{'s' if len(lost) > 1 else ''} of {first}" + (f" to {last}" if last != first else "")
+    looks = "an older backup of it was restored" if restored else "runs were erased, or an older backup was restored"
+    said = f"MLflow knows neither {count} ({first_few([version.label for version in ordered])}) nor their runs: {looks}"
+    names = "".join(f" --force {name}" for name in sorted({version.name for version in lost}))
+    hint = f"restore MLflow's newest backup; where they are really gone, {_ADOPT}{names} removes them here, too"
+    return Difference(check=Check("lost", "error", said, hint), versions=tuple(lost))
 
 
 def _gone(versions: Sequence[AdapterVersion], holds: Mapping[str, str]) -> Difference:
@@ -96,15 +169,16 @@ def _way_out(name: str, stages: Sequence[str]) -> str:
     return f"{demote}{_ADOPT} removes it here, too"
 
 
-def _renamed(model: SeenModel, versions: Sequence[AdapterVersion]) -> Difference:
+def _renamed(model: SeenModel, versions: Sequence[AdapterVersion], rules: Rules) -> Difference:
     name = versions[0].name
-    check = Check(
-        "renamed",
-        "error",
-        f"the registered model {name} is called {model.name} in MLflow",
-        f"rename it back in MLflow, for references, stages and links go by that name; or {_ADOPT} renames it here, too",
+    changed = tuple(rules(name, model.name))
+    said = f"the registered model {name} is called {model.name} in MLflow"
+    said += f", where other rules hold: {'; '.join(changed)}" if changed else ""
+    adopt = f"{_ADOPT} --force {name}" if changed else _ADOPT
+    hint = (
+        f"rename it back in MLflow, for references, stages and links go by that name; or {adopt} renames it here, too"
     )
-    return Difference(check=check, model=model, versions=tuple(versions))
+    return Difference(check=Check("renamed", "error", said, hint), model=model, versions=tuple(versions), rules=changed)
 
 
 def _versions(
@@ -113,9 +187,12 @@ def _versions(
     known: Mapping[str, AdapterVersion],
     doubles: Sequence[Double],
     holds: Mapping[str, str],
+    explained: set[str],
 ) -> Iterator[Difference]:
     unknown = model.versions.keys() - {int(each.id) for each in doubles if each.kind == "version"}
     for version in versions:
+        if version.id in explained:
+            continue
         if version.number not in model.versions:
             stages = sorted(stage for stage, held in holds.items() if held == version.id)
             hint = f"adapterctl verify {version.label} --no-rerun tells whether its files are left; " + _way_out(
@@ -177,9 +254,16 @@ def _stages(
         )
 
 
-def _descriptions(model: SeenModel, versions: Sequence[AdapterVersion]) -> Iterator[Difference]:
+def _descriptions(
+    model: SeenModel, versions: Sequence[AdapterVersion], parents: Mapping[str, tuple[str, ...]]
+) -> Iterator[Difference]:
+    """What does not lead to our pages, or names parents otherwise than the ledger, as a rename cut short leaves it."""
     bare = [
-        version for version in versions if (v := model.versions.get(version.number)) is not None and not v.described
+        version
+        for version in versions
+        if (found := model.versions.get(version.number)) is not None
+        and found.version_id == version.id
+        and not (found.described and found.parents == parents.get(version.id, ()))
     ]
     if not bare and model.described:
         return

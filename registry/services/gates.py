@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ..api import GateCheck, GatesView
+from ..domain.access import Scope, Token
 from ..domain.base_dtype import FULL, marked
 from ..domain.digest import canonical_json, json_digest
 from ..domain.errors import GateRefused, InvalidInput, NotFound, Problem, raise_all
 from ..domain.eval_plan import report_key
 from ..domain.evals import BEHAVIOUR, HERE, MEASURES, EvalReport, spread
 from ..domain.gate import Condition, Kind, check_gates, conditions_for
+from ..domain.refs import first_few
 from ..domain.stage import approvals
 from ..domain.suite import Suite
 from ..domain.verdict import Decision, Evidence, Figure, Receipt, Retained, decide, record_digest
@@ -64,6 +67,25 @@ def check_gate(ledger: Ledger, version: AdapterVersion, stage: str) -> GateCheck
     """Every condition of a stage, held against a version; moves nothing."""
     made = decide_on(ledger, version, stage)
     return GateCheck(version.label, stage, made.gate, made.verdict.outcome, made.verdict.conditions)
+
+
+def changed_by_name(ledger: Ledger, tokens: Sequence[Token], former: str, name: str) -> list[str]:
+    """What gates ask and tokens may for an adapter that is called `name`, where it is other than for `former`."""
+    kept = ledger.gate_file()
+    gates = check_gates(json.loads(kept.body)) if kept is not None else ()
+    changed = []
+    for stage in dict.fromkeys(gate.stage for gate in gates):
+        before, after = (conditions_for(gates, each, stage) for each in (former, name))
+        for asked, other, word in ((before, after, "no longer asks"), (after, before, "also asks")):
+            texts = [repr(each.text) for each in asked if each not in other]
+            changed += [f"{stage} {word} for {first_few(texts)}"] if texts else []
+    now = ledger.now()
+    for token in tokens:
+        ended = token.revoked_at is not None or (token.expires_at is not None and token.expires_at <= now)
+        could, can = (any(fnmatchcase(each, glob) for glob in token.names) for each in (former, name))
+        if could != can and not ended and token.scope.covers(Scope.MERGE):
+            changed.append(f"the token {token.name} may {'change it' if can else 'no longer change it'}")
+    return changed
 
 
 def decide_on(ledger: Ledger, version: AdapterVersion, stage: str) -> Decision:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ from ..api import (
     VersionView,
 )
 from ..domain.access import EVERY_NAME, Scope, Token, check_token, new_secret
-from ..domain.errors import Conflict, NotFound
+from ..domain.errors import Conflict, InvalidInput, NotFound
 from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece, QueueDepth
 from ..domain.recall import RecallAction
@@ -494,15 +495,26 @@ class LocalRegistry:
 
     # the registry itself
 
-    def doctor(self, *, adopt: bool = False) -> list[Check]:
-        adoption = self._adoption if adopt else None
-        return doctor.examine(self.settings, self.ledger, self.bell, lambda: self.version_store, adoption)
+    def doctor(self, *, adopt: bool = False, force: Sequence[str] = ()) -> list[Check]:
+        if force and not adopt:
+            raise InvalidInput("force without adopt", hint="adapterctl doctor --adopt --force NAME")
+        for name in force:
+            known_adapter(self.ledger, name)
+        adoption = partial(self._adoption, force) if adopt else None
+        return doctor.examine(
+            self.settings, self.ledger, self.bell, lambda: self.version_store, self._rules_changed, adoption
+        )
 
-    def _adoption(self) -> Adoption:
+    def _rules_changed(self, former: str, name: str) -> list[str]:
+        return gates.changed_by_name(self.ledger, self.access.tokens(), former, name)
+
+    def _adoption(self, force: Sequence[str]) -> Adoption:
         def take_in(source: str, name: str) -> Registered:
             return self.register(source, name=name)
 
-        return Adoption(self.ledger, self.version_store, self._stages, take_in, self.settings.actor)
+        return Adoption(
+            self.ledger, self.version_store, self._stages, take_in, self.settings.actor, self._rules_changed, force
+        )
 
     def gc(self, *, older_than_s: float = DAY_S, dry_run: bool = False) -> GarbageView:
         return garbage.collect(

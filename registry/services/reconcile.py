@@ -3,45 +3,62 @@
 Each difference is accepted by a verb that exists: a version is registered, a stage adopted through its gate, one that
 is gone becomes a tombstone, which keeps the lineage of what was made of it. Only a rename has no verb of its own, for
 it begins in MLflow. What a rule forbids stays as it is and is told with the reason; no rule is weaker here.
+
+Two things need more than being asked for all at once, namely the name of the adapter: a rename under which other rules
+hold, and the loss of versions that looks like an older backup of MLflow. Until the latter is decided, nothing is
+adopted: of the rest, too, nobody can tell what was done in MLflow and what was undone by the backup.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from ..api import Check, Registered
+from ..crashpoints import reached
 from ..domain.errors import AdapterctlError, Refused
 from ..domain.evals import REGISTERED
 from ..domain.job import LIVE
 from ..domain.refs import check_name, first_few
 from ..domain.version import AdapterVersion, NewVersion, VersionSpec
 from ..ports import Ledger, Parent, VersionStore
-from .drift import Difference, differences
+from .drift import Difference, Rules, differences
 from .promote import Stages
 from .register import tell_parents
 from .views import recall_views
 
 REASON = "done in MLflow, accepted by doctor"
-#: Names come first, for all else goes by them; versions before the stages that they are to hold.
-_ORDER = ("renamed", "deleted", "unknown", "stage", "description")
+#: Names come first, for all else goes by them; versions before the stages that they are to hold; links come last.
+_ORDER = ("renamed", "lost", "deleted", "unknown", "stage", "description")
 _ALL_JOBS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Adoption:
-    """`register` takes in a source under a name; `stages` moves what aliases say, in the name of `actor`."""
+    """`register` takes in a source under a name; `stages` moves what aliases say, in the name of `actor`.
+
+    `force` are the adapters for which also that is accepted which needs to be asked for by name.
+    """
 
     ledger: Ledger
     versions: VersionStore
     stages: Stages
     register: Callable[[str, str], Registered]
     actor: str
+    rules: Rules
+    force: Collection[str] = ()
 
     def accept_all(self) -> Iterator[Check]:
         """One check for what was accepted, then one for each difference that is left, with the reason."""
         refused: dict[str, Check] = {}
         found, changed = self._differences(), False
+        unnamed = {version.name for each in found if each.check.name == "lost" for version in each.versions}
+        if unnamed - set(self.force):
+            told = "nothing is adopted before it is decided what became of " + first_few(sorted(unnamed))
+            for each in found:
+                refused_all = each.check.name == "lost"
+                yield _refusal(each, Refused(told, hint=each.check.hint)) if refused_all else each.check
+            return
         for kind in _ORDER:
             if changed:
                 found, changed = self._differences(), False
@@ -56,32 +73,33 @@ class Adoption:
                 except AdapterctlError as error:
                     refused[difference.check.detail] = _refusal(difference, error)
         for difference in self._differences() if changed else found:
-            yield refused.pop(difference.check.detail, difference.check)
-        # a rename that failed half-way: the difference is gone, the reason is not
-        yield from (check for check in refused.values() if check.name == "renamed")
+            yield refused.get(difference.check.detail, difference.check)
 
     def _differences(self) -> list[Difference]:
-        return list(differences(self.ledger, self.versions, self.stages.names))
+        return list(differences(self.ledger, self.versions, self.stages.names, self.rules))
 
     def _accept_renamed(self, difference: Difference) -> Iterator[str]:
         assert difference.model is not None
         adapter_id, former = difference.versions[0].adapter_id, difference.versions[0].name
         name = check_name(difference.model.name)
+        if difference.rules and former not in self.force:
+            raise Refused("a rename that changes rules is asked for by name", hint=difference.check.hint)
         for job in self.ledger.jobs(states=sorted(LIVE), limit=_ALL_JOBS):
             if job.spec.get("into") == former:
                 raise Refused(f"job {job.id} makes a version of {former}", hint=f"adapterctl jobs wait {job.id}")
-        self.ledger.rename_adapter(adapter_id, name, actor=self.actor)
-        yield f"{former} is called {name} here, too"
-        ids = [version.id for version in difference.versions]
-        below = [edge.child_id for version_id in ids for edge in self.ledger.edges_down(version_id, 1)]
-        above = [edge.parent_id for edges in self.ledger.parent_edges(ids).values() for edge in edges]
-        near = self.ledger.versions_by_id(list(dict.fromkeys([*ids, *below, *above]))).values()
-        self.versions.rename_links(former, name, [version for version in near if version.state == "live"])
+        self.ledger.rename_adapter(adapter_id, name, actor=self.actor, note="; ".join(difference.rules))
+        # MLflow's pages still have the former name: that is a difference of its own, seen and accepted after this one
+        reached("stage.renamed")
+        yield "; ".join([f"{former} is called {name} here, too", *difference.rules])
 
     def _accept_deleted(self, difference: Difference) -> Iterator[str]:
         held = []
+        # it was seen missing a while ago; raises where MLflow cannot tell
+        there = {model.name: model.versions for model in self.versions.seen(difference.versions[0].adapter_id)}
+        if there and difference.versions[0].name not in there:  # it was renamed meanwhile
+            return
         for version in difference.versions:
-            if self.versions.has(version):  # it was seen missing a while ago, and raises where MLflow cannot tell
+            if version.number in there.get(version.name, {}):
                 continue
             try:
                 self.ledger.remove_version(version.id, actor=self.actor, reason=REASON, lost=True)
@@ -94,6 +112,19 @@ class Adoption:
             tell_parents(self.ledger, self.versions, list(parents))
         if held:
             raise Refused("; ".join(error.message for error in held), hint=difference.check.hint)
+
+    def _accept_lost(self, difference: Difference) -> Iterator[str]:
+        by_adapter: dict[str, list[AdapterVersion]] = {}
+        for version in difference.versions:
+            by_adapter.setdefault(version.adapter_id, []).append(version)
+        held = []
+        for versions in by_adapter.values():
+            try:
+                yield from self._accept_deleted(replace(difference, versions=tuple(versions)))
+            except Refused as error:
+                held.append(error.message)
+        if held:
+            raise Refused("; ".join(held), hint="adapterctl demote NAME --stage STAGE, then the same again")
 
     def _left_of(self, version: AdapterVersion) -> str:
         below = self.ledger.versions_by_id(list(self.ledger.descendants([version.id])))
@@ -138,17 +169,21 @@ class Adoption:
     def _accept_description(self, difference: Difference) -> Iterator[str]:
         assert difference.model is not None
         model, full = difference.model, []
-        if not model.described:
-            newest = self.ledger.versions(model.name)[-1]
-            full += [] if self.versions.describe_adapter(model.name, newest.spec.base) else [model.name]
         recalls = recall_views(self.ledger)
+        ids = [version.id for version in difference.versions]
+        above = [edge.parent_id for edges in self.ledger.parent_edges(ids).values() for edge in edges]
+        near = self.ledger.versions_by_id(above) if above else {}
+        tell_parents(self.ledger, self.versions, [version for version in near.values() if version.state == "live"])
         for version in difference.versions:
             hit = recalls.get(version.id)
             recalled = (hit.ref, hit.reason) if hit is not None else None
             spec, parents = self._as_registered(version)
-            if not self.versions.describe(spec, version.number, parents, recalled):
+            if not self.versions.describe(version, spec, parents, recalled):
                 full.append(version.label)
         tell_parents(self.ledger, self.versions, difference.versions)
+        if not model.described:
+            newest = self.ledger.versions(model.name)[-1]
+            full += [] if self.versions.describe_adapter(model.name, newest.spec.base) else [model.name]
         if full:
             raise Refused(f"no room is left in {', '.join(full)}", hint="shorten what is written there, in MLflow")
         yield f"descriptions of {model.name} lead to their lineage again"

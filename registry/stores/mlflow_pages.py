@@ -37,7 +37,7 @@ _RECALLED = "⛔ **Recalled.**"
 _CHILDREN = "**Children** "
 _CHILDREN_LINE = re.compile(rf"^{re.escape(_CHILDREN)}.*$", re.MULTILINE)
 _ALT = "Lineage: the picture is drawn where `adapterctl serve` runs"
-_PICTURE = re.compile(rf"\[!\[{re.escape(_ALT)}\]\(adapters/[^()]*/lineage\.svg\)\]\(adapters/[^()]*\)")
+_PICTURE = re.compile(rf"\[!\[{re.escape(_ALT)}\]\(adapters/([^()/]*)[^()]*/lineage\.svg\)\]\(adapters/[^()]*\)")
 _NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9_\-. /]+")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
 _HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
@@ -114,6 +114,12 @@ def is_described(description: str, name: str, number: int | None = None) -> bool
     return picture(name, number) in description
 
 
+def pictured_as(description: str) -> str:
+    """The name of the adapter in our picture, which is a former one until a rename has come here; empty without one."""
+    found = _PICTURE.search(description)
+    return found[1] if found else ""
+
+
 def with_ours(theirs: str, ours: str, link: str) -> str | None:
     """What a person wrote with `ours` below it, or `link` alone, our picture; None where there is room for neither.
 
@@ -130,6 +136,8 @@ def with_ours(theirs: str, ours: str, link: str) -> str | None:
 
 def with_name(text: str, former: str, name: str) -> str:
     """The text with the versions of an adapter, and our links to them, under its new name; too long, it stays."""
+    if former in ("", name):
+        return text
     word = re.escape(former)
     renamed = re.sub(rf"(?<![\w.-]){word}(?=:v\d)", name, text)
     renamed = re.sub(rf"(?<=\(#/models/){word}(?=/versions/)", name, renamed)

@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ from .mlflow_pages import (
     mlflow_key,
     mlmodel,
     picture,
+    pictured_as,
     with_children,
     with_name,
     with_ours,
@@ -63,7 +64,7 @@ from .mlflow_reports import log_report, log_search
 # isort: split
 # after mlflow_access, which sets what MLflow reads while it is imported
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run, RunTag
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 PARENT = "adapterctl.parent"
@@ -214,25 +215,30 @@ class MlflowVersions:
         return carried == version.id
 
     @in_our_words
-    def seen(self) -> list[SeenModel]:
-        versions: dict[str, dict[int, SeenVersion]] = {}
-        for version in pages(partial(self._client.search_model_versions, order_by=_STABLE)):
-            number = int(version.version)
-            versions.setdefault(version.name, {})[number] = SeenVersion(
-                version.tags.get(VERSION_ID),
-                version.tags.get(TAKEN_AS),
-                is_described(version.description or "", version.name, number),
-            )
-        models = (
-            SeenModel(
-                model.name,
-                model.tags.get(ADAPTER_ID),
-                is_described(model.description or "", model.name),
-                versions.get(model.name, {}),
-            )
-            for model in pages(self._client.search_registered_models)
-        )
-        return sorted(models, key=lambda model: model.name)
+    def seen(self, adapter_id: str | None = None) -> list[SeenModel]:
+        if adapter_id is None:
+            versions = list(pages(partial(self._client.search_model_versions, order_by=_STABLE)))
+            return _seen(pages(self._client.search_registered_models), versions)
+        search = partial(self._client.search_registered_models, f"tags.`{ADAPTER_ID}` = '{adapter_id}'")
+        while True:
+            models = list(pages(search))
+            found = [each for model in models for each in self._versions_of(model.name)]
+            if [model.name for model in models] == [model.name for model in pages(search)]:  # not renamed meanwhile
+                return _seen(models, found)
+
+    def _versions_of(self, name: str) -> Iterator[ModelVersion]:
+        quote = '"' if "'" in name else "'"  # MLflow takes any name, and knows no escape
+        return pages(partial(self._client.search_model_versions, f"name = {quote}{name}{quote}", order_by=_STABLE))
+
+    @in_our_words
+    def without_run(self, versions: Sequence[AdapterVersion]) -> list[AdapterVersion]:
+        return [version for version in versions if not self._knows_run(version.placement.run_id)]
+
+    def _knows_run(self, run_id: str) -> bool:
+        known = False
+        with missing_is_fine():
+            known = self._client.get_run(run_id) is not None
+        return known
 
     @in_our_words
     def project_stage(self, name: str, stage: str, *, number: int | None, legacy: Mapping[int, str]) -> None:
@@ -276,44 +282,41 @@ class MlflowVersions:
 
     @in_our_words
     def describe(
-        self, spec: NewVersion, number: int, parents: Sequence[Parent], recalled: tuple[str, str] | None
+        self,
+        version: AdapterVersion,
+        spec: NewVersion,
+        parents: Sequence[Parent],
+        recalled: tuple[str, str] | None,
     ) -> bool:
-        theirs = self._client.get_model_version(spec.adapter, str(number)).description or ""
-        both = with_ours(theirs, describe(spec, parents, number), picture(spec.adapter, number))
+        name, number = version.name, str(version.number)
+        found = self._client.get_model_version(name, number)
+        if found.tags.get(VERSION_ID) != version.id:
+            return True
+        text = found.description or ""
+        tags = {f"{PARENT}.{position}": parent.version for position, parent in enumerate(parents)}
+        for key, parent in tags.items():
+            text = with_name(text, found.tags.get(key, "").rpartition(":v")[0], parent.name)
+        text = with_name(text, pictured_as(text), name)
+        both = with_ours(text, describe(spec, parents, version.number), picture(name, version.number))
         if both is not None:
-            self._client.update_model_version(spec.adapter, str(number), description=with_recall(both, recalled))
+            self._client.update_model_version(name, number, description=with_recall(both, recalled))
+        # tags come last: by them the next look finds what was cut short
+        for key, parent in tags.items():
+            if found.tags.get(key) != parent.label:
+                self._client.set_model_version_tag(name, number, key, parent.label)
+        for key in found.tags:
+            if key.startswith(f"{PARENT}.") and key not in tags:
+                self._client.delete_model_version_tag(name, number, key)
         return both is not None
 
     @in_our_words
     def describe_adapter(self, name: str, base: Base) -> bool:
         theirs = self._client.get_registered_model(name).description or ""
+        theirs = with_name(theirs, pictured_as(theirs), name)
         both = with_ours(theirs, describe_adapter(name, base), picture(name))
         if both is not None:
             self._client.update_registered_model(name, description=both)
         return both is not None
-
-    @in_our_words
-    def rename_links(self, former: str, name: str, versions: Sequence[AdapterVersion]) -> None:
-        with missing_is_fine():
-            before = self._client.get_registered_model(name).description or ""
-            after = with_name(before, former, name)
-            if after != before:
-                self._client.update_registered_model(name, description=after)
-        for version in versions:
-            self._rename_links(version, former, name)
-
-    def _rename_links(self, version: AdapterVersion, former: str, name: str) -> None:
-        with missing_is_fine():
-            found = self._client.get_model_version(version.name, str(version.number))
-            before = found.description or ""
-            after = with_name(before, former, name)
-            if found.tags.get(VERSION_ID) != version.id:
-                return
-            if after != before:
-                self._client.update_model_version(version.name, found.version, description=after)
-            for key, value in found.tags.items():
-                if key.startswith(f"{PARENT}.") and (now := with_name(value, former, name)) != value:
-                    self._client.set_model_version_tag(version.name, found.version, key, now)
 
     @in_our_words
     def log_report(
@@ -628,6 +631,33 @@ class MlflowVersions:
                 if error.error_code != _RACE or attempt == _RACE_TRIES:
                     raise
                 time.sleep(0.02 * attempt)
+
+
+def _seen(models: Iterable[RegisteredModel], found: Iterable[ModelVersion]) -> list[SeenModel]:
+    versions: dict[str, dict[int, SeenVersion]] = {}
+    for version in found:
+        number = int(version.version)
+        versions.setdefault(version.name, {})[number] = SeenVersion(
+            version.tags.get(VERSION_ID),
+            version.tags.get(TAKEN_AS),
+            is_described(version.description or "", version.name, number),
+            _named_parents(version.tags),
+        )
+    seen = (
+        SeenModel(
+            model.name,
+            model.tags.get(ADAPTER_ID),
+            is_described(model.description or "", model.name),
+            versions.get(model.name, {}),
+        )
+        for model in models
+    )
+    return sorted(seen, key=lambda model: model.name)
+
+
+def _named_parents(tags: Mapping[str, str]) -> tuple[str, ...]:
+    keys = [key for key in tags if key.startswith(f"{PARENT}.")]
+    return tuple(tags[key] for key in sorted(keys, key=lambda key: (len(key), key)))
 
 
 def _is_used(version: ModelVersion, used: Mapping[int, str]) -> bool:

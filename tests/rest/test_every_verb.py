@@ -731,6 +731,11 @@ def test_doctor_adopts_nothing_where_nothing_was_done_in_mlflow(registry: Regist
     assert {"ledger", "mlflow", "jobs"} <= {check.name for check in checks}
     assert "adopted" not in {check.name for check in checks}
     assert registry.version(ref(version)).state == "live"
+    assert "adopted" not in {check.name for check in registry.doctor(adopt=True, force=[version.name])}
+    with pytest.raises(NotFound, match="no adapter 'nobody'"):
+        registry.doctor(adopt=True, force=["nobody"])
+    with pytest.raises(InvalidInput, match="force without adopt"):
+        registry.doctor(force=[version.name])
 
 
 def test_what_nobody_refers_to_is_told_and_then_freed(registry: RegistryAPI, merged: VersionView):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,14 @@ from tiny import write_tiny_adapter
 
 from adapterctl.bootstrap import connect
 from adapterctl.registry.api import Check
-from adapterctl.registry.domain.errors import Misconfigured, NotFound, Refused, Unavailable
+from adapterctl.registry.domain.access import Scope
+from adapterctl.registry.domain.errors import (
+    InvalidInput,
+    Misconfigured,
+    NotFound,
+    Refused,
+    Unavailable,
+)
 from adapterctl.registry.domain.job import NewJob
 from adapterctl.registry.domain.refs import parse_ref
 from adapterctl.registry.domain.stage import Head
@@ -29,6 +38,7 @@ from adapterctl.registry.wire import to_json
 DRIFT = {
     *(
         "adopted",
+        "lost",
         "deleted",
         "renamed",
         "replaced",
@@ -87,7 +97,11 @@ def test_a_renamed_model_renames_the_adapter_and_nothing_else(two_parents, clien
     head = two_parents.history(name)
     client.rename_registered_model(name, f"{name}-new")
 
-    assert adopt(two_parents) == [("adopted", f"{name} is called {name}-new here, too")]
+    assert adopt(two_parents) == [
+        ("adopted", f"{name} is called {name}-new here, too"),
+        ("adopted", f"descriptions of {name}-child lead to their lineage again"),
+        ("adopted", f"descriptions of {name}-new lead to their lineage again"),
+    ]
 
     now = two_parents.version(parse_ref(f"{name}-new@production"))
     assert (now.id, now.content_digest, now.ref) == (before.id, before.content_digest, f"{name}-new:v1")
@@ -330,8 +344,17 @@ def test_an_emptied_mlflow_is_no_reason_to_remove_anything(two_parents, tmp_path
 
 def test_what_was_seen_missing_and_is_there_is_not_removed(two_parents, client, tmp_path, name, monkeypatch):
     version = add(two_parents, tmp_path, name)
-    seen = MlflowVersions.seen
-    monkeypatch.setattr(MlflowVersions, "seen", lambda store: [each for each in seen(store) if each.name != name])
+    seen, missed = MlflowVersions.seen, []
+
+    def looks(store: MlflowVersions, adapter_id: str | None = None) -> Any:
+        """Does not see it, also when asked for it, until it is about to be removed."""
+        found = seen(store, adapter_id)
+        if len(missed) == 2:
+            return found
+        missed.append(adapter_id)
+        return [each for each in found if each.name != name]
+
+    monkeypatch.setattr(MlflowVersions, "seen", looks)
 
     adopted = adopt(two_parents)
 
@@ -429,3 +452,258 @@ def test_a_rename_that_another_process_recorded_is_no_second_event(two_parents, 
     assert [event.action for event in two_parents.history(f"{name}-new").events] == ["rename"]
     two_parents.ledger.rename_adapter(adapter_id, name, actor="ada")
     assert two_parents.version(parse_ref(f"{name}:v1")).id == version.id
+
+
+def crash(registry: LocalRegistry, at: str, *arguments: str) -> None:
+    environment = os.environ | registry.settings.to_env() | {"ADAPTERCTL_CRASH_AT": at}
+    command = [sys.executable, "-m", "adapterctl", *arguments]
+    done = subprocess.run(command, env=environment, check=False, timeout=120, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["on", "back"])
+def test_a_rename_that_was_cut_short_is_seen_and_completed(two_parents, client, tmp_path, name, back):
+    root = add(two_parents, tmp_path, f"{name}-root")
+    parent = add(two_parents, tmp_path, name, kind="train", trained_from=parse_ref(root))
+    add(two_parents, tmp_path, f"{name}-child", kind="train", trained_from=parse_ref(parent))
+    client.rename_registered_model(name, f"{name}-new")
+    crash(two_parents, "stage.renamed", "doctor", "--adopt")
+    now = f"{name}-new"
+    assert [(check.name, check.status) for check in left(two_parents)] == [("description", "warning")] * 2
+    if back:
+        client.rename_registered_model(now, name)
+        now = name
+
+    adopted = adopt(two_parents)
+
+    assert {kind for kind, _ in adopted} == {"adopted"}
+    assert left(two_parents) == []
+    assert adopt(two_parents) == []
+    child, own = client.get_model_version(f"{name}-child", "1"), client.get_model_version(now, "1")
+    assert f"[{now}:v1](#/models/{now}/versions/1)" in child.description
+    assert child.tags["adapterctl.parent.0"] == f"{now}:v1"
+    assert f"adapters/{now}/v1/lineage.svg" in own.description
+    assert f"adapters/{now}/lineage.svg" in client.get_registered_model(now).description
+    assert f"[{now}:v1]" in client.get_model_version(f"{name}-root", "1").description
+    former = name if now != name else f"{name}-new"
+    texts = [child.description, own.description, client.get_model_version(f"{name}-root", "1").description]
+    assert not any(f"{former}:v1]" in text or f"/{former}/" in text for text in texts)
+
+
+def test_a_former_name_that_is_another_adapter_now_is_not_taken_for_the_renamed_one(
+    two_parents, client, tmp_path, name
+):
+    parent = add(two_parents, tmp_path, name)
+    add(two_parents, tmp_path, f"{name}-old", kind="train", trained_from=parse_ref(parent))
+    client.rename_registered_model(name, f"{name}-new")
+    crash(two_parents, "stage.renamed", "doctor", "--adopt")
+    other = add(two_parents, tmp_path, name)
+    add(two_parents, tmp_path, f"{name}-young", kind="train", trained_from=parse_ref(other))
+
+    adopt(two_parents)
+
+    old, young = (client.get_model_version(f"{name}-{each}", "1") for each in ("old", "young"))
+    assert (old.tags["adapterctl.parent.0"], young.tags["adapterctl.parent.0"]) == (f"{name}-new:v1", f"{name}:v1")
+    assert f"[{name}-new:v1]" in old.description
+    assert f"[{name}:v1](#/models/{name}/versions/1)" in young.description
+    assert left(two_parents) == []
+
+
+def paged(client: Any, monkeypatch: pytest.MonkeyPatch, deed: Callable[[], Any]) -> None:
+    """Let every page of registered models hold one, and the deed be done once between the first two."""
+    search, done = client.search_registered_models, []
+
+    def by_ones(*asked: Any, **more: Any) -> Any:
+        if more.get("page_token") is not None and not done:
+            done.append(deed())
+        return search(*asked, **{**more, "max_results": 1})
+
+    monkeypatch.setattr(client, "search_registered_models", by_ones)
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["itself", "another"])
+def test_a_rename_between_two_pages_is_no_deletion(two_parents, client, tmp_path, name, monkeypatch, late):
+    """From the last page to the first it hides itself, from the first to the last the one after it."""
+    first, last = f"aa-{name}", f"zz-{name}"
+    moved, to = (last, f"aa-{name}-moved") if late else (first, f"zz-{name}-moved")
+    for each in (first, last):
+        add(two_parents, tmp_path, each)
+    paged(client, monkeypatch, lambda: client.rename_registered_model(moved, to))
+
+    told = left(two_parents)
+
+    assert [check.name for check in told] == ["renamed"]
+    assert f"{moved} is called {to}" in told[0].detail
+    assert adopt(two_parents)[0] == ("adopted", f"{moved} is called {to} here, too")
+    states = {each.ref: each.state for each in two_parents.versions(removed=True)}
+    assert states[f"{to}:v1"] == states[f"{first if late else last}:v1"] == "live"
+    assert left(two_parents) == []
+
+
+def test_a_rename_after_the_look_is_no_deletion(two_parents, client, tmp_path, name, monkeypatch):
+    version = two_parents.version(parse_ref(add(two_parents, tmp_path, name)))
+    seen, looks = MlflowVersions.seen, []
+
+    def then_rename(store: MlflowVersions, adapter_id: str | None = None) -> Any:
+        looks.append(adapter_id)
+        found = [each for each in seen(store, adapter_id) if each.name != name]  # as if it were gone
+        if adapter_id is not None and len(looks) == 2:
+            client.rename_registered_model(name, f"{name}-new")
+        return found
+
+    monkeypatch.setattr(MlflowVersions, "seen", then_rename)
+
+    adopt(two_parents)
+
+    monkeypatch.undo()
+    assert two_parents.ledger.version(version.id).state == "live"
+    adopt(two_parents)
+    assert two_parents.version(parse_ref(f"{name}-new:v1")).id == version.id
+
+
+@pytest.fixture
+def restorable(tmp_path, ledger_schema, mlflow_schema) -> Iterator[tuple[LocalRegistry, Callable[[], None]]]:
+    """A registry with `chat:v1` in production, and the means to restore the MLflow that it has now."""
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(ledger_schema, home / "registry.db")
+    shutil.copy(mlflow_schema, home / "mlflow.db")
+    registry = connect(load_settings({"home": home, "idle_s": 0.3}))
+    registry.promote(parse_ref(add(registry, tmp_path, "chat")), to="production")
+    with closing(sqlite3.connect(home / "mlflow.db")) as live, closing(sqlite3.connect(tmp_path / "kept.db")) as kept:
+        live.backup(kept)
+
+    def restore() -> None:
+        with (
+            closing(sqlite3.connect(tmp_path / "kept.db")) as kept,
+            closing(sqlite3.connect(home / "mlflow.db")) as live,
+        ):
+            kept.backup(live)
+
+    yield registry, restore
+    registry.ledger.close()
+
+
+def test_an_older_backup_of_mlflow_is_no_mass_deletion(restorable, tmp_path):
+    registry, restore = restorable
+    second = add(registry, tmp_path, "chat", kind="train", trained_from=parse_ref("chat:v1"))
+    third = add(registry, tmp_path, "chat")
+    other = add(registry, tmp_path, "translate")
+    registry.promote(parse_ref(second), to="production")
+    registry.promote(parse_ref(third), to="production")
+    registry.demote("chat", stage="production")
+    before = registry.versions(removed=True)
+    restore()
+
+    told = {check.name: check for check in registry.doctor()}
+    adopted = registry.doctor(adopt=True)
+    partly = registry.doctor(adopt=True, force=["chat"])
+
+    assert "deleted" not in told
+    assert told["lost"].status == "error"
+    assert f"({second}, {third}, {other}) nor their runs: an older backup of it was restored" in told["lost"].detail
+    assert told["lost"].hint.endswith("--adopt --force chat --force translate removes them here, too")
+    for checks in (adopted, partly):
+        (lost,) = [check for check in checks if check.name == "lost"]
+        assert "not adopted: nothing is adopted before it is decided what became of" in lost.detail
+        assert "adopted" not in {check.name for check in checks}
+        assert "stage" in {check.name for check in checks}  # the alias of the backup is not adopted either
+    assert registry.versions(removed=True) == before
+    assert registry.history("chat").events[-1].action == "demote"
+
+    named = registry.doctor(adopt=True, force=["chat", "translate"])
+
+    assert {f"{each} is removed here, too" for each in (second, third, other)} <= {check.detail for check in named}
+    assert {each.ref for each in registry.versions()} == {"chat:v1"}
+    assert add(registry, tmp_path, "chat") == "chat:v4"
+    with pytest.raises(NotFound):
+        registry.doctor(adopt=True, force=["nobody"])
+    with pytest.raises(InvalidInput, match="force without adopt"):
+        registry.doctor(force=["chat"])
+
+
+def test_a_run_that_was_erased_for_good_is_asked_about_too(restorable, tmp_path):
+    registry, _ = restorable
+    version = registry.version(parse_ref(add(registry, tmp_path, "chat")))
+    newest = add(registry, tmp_path, "translate")
+    client = registry.version_store._client
+    client.delete_model_version("chat", "2")
+    assert [check.name for check in registry.doctor() if check.name in DRIFT] == ["deleted"]
+    client.delete_run(version.run_id)
+    assert [check.name for check in registry.doctor() if check.name in DRIFT] == ["deleted"]
+    client._tracking_client.store._hard_delete_run(version.run_id)
+
+    (lost,) = [check for check in registry.doctor(adopt=True) if check.name in DRIFT]
+
+    assert (lost.name, lost.status) == ("lost", "error")
+    assert "runs were erased, or an older backup was restored" in lost.detail
+    assert f"{version.ref} is removed here, too" in [
+        each.detail for each in registry.doctor(adopt=True, force=["chat"])
+    ]
+    assert registry.version(parse_ref(newest)).state == "live"
+    assert left(registry) == []
+
+
+def test_an_adapter_of_tombstones_alone_is_renamed_and_takes_in_what_was_made(two_parents, client, tmp_path, name):
+    two_parents.remove(parse_ref(add(two_parents, tmp_path, name)), reason="")
+    number = make_by_hand(client, tmp_path, name)
+    client.rename_registered_model(name, f"{name}-new")
+    assert [check.name for check in left(two_parents)] == ["renamed"]
+
+    assert adopt(two_parents) == [
+        ("adopted", f"{name} is called {name}-new here, too"),
+        ("adopted", f"MLflow's {name}-new version {number} is {name}-new:v3 here"),
+        ("adopted", f"descriptions of {name}-new lead to their lineage again"),
+    ]
+
+    assert left(two_parents) == []
+    assert [(each.ref, each.state) for each in two_parents.versions(f"{name}-new", removed=True)] == [
+        (f"{name}-new:v1", "removed"),
+        (f"{name}-new:v3", "live"),
+    ]
+
+
+def test_a_model_that_was_left_under_another_name_does_not_rename_its_adapter(two_parents, client, tmp_path, name):
+    """All was removed, the empty model renamed in MLflow, the adapter registered anew: both models carry our id."""
+    two_parents.remove(parse_ref(add(two_parents, tmp_path, name)), reason="")
+    client.rename_registered_model(name, f"{name}-left")
+    version = add(two_parents, tmp_path, name)
+
+    assert left(two_parents) == []
+    assert adopt(two_parents) == []
+    assert two_parents.version(parse_ref(version)).state == "live"
+    client.delete_registered_model(f"{name}-left")
+
+
+def test_a_rename_out_of_a_gate_is_asked_for_by_name(two_parents, client, tmp_path, name):
+    version = add(two_parents, tmp_path, f"{name}-prod", metrics={"bleu": 0.1})
+    two_parents.set_gates({"gates": [{"stage": "production", "adapters": ["*-prod"], "require": ["bleu >= 0.3"]}]})
+    token = two_parents.create_token(f"team {name}", scope=Scope.PROMOTE, names=[f"{name}-p*"]).token
+    reader = two_parents.create_token(f"reader {name}", scope=Scope.READ, names=[f"{name}-p*"]).token
+    client.rename_registered_model(f"{name}-prod", f"{name}-dev")
+    changed = f"production no longer asks for 'bleu >= 0.3'; the token team {name} may no longer change it"
+
+    (told,) = left(two_parents)
+    (refused,) = [check for check in two_parents.doctor(adopt=True) if check.name in DRIFT]
+
+    assert told.detail.endswith(f"where other rules hold: {changed}")
+    assert f"adapterctl doctor --adopt --force {name}-prod renames it here, too" in told.hint
+    assert refused.detail == f"{told.detail}; not adopted: a rename that changes rules is asked for by name"
+    assert two_parents.gate_check(parse_ref(version), to="production").verdict == "failed"
+    two_parents.doctor(adopt=True, force=[f"{name}-prod"])
+    assert left(two_parents) == []
+    (event,) = two_parents.history(f"{name}-dev", verify=True).events
+    assert (event.action, event.reason) == ("rename", f"was {name}-prod; {changed}")
+    with pytest.raises(NotFound) as gone:
+        two_parents.version(parse_ref(version))
+    assert gone.value.hint == f"it is called {name}-dev now"
+    two_parents.revoke_token(token.id)
+    two_parents.revoke_token(reader.id)
+    client.rename_registered_model(f"{name}-dev", f"{name}-stage")  # out of no gate, into none
+    assert adopt(two_parents)[0] == ("adopted", f"{name}-dev is called {name}-stage here, too")
+    client.rename_registered_model(f"{name}-stage", f"{name}-prod")
+    (told,) = left(two_parents)
+    assert told.detail.endswith("where other rules hold: production also asks for 'bleu >= 0.3'")
+    two_parents.doctor(adopt=True, force=[f"{name}-stage"])
+    two_parents.set_gates({"gates": []})
+    assert left(two_parents) == []

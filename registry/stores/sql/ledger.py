@@ -62,7 +62,7 @@ from .tables import (
 )
 from .workers import WorkerRows
 
-_WAS = "was "
+_WAS, _NOTE = "was ", "; "
 #: Details of versions that a process keeps at hand; those of a 7B adapter take half a megabyte.
 DETAILS_KEPT = 64
 
@@ -202,7 +202,7 @@ class SqlLedger(JobRows, WorkerRows):
             query = select(adapter.c.name).where(has_versions).order_by(adapter.c.name)
             return list(connection.execute(query).scalars())
 
-    def rename_adapter(self, adapter_id: str, name: str, *, actor: str) -> StageEvent | None:
+    def rename_adapter(self, adapter_id: str, name: str, *, actor: str, note: str = "") -> StageEvent | None:
         with self._db.write() as connection:
             _lock_stages(connection, adapter_id)
             former = connection.execute(select(adapter.c.name).where(adapter.c.id == adapter_id)).scalar_one_or_none()
@@ -217,7 +217,7 @@ class SqlLedger(JobRows, WorkerRows):
                 raise Refused(
                     f"{former} cannot be called {name}: another adapter is", hint="choose another name in MLflow"
                 ) from error
-            reason = f"{_WAS}{former}"
+            reason = f"{_WAS}{former}{_NOTE}{note}" if note else f"{_WAS}{former}"
             return _append_event(connection, adapter_id, "", "rename", actor=actor, reason=reason)
 
     def former_names(self) -> dict[str, str]:
@@ -228,7 +228,7 @@ class SqlLedger(JobRows, WorkerRows):
             .order_by(stage_history.c.at)
         )
         with self._db.read() as connection:
-            return {row.reason.removeprefix(_WAS): row.name for row in connection.execute(query)}
+            return {row.reason.removeprefix(_WAS).partition(_NOTE)[0]: row.name for row in connection.execute(query)}
 
     def version(self, version_id: str) -> AdapterVersion | None:
         return next(iter(self._versions(_VERSION.where(version.c.id == version_id))), None)
