@@ -65,9 +65,7 @@ def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str], rule
     doubles = store.doubles(everything)
     names = {version.adapter_id: version.name for version in everything}
     ours = _by_adapter(seen, names)
-    by_adapter: dict[str, list[AdapterVersion]] = {}
-    for version in live:
-        by_adapter.setdefault(version.adapter_id, []).append(version)
+    by_adapter = _grouped(live)
     missing = list(_look_again(store, ours, by_adapter, names))
     lost = store.without_run(missing)
     if lost:
@@ -90,13 +88,20 @@ def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str], rule
         yield from _versions(model, versions, known, doubled, holds, explained)
         yield from _stages(store, model, versions, known, holds, stages)
         yield from _descriptions(model, versions, parents)
-    for adapter_id, model in ours.items():  # all versions here are tombstones
-        tombstones = [version for version in everything if version.adapter_id == adapter_id]
-        if tombstones and model.name != names[adapter_id]:
+    for adapter_id, tombstones in _grouped(everything).items():
+        model = ours.get(adapter_id)
+        if model is not None and model.name != names[adapter_id]:
             yield _renamed(model, tombstones, rules)
-        elif tombstones:
+        elif model is not None:
             yield from _versions(model, (), known, (), {}, set())
     yield from _strangers(seen, ours, set(names))
+
+
+def _grouped(versions: Sequence[AdapterVersion]) -> dict[str, list[AdapterVersion]]:
+    found: dict[str, list[AdapterVersion]] = {}
+    for version in versions:
+        found.setdefault(version.adapter_id, []).append(version)
+    return found
 
 
 def _by_adapter(seen: Sequence[SeenModel], names: Mapping[str, str]) -> dict[str, SeenModel]:

@@ -498,9 +498,8 @@ class LocalRegistry:
     def doctor(self, *, adopt: bool = False, force: Sequence[str] = ()) -> list[Check]:
         if force and not adopt:
             raise InvalidInput("force without adopt", hint="adapterctl doctor --adopt --force NAME")
-        for name in force:
-            known_adapter(self.ledger, name)
-        adoption = partial(self._adoption, force) if adopt else None
+        forced = [known_adapter(self.ledger, name) for name in force]
+        adoption = partial(self._adoption, forced) if adopt else None
         return doctor.examine(
             self.settings, self.ledger, self.bell, lambda: self.version_store, self._rules_changed, adoption
         )

@@ -37,7 +37,7 @@ _ALL_JOBS = 1_000_000
 class Adoption:
     """`register` takes in a source under a name; `stages` moves what aliases say, in the name of `actor`.
 
-    `force` are the adapters for which also that is accepted which needs to be asked for by name.
+    `force` are the ids of the adapters for which also that is accepted which needs to be asked for by name.
     """
 
     ledger: Ledger
@@ -52,16 +52,12 @@ class Adoption:
         """One check for what was accepted, then one for each difference that is left, with the reason."""
         refused: dict[str, Check] = {}
         found, changed = self._differences(), False
-        unnamed = {version.name for each in found if each.check.name == "lost" for version in each.versions}
-        if unnamed - set(self.force):
-            told = "nothing is adopted before it is decided what became of " + first_few(sorted(unnamed))
-            for each in found:
-                refused_all = each.check.name == "lost"
-                yield _refusal(each, Refused(told, hint=each.check.hint)) if refused_all else each.check
-            return
         for kind in _ORDER:
             if changed:
                 found, changed = self._differences(), False
+            if (undecided := self._undecided(found)) is not None:
+                refused |= {each.check.detail: _refusal(each, undecided) for each in found if each.check.name == "lost"}
+                break
             accept = getattr(self, f"_accept_{kind}")
             for difference in found:
                 if difference.check.name != kind:
@@ -75,6 +71,15 @@ class Adoption:
         for difference in self._differences() if changed else found:
             yield refused.get(difference.check.detail, difference.check)
 
+    def _undecided(self, found: Sequence[Difference]) -> Refused | None:
+        """Why nothing is adopted: versions are lost of adapters that were not named."""
+        for each in found:
+            names = {version.name for version in each.versions if version.adapter_id not in self.force}
+            if each.check.name == "lost" and names:
+                told = f"nothing is adopted before it is decided what became of {first_few(sorted(names))}"
+                return Refused(told, hint=each.check.hint)
+        return None
+
     def _differences(self) -> list[Difference]:
         return list(differences(self.ledger, self.versions, self.stages.names, self.rules))
 
@@ -82,7 +87,7 @@ class Adoption:
         assert difference.model is not None
         adapter_id, former = difference.versions[0].adapter_id, difference.versions[0].name
         name = check_name(difference.model.name)
-        if difference.rules and former not in self.force:
+        if difference.rules and adapter_id not in self.force:
             raise Refused("a rename that changes rules is asked for by name", hint=difference.check.hint)
         for job in self.ledger.jobs(states=sorted(LIVE), limit=_ALL_JOBS):
             if job.spec.get("into") == former:

@@ -622,6 +622,24 @@ def test_an_older_backup_of_mlflow_is_no_mass_deletion(restorable, tmp_path):
         registry.doctor(force=["chat"])
 
 
+def test_a_backup_that_is_restored_while_doctor_adopts_ends_it(restorable, tmp_path, monkeypatch):
+    registry, restore = restorable
+    registry.promote(parse_ref(add(registry, tmp_path, "chat")), to="production")
+    registry.demote("chat", stage="production")
+    add(registry, tmp_path, "talk")
+    registry.version_store._client.rename_registered_model("talk", "speak")
+    rename = registry.ledger.rename_adapter
+    monkeypatch.setattr(
+        type(registry.ledger), "rename_adapter", lambda ledger, *asked, **more: (restore(), rename(*asked, **more))[1]
+    )
+
+    checks = [check for check in registry.doctor(adopt=True) if check.name in DRIFT]
+
+    assert [check.detail for check in checks if check.name == "adopted"] == ["talk is called speak here, too"]
+    assert {"lost", "stage"} <= {check.name for check in checks}
+    assert registry.history("chat").events[-1].action == "demote"
+
+
 def test_a_run_that_was_erased_for_good_is_asked_about_too(restorable, tmp_path):
     registry, _ = restorable
     version = registry.version(parse_ref(add(registry, tmp_path, "chat")))
