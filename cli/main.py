@@ -17,14 +17,32 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..registry.domain.errors import AdapterctlError, InvalidInput
 from .commands import adapters, admin, base, carry, demo, evals, gates, jobs, lineage, merge, service, stages, tune
 from .complete import whole_words
 from .connect import Common, Format, Home, NoColor, Quiet, Verbose
-from .output import printable, write
+from .output import Output, printable, write
+
+#: typer has no public name for it.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class Program(TyperGroup):
     """The commands under the headings of their groups, in the order in which a newcomer meets them."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """As typer does it, but where JSON is asked for, an error of usage is an object like any other error."""
+        if not (options.get("standalone_mode", True) and _asks_for_json(sys.argv)):
+            return super().main(*args, **options)
+        try:
+            sys.exit(super().main(*args, **options | {"standalone_mode": False}))
+        except _USAGE_ERROR as error:
+            wrong: Any = error
+            path = wrong.ctx.command_path if wrong.ctx is not None else "adapterctl"
+            sys.exit(Output("json").fail(InvalidInput(wrong.format_message(), hint=f"{path} -h")))
+        except typer.Abort:
+            write(sys.stderr, "Aborted!")
+            sys.exit(1)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -48,6 +66,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+
+def _asks_for_json(words: list[str]) -> bool:
+    """Whether `-o json` is among the words; read by hand, for it may stand behind what cannot be parsed."""
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    return any(
+        word in ("-ojson", "--output=json") or (word in ("-o", "--output") and value == "json") for word, value in pairs
+    )
 
 
 def _print_version(wanted: bool) -> None:
@@ -84,6 +110,8 @@ def main() -> None:
     try:
         with whole_words() if in_bash else nullcontext():
             app(prog_name="adapterctl")
+    except AdapterctlError as error:  # the output is lost before a command had begun
+        sys.exit(Output().fail(error))
     except Exception as error:  # noqa: BLE001 - the edge of the process: whatever came this far is told, not dumped
         if {"-v", "--verbose"}.intersection(sys.argv):
             traceback.print_exception(error)

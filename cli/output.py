@@ -6,10 +6,12 @@ that comes from a registry reaches a terminal raw: control and direction charact
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TextIO
@@ -139,15 +141,28 @@ def color_wanted(no_color: bool) -> bool:
     return not no_color and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def is_terminal(stream: TextIO) -> bool:
-    return stream.isatty()
+def is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
 
 
-def write(stream: TextIO, text: str) -> None:
-    """One piece of text and its line end; what the stream cannot encode is shown as an escape."""
+def write(stream: TextIO | None, text: str) -> None:
+    """One piece of text and its line end; what the stream cannot encode is shown as an escape.
+
+    A stream that the caller closed gets nothing. Raises `Unavailable` where a disk is full.
+    """
+    if stream is None:
+        return
     encoding = stream.encoding or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    stream.flush()
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever reads has seen enough
+            raise
+        # else Python tries to write it again when it ends, and complains
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise errors.Unavailable(f"the output cannot be written: {error.strerror}") from error
 
 
 def as_json(value: Any, *, indent: int = 2) -> str:

@@ -1,0 +1,66 @@
+"""Where the program begins and where its words end: in JSON, in a closed pipe, on a full disk, with Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = [sys.executable, "-m", "adapterctl"]
+INTERRUPTED = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from adapterctl.__main__ import main
+main()
+"""
+
+
+def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *words], stderr=subprocess.PIPE, text=True, timeout=60, **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "path"),
+    [
+        (["-o", "json", "merge"], "Missing argument", "adapterctl merge -h"),
+        (["merge", "a", "b", "--made-up", "-o", "json"], "No such option: --made-up", "adapterctl merge -h"),
+        (["promot", "--output=json"], "Did you mean 'promote'", "adapterctl -h"),
+    ],
+)
+def test_errors_of_usage_are_objects_where_json_is_asked_for(words: list[str], message: str, path: str):
+    done = run(*words, stdout=subprocess.PIPE)
+
+    said = json.loads(done.stderr)
+    assert (done.returncode, done.stdout, said["exit_code"]) == (2, "", 2)
+    assert message in said["error"]["message"]
+    assert (said["error"]["code"], said["error"]["hint"]) == ("invalid_input", path)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["methods"]])
+def test_a_full_disk_under_the_output_is_told(words: list[str]):
+    with open("/dev/full", "w") as full:
+        done = run(*words, stdout=full)
+
+    assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
+
+
+def test_a_closed_output_is_no_error():
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m adapterctl methods -o json >&-"], stderr=subprocess.PIPE, text=True
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_before_anything_is_loaded_says_nothing():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stdout, done.stderr) == (-2, "", "")
