@@ -8,9 +8,10 @@ from typing import Any, Literal
 import msgspec
 
 from ..registry.api import Registered, RegistryAPI
-from ..registry.domain.errors import InvalidInput, Problem, raise_all
+from ..registry.domain.errors import AdapterctlError, InvalidInput, Problem, raise_all
 from ..registry.domain.refs import check_name, parse_ref, parse_source
 from ..registry.services.read_yaml import parse_yaml, read_limited
+from ..registry.services.register import check_folder
 
 MAX_BATCH_BYTES = 1 << 24
 HINT = "see `adapterctl register --help`"
@@ -33,8 +34,10 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     assume_converted: bool = False
 
     def check(self) -> None:
-        """Read every name and reference. Raises `InvalidInput` before anything is registered."""
-        parse_source(self.source)
+        """Read every name and reference, and look for the folder. Raises before anything is registered."""
+        source = parse_source(self.source)
+        if source.kind == "folder":
+            check_folder(Path(source.location).expanduser())
         check_name(self.name)
         if self.trained_from is not None:
             parse_ref(self.trained_from)
@@ -73,7 +76,7 @@ def read_batch(path: Path) -> list[Entry]:
             entry = _anchored(msgspec.convert(item, Entry), path.parent)
             entry.check()
             entries.append(entry)
-        except (msgspec.ValidationError, InvalidInput) as error:
+        except (msgspec.ValidationError, AdapterctlError) as error:
             problems.append(Problem("entry", f"{position}: {error}", getattr(error, "hint", "")))
     raise_all(InvalidInput, f"{path} has entries that cannot be registered; nothing was", problems)
     return entries

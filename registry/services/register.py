@@ -48,6 +48,8 @@ NEWEST_CHILDREN = 40
 _COPY_BYTES = 2**20
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./ -]{0,199}")
 _MAX_VALUE = 5000
+#: An SPDX identifier or expression, or an identifier of the hub's.
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*( (AND|OR|WITH) [A-Za-z0-9][A-Za-z0-9.+-]*)*")
 _RESERVED = ("adapterctl.", "mlflow.")
 _log = logging.getLogger("adapterctl")
 
@@ -401,6 +403,9 @@ def _check_words(registration: Registration) -> None:
             _check_key(what, key)
             if len(value) > _MAX_VALUE:
                 raise InvalidInput(f"{what} {key!r} has {len(value):,} characters", hint=f"at most {_MAX_VALUE:,}")
+    for what, text in (("dataset", registration.dataset), ("license", registration.license)):
+        if text is not None and len(text) > _MAX_VALUE:
+            raise InvalidInput(f"the {what} has {len(text):,} characters", hint=f"at most {_MAX_VALUE:,}")
     for key, number in registration.metrics.items():
         _check_key("metric", key)
         if not math.isfinite(number):
@@ -429,6 +434,8 @@ def _warnings(registration: Registration, facts: AdapterFacts, base: Base, *, kn
         found.append(f"{parent.label}, which it was trained from, applies to another base: {parent.spec.base.name}")
     if registration.base and facts.base_name and registration.base != facts.base_name:
         found.append(f"registered for the base {registration.base}, the config says {facts.base_name}")
+    if registration.license and not _LICENSE.fullmatch(registration.license):
+        found.append(f"the licence {registration.license[:80]!r} is no identifier such as apache-2.0: gates compare it")
     if isinstance(facts.config.get("target_modules"), str) and facts.config["target_modules"] != "all-linear":
         found.append(
             "target_modules is a pattern, which PEFT runs when the adapter is loaded; a list of names is safer"

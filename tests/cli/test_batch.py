@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny import write_tiny_adapter
 
 from adapterctl.cli.batch import read_batch
 from adapterctl.registry.domain.errors import InvalidInput, NotFound
@@ -18,6 +19,7 @@ def batch(folder: Path, text: str) -> Path:
 
 def test_entries_have_the_names_of_the_options_and_folders_beside_the_file(tmp_path: Path):
     (tmp_path / "suite.yaml").touch()
+    write_tiny_adapter(tmp_path / "v2")
     path = batch(
         tmp_path,
         """
@@ -40,6 +42,8 @@ def test_entries_have_the_names_of_the_options_and_folders_beside_the_file(tmp_p
 
 
 def test_every_bad_entry_is_named_at_once(tmp_path: Path):
+    for name in ("a", "b", "c"):
+        write_tiny_adapter(tmp_path / name)
     path = batch(
         tmp_path,
         """
@@ -48,14 +52,16 @@ def test_every_bad_entry_is_named_at_once(tmp_path: Path):
 - {source: c, name: x, metric: {bleu: 1}}
 - {source: "hf://org/repo", name: x}
 - {name: x}
+- {source: gone, name: x}
 """,
     )
 
     with pytest.raises(InvalidInput) as caught:
         read_batch(path)
 
-    assert [problem.message.partition(":")[0] for problem in caught.value.problems] == ["2", "3", "4", "5"]
+    assert [problem.message.partition(":")[0] for problem in caught.value.problems] == ["2", "3", "4", "5", "6"]
     assert "unknown field `metric`" in str(caught.value)
+    assert "gone is not there" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a: b", "- 1", "- {source: [", "\x00", "- {source: a, name: x, name: y}"])

@@ -354,6 +354,24 @@ def test_the_pages_of_parents_lead_to_their_children_and_to_none_that_was_remove
     assert "task-b" not in page("task-a")
 
 
+@pytest.mark.parametrize("what", ["dataset", "license"])
+def test_words_that_mlflow_has_no_room_for_are_refused_first(take, tmp_path: Path, sql_ledger: SqlLedger, what: str):
+    with pytest.raises(InvalidInput, match=f"the {what} has 100,000 characters"):
+        take(write_tiny_adapter(tmp_path / "a"), **{what: "x" * 100_000})
+
+    assert sql_ledger.adapter_names() == []
+
+
+@pytest.mark.parametrize(
+    ("license_", "told"),
+    [("apache-2.0", 0), ("llama3.1", 0), ("MIT OR Apache-2.0", 0), ("LicenseRef-ours", 0), ("nope nope", 1), ("", 0)],
+)
+def test_a_licence_that_is_no_identifier_is_told(take, tmp_path: Path, license_: str, told: int):
+    done = take(write_tiny_adapter(tmp_path / "a"), license=license_)
+
+    assert len([each for each in done.warnings if "licence" in each]) == told
+
+
 def test_first_commands_of_a_home_at_once_all_get_through(home: Path, tmp_path: Path):
     """MLflow makes its tables when it is opened first, and two that do so at once break each other's."""
     commands = [
