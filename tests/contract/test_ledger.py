@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import pytest
+import uuid6
+from sqlalchemy import insert
 
 from adapterctl.registry.domain.adapter import AdapterFacts
 from adapterctl.registry.domain.errors import Conflict, HasDescendants, InvalidInput, NotFound, Refused, StageMoved
 from adapterctl.registry.domain.evals import EvalReport, TaskResult
 from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.domain.stage import verify_chain
-from adapterctl.registry.domain.version import AdapterVersion, Base, Edge
+from adapterctl.registry.domain.version import AdapterVersion, Base, Edge, NewVersion, Placement
 from adapterctl.registry.ports import Ledger
 from adapterctl.registry.stores.sql import ledger as sql_ledger_module
+from adapterctl.registry.stores.sql import tables
 
 AddVersion = Callable[..., AdapterVersion]
 
@@ -255,6 +259,47 @@ def test_lineage_is_the_same_as_a_plain_walk(ledger: Ledger, add_version: AddVer
         for depth in (None, 1, 2, 5):
             assert ledger.edges_up(version.id, depth) == plain_walk(edges, "child_id", "parent_id", version.id, depth)
             assert ledger.edges_down(version.id, depth) == plain_walk(edges, "parent_id", "child_id", version.id, depth)
+
+
+@pytest.mark.parametrize(
+    ("versions", "steps"),
+    [
+        pytest.param(40, [1], id="longer than one answer of a server"),
+        pytest.param(50, [1, 2], id="ways that differ by one step"),
+        pytest.param(340, range(1, 17, 2), id="so many ways that a server stops before the end"),
+    ],
+)
+def test_a_walk_may_be_long_and_lead_to_a_version_by_ways_of_many_lengths(
+    ledger: Ledger, add_version: AddVersion, versions: int, steps: Sequence[int]
+):
+    chain, edges = add_chain(ledger, add_version(), versions, steps)
+    first, last = chain[0], chain[-1]
+
+    for depth in (None, 4, 20, 34):
+        assert ledger.edges_up(last, depth) == plain_walk(edges, "child_id", "parent_id", last, depth)
+        assert ledger.edges_down(first, depth) == plain_walk(edges, "parent_id", "child_id", first, depth)
+
+
+def add_chain(
+    ledger: Ledger, root: AdapterVersion, versions: int, steps: Sequence[int]
+) -> tuple[list[str], list[Edge]]:
+    """Versions made of those so many steps back, in one transaction: their ids, the root first, and all edges."""
+    facts = ledger.detail(root.id).facts
+    chain, edges = [root.id], []
+    with ledger._db.write() as connection:
+        for number in range(2, versions + 1):
+            version_id, digest = str(uuid6.uuid7()), f"{number:064x}"
+            spec = NewVersion(
+                adapter=root.name, kind="merge", content_digest=digest, recipe_digest=digest,
+                base=root.spec.base, facts=facts,
+            )  # fmt: skip
+            placement = Placement(number, "m", "run", "file:///artifacts", ())
+            sql_ledger_module._insert_version(connection, version_id, root.adapter_id, spec, placement, "ada")
+            of = [chain[-step] for step in steps if step <= len(chain)]
+            edges += [Edge(version_id, i, parent, "merge", 1.0, digest) for i, parent in enumerate(of)]
+            chain.append(version_id)
+        connection.execute(insert(tables.edge), [asdict(each) for each in edges])
+    return chain, edges
 
 
 def plain_walk(edges: list[Edge], start: str, end: str, first: str, depth: int | None) -> list[Edge]:

@@ -1,19 +1,39 @@
 """Walks over the edges, and the recalls that reach a version along them. Functions of an open transaction.
 
-One query a generation where the database is in this process. Where each query is a way to a server and back, one
-recursive query brings all edges of a long walk, and they are sorted into generations here. It does not carry the depth:
-then it would visit a node once for every length of a path to it. docs/decisions/0005-the-row-is-the-truth.md has the
-figures.
+One query a generation where the database is in this process. Where each query is a way to a server and back, a walk is
+one query, and its answer one row a generation. That query knows the nodes of the generation before, but not all that it
+has seen, so it may visit one once for every length of a path to it. Where that becomes too much, a second query brings
+the whole walk, each edge once but in no order. docs/decisions/0005-the-row-is-the-truth.md has the figures.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from itertools import starmap
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Column, Connection, Select, Text, bindparam, insert, select
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    FromClause,
+    Integer,
+    Select,
+    Subquery,
+    Text,
+    bindparam,
+    except_,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    true,
+)
+from sqlalchemy.sql.selectable import LateralFromClause
 
 from ...domain.errors import Recalled
 from ...domain.recall import DESCENT, Recall, RecallAction, Recalls
@@ -21,8 +41,8 @@ from ...domain.version import Edge
 from .engine import Now, among, is_remote, rows, these
 from .tables import adapter, edge, meta, recall, version
 
-#: Up to this depth a query a generation costs less than reading the whole walk.
-_FEW_GENERATIONS = 3
+#: How far the first query of a walk on a server goes; nearly every walk ends before.
+_MOST_GENERATIONS, _MOST_EDGES = 32, 10_000
 
 _FIELDS = list(Edge.__dataclass_fields__)
 _EDGE = [edge.c[name] for name in _FIELDS]
@@ -30,20 +50,55 @@ _EDGES_AT = {
     column.name: select(*_EDGE).where(among(column)).order_by(column, edge.c.child_id, edge.c.position)
     for column in (edge.c.child_id, edge.c.parent_id)
 }
-_Look = Callable[[Sequence[str]], list[tuple[Any, ...]]]
+_Look = Callable[[set[str]], list[tuple[Any, ...]]]
 
 
+@cache  # only a ledger on a server needs it
+def _by_generations(start: Column[str], end: Column[str]) -> Select[Any]:
+    """The walk from the node `first`, a row a generation: each field of its edges an array, None where it has none."""
+    edges, generation = func.count().label("edges"), literal(1).label("generation")
+    walked = (
+        select(*_arrays(edge), edges, generation, func.array_agg(start).label("before"))
+        .where(start == bindparam("first", type_=Text()))
+        .cte("walked", recursive=True)
+    )
+    ends, before = (
+        select(func.unnest(walked.c[name]).label("node")).correlate(walked) for name in (end.name, "before")
+    )
+    # most ways to a node differ by one step, if at all: it comes back in the next generation, and is left out
+    nodes = except_(ends, before).subquery("nodes")
+    each = _leaving(nodes, start)
+    found = select(*_arrays(each), edges).select_from(nodes.join(each, true())).lateral("found")
+    step = (
+        select(*(found.c[name] for name in _FIELDS), walked.c.edges + found.c.edges)
+        .add_columns(walked.c.generation + 1, walked.c[end.name])
+        .select_from(walked.join(found, true()))
+        .where(walked.c[end.name].is_not(None), walked.c.edges < _MOST_EDGES)
+        .where(walked.c.generation < bindparam("generations", type_=Integer()))
+    )
+    whole = walked.union_all(step)
+    return select(*(whole.c[name] for name in _FIELDS)).order_by(whole.c.generation)
+
+
+@cache
 def _every_edge(start: Column[str], end: Column[str]) -> Select[Any]:
     """All edges of the walk from the node `first`, in no order; a step looks for the nodes that the last one found."""
     walked = select(*_EDGE).where(start == bindparam("first", type_=Text())).cte("walked", recursive=True)
-    generation = select(walked.c[end.name].label("node")).distinct().subquery("generation")
-    return select(walked.union(select(*_EDGE).join(generation, start == generation.c.node)))
+    nodes = select(walked.c[end.name].label("node")).distinct().subquery("nodes")
+    each = _leaving(nodes, start)
+    step = select(*(each.c[name] for name in _FIELDS)).select_from(nodes.join(each, true()))
+    return select(walked.union(step))
 
 
-_EVERY_EDGE = {
-    start.name: _every_edge(start, end)
-    for start, end in ((edge.c.child_id, edge.c.parent_id), (edge.c.parent_id, edge.c.child_id))
-}
+def _leaving(nodes: Subquery, start: Column[str]) -> LateralFromClause:
+    """The edges of each node. OFFSET has the planner look for them node by node, whatever it believes of the table."""
+    return select(*_EDGE).where(start == nodes.c.node).offset(literal_column("0")).lateral("each")
+
+
+def _arrays(edges: FromClause) -> list[ColumnElement[Any]]:
+    return [func.array_agg(edges.c[name]).label(name) for name in _FIELDS]
+
+
 _OTHER = version.alias("other")
 _SAME_CONTENT = (
     select(version.c.id.label("one"), _OTHER.c.id.label("other"))
@@ -59,31 +114,49 @@ def walk(
 ) -> list[Edge]:
     """Edges from `start` to `end`, generation by generation, in each by `start`; a node is visited once."""
     look = _ask(connection, start)
-    if is_remote(connection) and (depth is None or depth > _FEW_GENERATIONS):
-        look = _read_ahead(connection, version_id, start)
+    if is_remote(connection) and depth != 1:
+        look = _read_ahead(connection, version_id, depth, start, end)
     found: list[tuple[Any, ...]] = []
-    seen, generation = {version_id}, [version_id]
+    seen, generation = {version_id}, {version_id}
     toward = itemgetter(_FIELDS.index(end.name))
     while generation and (depth is None or depth > 0):
         edges = look(generation)
         found += edges
-        generation = [node for node in dict.fromkeys(map(toward, edges)) if node not in seen]
-        seen.update(generation)
+        generation = set(map(toward, edges)) - seen
+        seen |= generation
         depth = None if depth is None else depth - 1
-    return [Edge(*row) for row in found]
+    return list(starmap(Edge, found))
 
 
 def _ask(connection: Connection, start: Column[str]) -> _Look:
     return lambda nodes: rows(connection, _EDGES_AT[start.name], these(nodes))
 
 
-def _read_ahead(connection: Connection, version_id: str, start: Column[str]) -> _Look:
-    """Reads the whole walk at once. What comes back answers as `_ask` would, for any nodes of it."""
-    at: defaultdict[str, list[tuple[Any, ...]]] = defaultdict(list)
+def _read_ahead(
+    connection: Connection, version_id: str, depth: int | None, start: Column[str], end: Column[str]
+) -> _Look:
+    """Reads the walk at once. What comes back answers as `_ask` would, for the walk's generations one by one."""
+    most = _MOST_GENERATIONS if depth is None else min(depth, _MOST_GENERATIONS)
+    ahead = iter(rows(connection, _by_generations(start, end), {"first": version_id, "generations": most}))
     begin = _FIELDS.index(start.name)
-    for row in rows(connection, _EVERY_EDGE[start.name], {"first": version_id}):
-        at[row[begin]].append(row)
-    return lambda nodes: [row for node in sorted(nodes) if node in at for row in sorted(at[node])]
+    order = itemgetter(begin, _FIELDS.index("child_id"), _FIELDS.index("position"))
+    at: defaultdict[str, list[tuple[Any, ...]]] = defaultdict(list)
+
+    def look(nodes: set[str]) -> list[tuple[Any, ...]]:
+        fields = next(ahead, None)
+        if fields is None:  # the first query ended before the walk did
+            if not at:
+                for row in rows(connection, _every_edge(start, end), {"first": version_id}):
+                    at[row[begin]].append(row)
+            return sorted((row for node in nodes if node in at for row in at[node]), key=order)
+        if fields[begin] is None:
+            return []
+        edges: Iterable[tuple[Any, ...]] = zip(*fields, strict=True)
+        if not nodes.issuperset(fields[begin]):  # what leaves the others came with an earlier generation
+            edges = (row for row in edges if row[begin] in nodes)
+        return sorted(edges, key=order)
+
+    return look
 
 
 def edges_at(connection: Connection, column: Column[str], nodes: Iterable[str]) -> list[Edge]:
