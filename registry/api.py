@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from .domain.access import EVERY_NAME, Scope, Token
 from .domain.base_dtype import FULL
+from .domain.errors import AdapterctlError
 from .domain.evals import EvalReport, Interval
 from .domain.job import Job, JobEvent, LogPiece, QueueDepth
 from .domain.plan import Forecast, Interference, Pair
@@ -765,6 +766,17 @@ class ServedRegistry(RegistryAPI, Protocol):
 
     def witness(self, deed: str, said: Mapping[str, Any]) -> None:
         """Note in the history what a request to MLflow did past us: its method and the end of its path, its body."""
+        ...
+
+    def merge_all(self, asked: Sequence[tuple[str, MergeRequest]]) -> list[Submitted | AdapterctlError]:
+        """`merge` for several callers by name, none of whom names a stage: to each an answer, or a refusal.
+
+        Their jobs are committed, and nobody was told: `ring` for them. What hits all callers is raised.
+        """
+        ...
+
+    def ring(self, job_id: str) -> None:
+        """Wake a worker for a queued job."""
         ...
 
     def stage(self) -> AbstractContextManager[Path]:

@@ -232,6 +232,10 @@ class Ledger(Protocol):
         """Commit a queued job; or return the live job with the same (kind, key), and False."""
         ...
 
+    def submit_all(self, jobs: Sequence[NewJob]) -> list[tuple[Job, bool]]:
+        """`submit` for each of them, in one transaction: all are committed, or an error is raised and none is."""
+        ...
+
     def job(self, job_id: str) -> Job | None: ...
     def jobs(
         self,

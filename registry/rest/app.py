@@ -28,6 +28,7 @@ from ..domain.errors import AdapterctlError, InvalidInput, NotAllowed, NotFound,
 from ..domain.job import JobState
 from ..domain.worker import QUEUES
 from ..ports import Access
+from .desk import Desk
 from .door import Door, Metrics, Rules, area_of, is_ours
 from .pages import problem_page, wants_a_page
 from .pages import router as pages
@@ -79,6 +80,7 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
 
     door = Door(app, rules, access.caller, metrics, areas | {"/v1/openapi.json"}, witness)
     app.state.acting, app.state.access, app.state.door = acting, access, door
+    app.state.desk = Desk(registry)
     app.state.upload_bytes = rules.upload_bytes
     # not `include_router`: FastAPI tries every route of an included router twice, a third of what a request costs
     app.routes.extend(sorted((*router.routes, *pages.routes), key=_is_seldom))

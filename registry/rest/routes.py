@@ -443,11 +443,13 @@ def plan(body: bodies.MergeBody, call: Read) -> Response:
     response_model=Submitted,
     responses=_MADE_BEFORE,
 )
-def merge(body: bodies.MergeBody, call: Merge) -> Response:
+async def merge(request: Request, body: bodies.MergeBody, call: Merge) -> Response:
     """Queue a merge, or join the one that is under way."""
-    request = body.request()
-    call.caller.check_change(request.target)
-    return _submitted(call.registry.merge(request))
+    asked = body.request()
+    call.caller.check_change(asked.target)
+    if any(parent.ref.alias for parent in asked.parents):  # MLflow is asked, too, which may take its time
+        return _submitted(await run_in_threadpool(call.registry.merge, asked))
+    return _submitted(await request.app.state.desk.merge(call.caller.name, asked))
 
 
 @router.post("/resize-plans", response_model=PlanView)

@@ -43,7 +43,7 @@ from ..api import (
     VersionView,
 )
 from ..domain.access import EVERY_NAME, Scope, Token, check_token, new_secret
-from ..domain.errors import Conflict, InvalidInput, NotFound
+from ..domain.errors import AdapterctlError, Conflict, InvalidInput, NotFound
 from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece, QueueDepth
 from ..domain.recall import RecallAction
@@ -268,6 +268,12 @@ class LocalRegistry:
     def merge(self, request: MergeRequest) -> Submitted:
         self._check_stage(*(parent.ref for parent in request.parents))
         return merge.request_merge(self.ledger, self.bell, request, actor=self.settings.actor)
+
+    def merge_all(self, asked: Sequence[tuple[str, MergeRequest]]) -> list[Submitted | AdapterctlError]:
+        return merge.request_merges(self.ledger, asked)
+
+    def ring(self, job_id: str) -> None:
+        self.bell.ring(job_id)
 
     def plan_resize(self, request: ResizeRequest) -> PlanView:
         self._check_stage(request.ref)

@@ -15,7 +15,17 @@ from typing import Any
 from ..api import MethodView, OptionView, ParentView, PlanView, Submitted, VersionView
 from ..domain.adapter import AdapterFacts
 from ..domain.digest import json_digest
-from ..domain.errors import IncompatibleParents, InvalidInput, LossTooHigh, Problem, Recalled, Refused, raise_all
+from ..domain.errors import (
+    AdapterctlError,
+    IncompatibleParents,
+    InvalidInput,
+    LossTooHigh,
+    Problem,
+    Recalled,
+    Refused,
+    Unavailable,
+    raise_all,
+)
 from ..domain.job import Job, NewJob
 from ..domain.plan import MergePlan, build_plan, check_parents, parent_warnings
 from ..domain.prompts import prompt_warnings, tokenizer_warnings
@@ -95,22 +105,69 @@ def request_merge(ledger: Ledger, bell: Doorbell, request: MergeRequest, *, acto
     What exists is held to the terms of this request too: raises `LossTooHigh` where it lost more than `max_loss`, and
     queues a job where `suites` are asked for. Jobs of one recipe are joined only where their terms are the same.
     """
+    answer = request_merges(ledger, [(actor, request)])[0]
+    if isinstance(answer, AdapterctlError):
+        raise answer
+    if answer.job is not None:
+        bell.ring(answer.job.id)
+    return answer
+
+
+def request_merges(ledger: Ledger, asked: Sequence[tuple[str, MergeRequest]]) -> list[Submitted | AdapterctlError]:
+    """`request_merge` for several actors, in one transaction that reads and one that writes; the caller rings.
+
+    Each gets an answer or a refusal of its own. What hits them all is raised, and nothing is queued then.
+    """
     with ledger.snapshot():
+        looked = [_look(ledger, request, actor) for actor, request in asked]
+    jobs = iter(schedule.commit(ledger, [each.job(ledger) for each in looked if isinstance(each, _Wanted)]))
+    return [each.answer(*next(jobs)) if isinstance(each, _Wanted) else each for each in looked]
+
+
+def _look(ledger: Ledger, request: MergeRequest, actor: str) -> _Wanted | Submitted | AdapterctlError:
+    """What a request needs: a job, or nothing but this answer. Raises `Unavailable`, which hits the others too."""
+    try:
         ready = preflight(ledger, request)
         warnings = _warnings(ledger, ready)
         adapter_id = ledger.adapter_id(ready.into)
         existing = ledger.live_version(adapter_id, recipe=ready.digest) if adapter_id else None
-    suites = [find_suite(ledger, suite) for suite in request.suites]
-    if existing is not None:
-        check_not_recalled(ledger, [existing], "merge with another recipe")
-        _check_loss(ledger, existing, request.max_loss)
-        _check_content(existing.spec.content_digest, request.expect)
-        if not suites:
-            return _submitted(ready, warnings, version=version_view(ledger, existing))
-    adapter_id = adapter_id or ledger.ensure_adapter(ready.into)
-    new = new_merge(ready, adapter_id, suites, max_loss=request.max_loss, expect=request.expect, actor=actor)
-    job, created = schedule.submit(ledger, bell, new)
-    return _submitted(ready, warnings, job=job, deduplicated=not created)
+        suites = [find_suite(ledger, suite) for suite in request.suites]
+        if existing is not None:
+            check_not_recalled(ledger, [existing], "merge with another recipe")
+            _check_loss(ledger, existing, request.max_loss)
+            _check_content(existing.spec.content_digest, request.expect)
+            if not suites:
+                return _submitted(ready, warnings, version=version_view(ledger, existing))
+        return _Wanted(request, actor, ready, warnings, adapter_id, suites)
+    except Unavailable:
+        raise
+    except AdapterctlError as error:
+        return error
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A merge that is to be queued. Without an `adapter_id` it is the first one of that name."""
+
+    request: MergeRequest
+    actor: str
+    ready: Preflight
+    warnings: tuple[str, ...]
+    adapter_id: str | None
+    suites: Sequence[Suite]
+
+    def job(self, ledger: Ledger) -> NewJob:
+        return new_merge(
+            self.ready,
+            self.adapter_id or ledger.ensure_adapter(self.ready.into),
+            self.suites,
+            max_loss=self.request.max_loss,
+            expect=self.request.expect,
+            actor=self.actor,
+        )
+
+    def answer(self, job: Job, created: bool) -> Submitted:
+        return _submitted(self.ready, self.warnings, job=job, deduplicated=not created)
 
 
 def new_merge(

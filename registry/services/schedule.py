@@ -8,7 +8,7 @@ must be safe to run again from the start, whatever was done by an attempt before
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +92,18 @@ def submit(ledger: Ledger, bell: Doorbell, new: NewJob) -> tuple[Job, bool]:
 
     The row is committed before anyone is told, so a lost ring delays the job and loses nothing.
     """
-    job, created = ledger.submit(new)
-    reached("submit.committed")
+    job, created = commit(ledger, [new])[0]
     bell.ring(job.id)
     return job, created
+
+
+def commit(ledger: Ledger, new: Sequence[NewJob]) -> list[tuple[Job, bool]]:
+    """`submit` for each of these jobs, in one transaction; whoever calls wakes the workers."""
+    if not new:
+        return []
+    queued = ledger.submit_all(new)
+    reached("submit.committed")
+    return queued
 
 
 def retry(ledger: Ledger, bell: Doorbell, job_id: str) -> Job:

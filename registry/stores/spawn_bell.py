@@ -88,7 +88,8 @@ def only_one(home: Path) -> Iterator[bool]:
     file = home / "locks" / "supervisor.lock"
     with ExitStack() as stack:
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            if not file.parent.is_dir():
+                file.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(locked_if_free(file))
         except OSError as error:
             raise NotAllowed(f"{file} cannot be written: {error.strerror}", hint="use a home that is yours") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapterctl.registry.domain.errors import Conflict, NotFound
+from adapterctl.registry.domain.errors import Conflict, InvalidInput, NotFound
 from adapterctl.registry.domain.job import Job, JobState, NewJob, Progress
 from adapterctl.registry.ports import Ledger
 
@@ -24,6 +24,31 @@ def test_the_same_live_job_is_submitted_once(ledger: Ledger):
     assert first == second
     assert (first.state, first.spec, first.attempt) == (JobState.QUEUED, {"weights": [0.5, 1.5]}, 0)
     assert other.id != first.id
+
+
+def test_jobs_that_are_submitted_together_are_answered_in_their_order(ledger: Ledger):
+    live, _ = ledger.submit(new("live"))
+    ended, _ = ledger.submit(new("ended"))
+    ledger.request_cancel(ended.id)
+
+    answers = ledger.submit_all([new(key) for key in ("z", "live", "a", "z", "ended")])
+
+    z, joined, a, same, again = [job for job, _ in answers]
+    assert [created for _, created in answers] == [True, False, True, False, True]
+    assert (joined, same) == (live, z)
+    assert [each.key for each in (z, a, again)] == ["z", "a", "ended"]
+    assert [ledger.job(each.id) for each in (z, a, again)] == [z, a, again]
+    assert [(e.seq, e.kind, e.message) for e in ledger.events(a.id)] == [(1, "queued", "by ada")]
+    assert len(ledger.events(live.id)) == 1
+
+
+def test_of_jobs_that_are_submitted_together_all_are_committed_or_none(ledger: Ledger):
+    no_text = NewJob("merge", "b", "\ud800", {}, "ada")
+
+    with pytest.raises((UnicodeEncodeError, InvalidInput)):
+        ledger.submit_all([new("a"), no_text, new("c")])
+
+    assert ledger.jobs() == []
 
 
 def test_an_ended_job_does_not_stand_in_the_way_of_the_next(ledger: Ledger):

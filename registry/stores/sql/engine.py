@@ -68,6 +68,8 @@ MAPPED_BYTES = 1 << 28
 _SQLITE = "sqlite:///"
 _POSTGRES = ("postgresql", "postgres")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+#: The option of a connection that holds what a snapshot has read.
+_ANSWERS = "adapterctl_answers"
 #: Two writers in each other's way, and PostgreSQL ended one: deadlock_detected, serialization_failure.
 _GAVE_WAY = ("40P01", "40001")
 
@@ -158,11 +160,13 @@ class Database:
     def snapshot(self) -> Iterator[None]:
         """Let all reads of this thread in the block be one: they fit together, and cost one transaction, not one each.
 
-        What is written in the block is not seen by its reads.
+        What is written in the block is not seen by its reads, so `rows` asks nothing twice.
         """
         with self.read() as connection:
             outer = getattr(self._mine, "snapshot", None)
             self._mine.snapshot = connection
+            if outer is None:
+                connection.execution_options(**{_ANSWERS: {}})
             try:
                 yield
             finally:
@@ -273,19 +277,41 @@ def is_remote(connection: Connection) -> bool:
 def rows(connection: Connection, statement: Executable, values: Mapping[str, Any] = _NOTHING) -> list[tuple[Any, ...]]:
     """Run a statement that is built once and run often; its rows as the driver gives them, none where it has none.
 
-    SQLAlchemy's own execution takes ten times as long as the driver's. Values go to the driver as they are.
+    SQLAlchemy's own execution takes ten times as long as the driver's. Values go to the driver as they are. What was
+    asked in the same snapshot before is answered from memory.
     """
+    answers: dict[Any, list[tuple[Any, ...]]] | None = connection.get_execution_options().get(_ANSWERS)
+    if answers is None:
+        return _ask(connection, statement, values)
+    asked = (statement, *values.items())
+    if asked not in answers:
+        answers[asked] = _ask(connection, statement, values)
+    return answers[asked]
+
+
+def run_all(connection: Connection, statement: Executable, values: Sequence[Mapping[str, Any]]) -> None:
+    """Run such a statement, which returns nothing, with each of these values; one way to a server for all of them."""
+    if not values:
+        return
+    sql, defaults, order = _driver_sql(statement, connection.dialect)
+    given = [{**defaults, **each} for each in values]
+    _run(connection, sql, given if order is None else [[each[name] for name in order] for each in given], many=True)
+
+
+def _ask(connection: Connection, statement: Executable, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     sql, defaults, order = _driver_sql(statement, connection.dialect)
     given = {**defaults, **values}
     return _run(connection, sql, given if order is None else [given[name] for name in order])
 
 
-def _run(connection: Connection, sql: str, given: Mapping[str, Any] | Sequence[Any]) -> list[tuple[Any, ...]]:
+def _run(
+    connection: Connection, sql: str, given: Mapping[str, Any] | Sequence[Any], *, many: bool = False
+) -> list[tuple[Any, ...]]:
     errors = connection.dialect.loaded_dbapi.Error
     # a server sends rows in binary form, which is read in little more than half the time that text takes
     cursor: Any = connection.connection.cursor(**({"binary": True} if is_remote(connection) else {}))
     try:
-        cursor.execute(sql, given)
+        (cursor.executemany if many else cursor.execute)(sql, given)
         return [] if cursor.description is None else list(cursor.fetchall())
     except errors as error:
         raise DBAPIError.instance(sql, None, error, errors, dialect=connection.dialect) from error

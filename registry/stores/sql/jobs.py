@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import uuid6
@@ -45,7 +46,7 @@ from ...domain.job import (
     QueueDepth,
 )
 from ...domain.worker import Queue
-from .engine import Database, Now, UnlessTaken, rows
+from .engine import Database, Now, UnlessTaken, among, rows, run_all, these
 from .tables import job, job_event, job_live, job_log
 
 WORKER_LOST = {
@@ -65,11 +66,11 @@ class JobRows:
         self._db = database
 
     def submit(self, new: NewJob) -> tuple[Job, bool]:
-        while True:
-            with self._db.write() as connection:
-                found, created = queue_job(connection, new)
-            if found is not None:  # else the job that was in the way ended just now
-                return found, created
+        return self.submit_all([new])[0]
+
+    def submit_all(self, new: Sequence[NewJob]) -> list[tuple[Job, bool]]:
+        with self._db.write() as connection:
+            return queue_jobs(connection, new)
 
     def job(self, job_id: str) -> Job | None:
         with self._db.read() as connection:
@@ -286,44 +287,65 @@ class JobRows:
 _UNHELD: Mapping[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_until": None, "progress": None}
 
 
-def queue_job(connection: Connection, new: NewJob) -> tuple[Job | None, bool]:
-    """Insert a queued job, or find the live one with its key."""
-    key, spec = str(uuid6.uuid7()), wire.to_json(new.spec)
-    row = {name: getattr(new, name) for name in NewJob.__dataclass_fields__} | {"id": key, "spec": spec}
-    for created_at, updated_at in rows(connection, _QUEUE, row):
-        rows(connection, _FIRST_EVENT, {"job_id": key, "message": f"by {new.created_by}"})
-        spec_read = wire.from_json(spec, dict)  # as whoever claims it will see it
-        return Job(
-            key,
-            new.kind,
-            new.key,
-            new.title,
-            spec_read,
-            JobState.QUEUED,
-            attempt=0,
-            max_attempts=new.max_attempts,
-            created_by=new.created_by,
-            created_at=created_at,
-            updated_at=updated_at,
-            queue=new.queue,
-        ), True
+def queue_jobs(connection: Connection, new: Sequence[NewJob]) -> list[tuple[Job, bool]]:
+    """Insert queued jobs, or find the live ones with their keys."""
+    ids = [str(uuid6.uuid7()) for _ in new]
+    specs = [wire.to_json(each.spec) for each in new]
+    given = [
+        {**{name: getattr(each, name) for name in _NEW}, "id": job_id, "spec": spec}
+        for job_id, each, spec in zip(ids, new, specs, strict=True)
+    ]
+    # in one order, lest two that queue the same jobs wait for each other
+    run_all(connection, _QUEUE, sorted(given, key=itemgetter("kind", "key")))
+    times = {job_id: at for job_id, *at in rows(connection, _QUEUED_AT, these(ids))}
+    rows(connection, _FIRST_EVENTS, these(times))
+    return [
+        (_queued(job_id, each, spec, *times[job_id]), True) if job_id in times else _join(connection, each)
+        for job_id, each, spec in zip(ids, new, specs, strict=True)
+    ]
+
+
+def _queued(job_id: str, new: NewJob, spec: str, created_at: float, updated_at: float) -> Job:
+    return Job(
+        job_id,
+        new.kind,
+        new.key,
+        new.title,
+        wire.from_json(spec, dict),  # as whoever claims it will see it
+        JobState.QUEUED,
+        attempt=0,
+        max_attempts=new.max_attempts,
+        created_by=new.created_by,
+        created_at=created_at,
+        updated_at=updated_at,
+        queue=new.queue,
+    )
+
+
+def _join(connection: Connection, new: NewJob) -> tuple[Job, bool]:
     found = rows(connection, _LIVE_WITH_KEY, {"kind": new.kind, "key": new.key})
-    return (_job(found[0]) if found else None), False
+    if not found:  # the one that was in the way ended just now
+        return queue_jobs(connection, [new])[0]
+    return _job(found[0]), False
 
 
 # Built once: every submit runs them, and to build them takes as long as to run them.
+_NEW = tuple(NewJob.__dataclass_fields__)
 _QUEUE = (
     insert(job)
     .values(
-        {name: bindparam(name) for name in ("id", *NewJob.__dataclass_fields__)}
+        {name: bindparam(name) for name in ("id", *_NEW)}
         | {"state": JobState.QUEUED.value, "attempt": 0, "created_at": Now(), "updated_at": Now()}
         | {"cancel_requested": False, "result": "{}"}
     )
     .ext(UnlessTaken())
-    .returning(job.c.created_at, job.c.updated_at)
 )
-_FIRST_EVENT = insert(job_event).values(
-    job_id=bindparam("job_id"), seq=1, at=Now(), kind=JobState.QUEUED.value, message=bindparam("message")
+_QUEUED_AT = select(job.c.id, job.c.created_at, job.c.updated_at).where(among(job.c.id))
+_FIRST_EVENTS = insert(job_event).from_select(
+    ["job_id", "seq", "at", "kind", "message"],
+    select(job.c.id, literal(1), Now(), literal(JobState.QUEUED.value), literal("by ") + job.c.created_by).where(
+        among(job.c.id)
+    ),
 )
 # In the words of the index of live keys: with the states as values, SQLite would read every queued job instead.
 _LIVE_WITH_KEY = select(*_JOB).where(job.c.kind == bindparam("kind"), job.c.key == bindparam("key"), job_live)

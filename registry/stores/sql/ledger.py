@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -40,7 +41,7 @@ from ...domain.version import (
 from ...ports import GateFile, Lock
 from .engine import Database, Now, among, insert_once, rows, these
 from .graph import add_recall, check_not_recalled, descend, edges_at, labels, lock_recalls, recalled, walk
-from .jobs import JobRows, end_job, held, queue_job
+from .jobs import JobRows, end_job, held, queue_jobs
 from .tables import (
     adapter,
     adapter_suite,
@@ -65,6 +66,7 @@ from .workers import WorkerRows
 _WAS, _NOTE = "was ", "; "
 #: Details of versions that a process keeps at hand; those of a 7B adapter take half a megabyte.
 DETAILS_KEPT = 64
+VERSIONS_KEPT = 256
 
 
 class SqlLedger(JobRows, WorkerRows):
@@ -317,9 +319,9 @@ class SqlLedger(JobRows, WorkerRows):
                 _check_parents(connection, edges)
                 _insert_edges(connection, edges)
                 _insert_metrics(connection, version_id, spec.metrics, REGISTERED)
-            queued = [queue_job(connection, each)[0] for each in then]
+            queued = [each for each, _ in queue_jobs(connection, then)]
             if job is not None:
-                result = {"version_id": version_id, "jobs": [each.id for each in queued if each is not None]}
+                result = {"version_id": version_id, "jobs": [each.id for each in queued]}
                 if end_job(connection, held(*job), JobState.SUCCEEDED, result=result) is None:
                     raise Conflict(
                         f"job {job[0]} is no longer running as attempt {job[1]}", hint=f"adapterctl jobs show {job[0]}"
@@ -364,8 +366,9 @@ class SqlLedger(JobRows, WorkerRows):
 
     def _versions(self, query: Select[Any], values: Mapping[str, Any] | None = None) -> list[AdapterVersion]:
         with self._db.read() as connection:
-            found = connection.execute(query).all() if values is None else rows(connection, query, values)
-            return [_version(row) for row in found]
+            if values is None:
+                return [_version(tuple(row)) for row in connection.execute(query)]
+            return [_version(row) for row in rows(connection, query, values)]
 
     def _existing_version(self, version_id: str) -> AdapterVersion:
         found = self.version(version_id)
@@ -393,8 +396,7 @@ class SqlLedger(JobRows, WorkerRows):
     ) -> tuple[Recall, tuple[Job, ...]]:
         with self._db.write() as connection:
             added = add_recall(connection, version_id, action, actor=actor, reason=reason)
-            queued = [queue_job(connection, each)[0] for each in then]
-            return added, tuple(each for each in queued if each is not None)
+            return added, tuple(each for each, _ in queue_jobs(connection, then))
 
     def recalls(self) -> Recalls:
         with self._db.read() as connection:
@@ -665,7 +667,9 @@ _LIVE = select(version.c.id).where(among(version.c.id), version.c.state == "live
 _ADAPTER_ID = select(adapter.c.id).where(adapter.c.name == bindparam("name"))
 
 
-def _version(row: Sequence[Any]) -> AdapterVersion:
+@lru_cache(maxsize=VERSIONS_KEPT)
+def _version(row: tuple[Any, ...]) -> AdapterVersion:
+    """The version of a row. Most requests are about the same few, and to read one costs as much as to find it."""
     key, adapter_id, created_at, created_by, state, kind, *of_spec, name = row[: -len(_BASE)]
     content_digest, licensed, source, dataset, recipe_digest, params, tags, summary, placement = of_spec
     return AdapterVersion(
