@@ -521,7 +521,8 @@ def job_text(job: Job, out: Output) -> str:
         ("created", [f"{clock(job.created_at)} UTC by {job.created_by}"]),
         ("started", [f"{clock(job.started_at)} UTC" if job.started_at else ""]),
         ("ended", [f"{clock(job.ended_at)} UTC" if job.ended_at else ""]),
-        ("result", [f"{key} = {_brief(value)}" for key, value in job.result.items()]),
+        # what a search found is a page of its own
+        ("result", [f"{key} = {_brief(value)}" for key, value in job.result.items() if key != "finding"]),
         ("error", [error.get("message", "")]),
         ("hint", [error.get("hint", "")]),
     ]

@@ -55,8 +55,16 @@ def show(session: Session, job_id: JobId) -> None:
 
     Example: adapterctl jobs show "$(adapterctl jobs ls --limit 1 -q)"
     """
-    job = session.registry(readonly=True).job(job_id)
-    session.out.data(job, text=lambda: views.job_text(job, session.out), names=[job.id])
+    registry = session.registry(readonly=True)
+    job = registry.job(job_id)
+
+    def text() -> str:
+        told = views.job_text(job, session.out)
+        if job.kind != "tune" or job.state != "succeeded":
+            return told
+        return f"{told}\n\n{views.tune_text(registry.tuned(job.id), session.out, explain=True)}"
+
+    session.out.data(job, text=text, names=[job.id])
 
 
 def logs(

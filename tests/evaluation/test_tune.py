@@ -16,8 +16,10 @@ import torch
 from mlflow import MlflowClient
 from registries import nobody_works, supervise
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from adapterctl.bootstrap import connect
+from adapterctl.cli.main import app
 from adapterctl.registry.domain.adapter import read_facts
 from adapterctl.registry.domain.digest import json_digest
 from adapterctl.registry.domain.errors import InvalidInput, JobCancelled
@@ -353,6 +355,10 @@ def test_a_killed_search_is_finished_by_its_next_attempt_with_no_trial_twice(
     *_, merged = registry.follow(found.jobs[0], timeout_s=240)
     registry.cancel(merged.result["jobs"][0])  # evaluations have tests of their own
 
+    told = CliRunner().invoke(app, ["--home", str(home), "jobs", "show", job.id], prog_name="adapterctl")
+    assert told.exit_code == 0, told.output
+    assert "succeeded" in told.stdout
+    assert f"* {found.explanation[0]}" in told.stdout
     assert (tmp_path / "died").exists()
     assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 2), ended.error
     numbers = [line["number"] for line in _lines(home / "jobs" / f"{job.id}.trials.jsonl", "trial")]
