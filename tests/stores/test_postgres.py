@@ -11,6 +11,7 @@ from itertools import count
 import pytest
 from postgres import PASSWORD, PostgresServer
 
+from adapterctl.migrations import migrate
 from adapterctl.registry.domain.errors import InvalidInput, Misconfigured, Unavailable
 from adapterctl.registry.domain.job import NewJob
 from adapterctl.registry.domain.version import Base
@@ -68,6 +69,20 @@ def test_an_address_that_cannot_be_read_is_not_repeated():
         Database("postgresql://ada:canary@host:port/name")
 
     assert "canary" not in f"{caught.value} {caught.value.hint}"
+
+
+def test_a_database_without_an_encoding_is_refused_with_the_way_out(postgres: PostgresServer):
+    postgres.run("CREATE DATABASE no_encoding ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
+
+    with pytest.raises(Misconfigured, match="SQL_ASCII, expected is UTF8") as caught:
+        migrate(postgres.url("no_encoding"))
+    with closing(SqlLedger(Database(postgres.url("no_encoding")))) as ledger, pytest.raises(Misconfigured):
+        ledger.versions()
+    with pytest.raises(Misconfigured), Database(postgres.url("no_encoding")).exclusive("key"):
+        pass
+
+    assert "createdb -E UTF8 -T template0" in caught.value.hint
+    assert PASSWORD not in f"{caught.value} {caught.value.hint}"
 
 
 def test_what_the_server_takes_for_no_text_is_the_callers_fault(postgres_ledger: SqlLedger):

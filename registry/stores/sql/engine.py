@@ -39,6 +39,7 @@ from sqlalchemy import (
     Text,
     bindparam,
     create_engine,
+    event,
     select,
     text,
 )
@@ -72,6 +73,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _ANSWERS = "adapterctl_answers"
 #: Two writers in each other's way, and PostgreSQL ended one: deadlock_detected, serialization_failure.
 _GAVE_WAY = ("40P01", "40001")
+#: What PostgreSQL calls bytes of which it does not know what they mean.
+_NO_ENCODING = "SQL_ASCII"
 
 
 class Now(FunctionElement[float]):
@@ -552,11 +555,23 @@ class _Postgres:
 
     def _engine(self, **options: Any) -> Engine:
         try:
-            return create_engine(self._url, connect_args=_CONNECT, **options)
+            engine = create_engine(self._url, connect_args=_CONNECT, **options)
         except ImportError as error:
             raise Unavailable(
                 "a ledger on PostgreSQL needs psycopg, which is not installed", hint="pip install 'adapterctl[service]'"
             ) from error
+        # before SQLAlchemy's own first look at the server, which fails on text that comes as bytes
+        event.listen(engine, "connect", self._check_encoding, insert=True)
+        return engine
+
+    def _check_encoding(self, connection: Any, _: object) -> None:
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding == _NO_ENCODING:
+            connection.close()
+            raise Misconfigured(
+                f"the database {self.label} has the encoding {encoding}, expected is UTF8",
+                hint=f"make another one: createdb -E UTF8 -T template0 {self._url.database}_utf8, and set database_url",
+            )
 
     def in_our_words(self, error: DBAPIError) -> AdapterctlError:
         if getattr(error.orig, "sqlstate", None) in _GAVE_WAY:
