@@ -6,6 +6,7 @@ of each draw of the paired bootstrap. Pure: texts and numbers come in, no model 
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,10 @@ Direction = Literal["higher", "lower"]
 
 DRAWS = 2000
 CONFIDENCE = 0.90
+#: From fewer samples no gate takes a verdict by an interval. The percentile interval of 90 % of n normal figures holds
+#: the truth in P(|t| < 1.645 sqrt((n-1)/n)), t with n-1 degrees of freedom: 78 of 100 times for 5 samples, 85 for 10,
+#: 87 for 20 (Hesterberg 2015, https://doi.org/10.1080/00031305.2015.1089789); of one sample it has no width at all.
+LEAST_SAMPLES = 10
 CHRF_ORDER = 6
 #: chrF weighs recall this much more than precision (Popović 2015, https://aclanthology.org/W15-3049).
 CHRF_BETA = 2
@@ -84,7 +89,8 @@ class EvalReport:
 class Metric:
     """A figure of a task: `formula` gets the sum over samples of each of `fields`, in that order, and the count.
 
-    `direction` is None for behaviour, which is read against the parent and is not better or worse by itself.
+    `direction` is None for behaviour, which is read against the parent and is not better or worse by itself. `top` is
+    the most that it can be, for metrics from 0 up to there, else None.
     """
 
     name: str
@@ -93,6 +99,12 @@ class Metric:
     generated: bool
     fields: tuple[str, ...]
     formula: Callable[[Sequence[float], int], float]
+    top: float | None = None
+
+    @property
+    def is_share(self) -> bool:
+        """Whether each sample is 0 or 1, and the metric how many of them are 1."""
+        return self.formula is _mean
 
     def score(self, samples: Sequence[Mapping[str, float]]) -> float:
         return self.formula([sum(column) for column in self.columns(samples)], len(samples))
@@ -135,6 +147,13 @@ def kept(
 ) -> Kept:
     """Compare three subjects on the same samples in the same order; each draw takes the same samples of all three.
 
+    Draws see only what occurred. Where no draw is worse than the estimate, because the child lost nothing that the
+    parent had, the low end is what it would be if the child failed and the parent did not in the share of cases that
+    can stay `unseen`; and the high end likewise. Metrics without a top, such as nll, need that not: their samples
+    differ. A share is never narrower than that, and its draws are taken from two samples more: one that the child alone
+    gets right, one that the parent alone does. Without them its low end misses up to 13 times in 100 of 20 samples
+    instead of 5, with them up to 8; in the manner of Agresti & Min 2005, https://doi.org/10.1002/sim.1781.
+
     Raises `InvalidInput` when the numbers of samples differ: unpaired intervals would be many times wider.
     """
     if metric.direction is None or not len(base) == len(parent) == len(child) > 0:
@@ -143,15 +162,24 @@ def kept(
             hint="evaluate base, parent and child on the same samples of the same suite",
         )
     higher = metric.direction == "higher"
-    scores = _paired_scores(metric, (base, parent, child), draws=draws, seed=seed)
+    one_of_each = ((0, 1), (1, 0), (0, 1)) if metric.is_share else ()
+    scores = _paired_scores(metric, (base, parent, child), draws=draws, seed=seed, also=one_of_each)
     lift = _interval([(p - b) if higher else (b - p) for b, p, _ in scores], confidence)
+    worst = best = scores[0]
+    if metric.top is not None:
+        b, p, c = ((1 - unseen(len(child), confidence)) * score for score in scores[0])
+        more = unseen(len(child), confidence) * metric.top
+        worst, best = (b, p + more, c), (b, p, c + more)
     gain, note = None, ""
     if lift.value > 0 and lift.low > 0:
-        gain = _interval([_ratio(c - b, p - b) for b, p, c in scores], confidence)
+        gains = [_ratio(c - b, p - b) for b, p, c in (worst, best, *scores)]
+        gain = _widened(metric, _interval(gains[2:], confidence), *gains[:2])
     else:
         note = "the parent does not beat the base beyond its interval"
-    ratios = [_ratio(c, p) if higher else _ratio(p, c) for _, p, c in scores]
-    return Kept(None if ratios[0] is None else _interval(ratios, confidence), gain, note)
+    ratios = [_ratio(c, p) if higher else _ratio(p, c) for _, p, c in (worst, best, *scores)]
+    if ratios[2] is None:
+        return Kept(None, gain, note)
+    return Kept(_widened(metric, _interval(ratios[2:], confidence), *ratios[:2]), gain, note)
 
 
 def spread(
@@ -163,7 +191,36 @@ def spread(
     seed: int = 0,
 ) -> Interval:
     """The score of one subject with its interval: what other samples of the same task might have given."""
-    return _interval([score for (score,) in _paired_scores(metric, (samples,), draws=draws, seed=seed)], confidence)
+    if metric.is_share:
+        (hits,) = (sum(column) for column in metric.columns(samples))
+        return share_interval(round(hits), len(samples), confidence)
+    scores = [score for (score,) in _paired_scores(metric, (samples,), draws=draws, seed=seed)]
+    interval = _interval(scores, confidence)
+    if metric.top is None:
+        return interval
+    other = unseen(len(samples), confidence)
+    seen = (1 - other) * interval.value
+    return _widened(metric, interval, seen, seen + other * metric.top)
+
+
+def share_interval(hits: int, count: int, confidence: float = CONFIDENCE) -> Interval:
+    """A share with its exact interval, which holds the truth at least as often as it says, at 0 and 1 as well.
+
+    Source: Clopper & Pearson 1934, https://doi.org/10.1093/biomet/26.4.404.
+    """
+    tail = (1 - confidence) / 2
+    low = 0.0 if hits == 0 else 1 - _chance_of_at_most(count - hits, count, tail)
+    high = 1.0 if hits == count else _chance_of_at_most(hits, count, tail)
+    return Interval(hits / count, low, high)
+
+
+def unseen(count: int, confidence: float = CONFIDENCE) -> float:
+    """How often may occur what never did in `count` samples: the high end of a share of none; 14 % for 20 samples.
+
+    At 95 % it is about 3.7 / count; with one tail, the rule of three (Hanley & Lippman-Hand 1983,
+    https://doi.org/10.1001/jama.1983.03330370053031).
+    """
+    return -math.expm1(math.log((1 - confidence) / 2) / count)
 
 
 def least_difference(
@@ -287,8 +344,8 @@ MEASURES: Mapping[str, Metric] = {
     for metric in (
         Metric("nll", "nats per token of the target with its end", "lower", False, ("nll", "tokens"), _per),
         Metric("nll_per_byte", "nats per byte of the target", "lower", False, ("nll", "bytes"), _per),
-        Metric("chrf", "character n-gram F-score of the answers, 0..100", "higher", True, _CHRF_FIELDS, _chrf),
-        Metric("exact_match", "share of answers equal to the target", "higher", True, ("exact",), _mean),
+        Metric("chrf", "character n-gram F-score of the answers, 0..100", "higher", True, _CHRF_FIELDS, _chrf, 100),
+        Metric("exact_match", "share of answers equal to the target", "higher", True, ("exact",), _mean, 1),
     )
 }
 
@@ -297,9 +354,9 @@ BEHAVIOUR: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("length_ratio", "length of the answers over the targets'", None, True, ("chars", "ref_chars"), _per),
-        Metric("ended", "share of answers that end by themselves", None, True, ("ended",), _mean),
-        Metric("loops", "share of answers that end in a loop", None, True, ("loop",), _mean),
-        Metric("short", "share of answers below half their target's length", None, True, ("short",), _mean),
+        Metric("ended", "share of answers that end by themselves", None, True, ("ended",), _mean, 1),
+        Metric("loops", "share of answers that end in a loop", None, True, ("loop",), _mean, 1),
+        Metric("short", "share of answers below half their target's length", None, True, ("short",), _mean, 1),
     )
 }
 
@@ -315,13 +372,23 @@ def task_result(task: str, metrics: Sequence[str], primary: str, samples: Sequen
 
 
 def _paired_scores(
-    metric: Metric, subjects: Sequence[Sequence[Mapping[str, float]]], *, draws: int, seed: int
+    metric: Metric,
+    subjects: Sequence[Sequence[Mapping[str, float]]],
+    *,
+    draws: int,
+    seed: int,
+    also: Sequence[Sequence[float]] = (),
 ) -> list[tuple[float, ...]]:
-    """The score of each subject: first on all samples, then on each draw with replacement."""
+    """The score of each subject: first on all samples, then on each draw with replacement.
+
+    `also` are values of each subject, of a metric with one field, that are drawn beside those of the samples.
+    """
     columns = [metric.columns(samples) for samples in subjects]
+    for of, values in zip(columns, also, strict=False):
+        of[0] += values
     count = len(subjects[0])
     rng = random.Random(seed)
-    everything = range(count)
+    everything = range(len(columns[0][0]))
     scores = [tuple(metric.score(samples) for samples in subjects)]
     for _ in range(draws):
         pick = _picker(rng.choices(everything, k=count))
@@ -350,3 +417,27 @@ def _interval(scores: Sequence[float | None], confidence: float) -> Interval:
     tail = (1 - confidence) / 2
     last = len(drawn) - 1
     return Interval(value, drawn[round(tail * last)], drawn[round((1 - tail) * last)])
+
+
+def _widened(metric: Metric, interval: Interval, worst: float | None, best: float | None) -> Interval:
+    """Let an end that is the estimate itself, or that of a share, go as far as what was not seen."""
+    low, high = interval.low, interval.high
+    if worst is not None and (metric.is_share or low == interval.value):
+        low = min(low, worst)
+    if best is not None and (metric.is_share or high == interval.value):
+        high = max(high, best)
+    return Interval(interval.value, low, high)
+
+
+def _chance_of_at_most(hits: int, count: int, tail: float) -> float:
+    """The chance p of one trial with which at most `hits` of `count` succeed with probability `tail`; hits < count."""
+    ways = [
+        math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(hits + 1)
+    ]  # logarithms, for they go beyond a float
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        yes, no = math.log(p), math.log1p(-p)
+        likely = sum(math.exp(way + k * yes + (count - k) * no) for k, way in enumerate(ways)) > tail
+        low, high = (p, high) if likely else (low, p)
+    return low

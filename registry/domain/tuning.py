@@ -332,7 +332,7 @@ def margin(
     candidate: Sequence[Mapping[str, float]],
 ) -> Margin:
     ratio = kept(metric, base, plain, candidate).retention
-    beyond = ratio.low > 1 if ratio else spread(metric, candidate).low > 0
+    beyond = ratio.low > 1 if ratio else spread(metric, candidate).low > spread(metric, plain).high
     return Margin(trial, task, ratio, beyond)
 
 

@@ -2,7 +2,8 @@
 
 Pure: no clock, no store. A measured figure is decided by the bound of its interval, never by the estimate: all of the
 interval on the right side has passed, all of it on the wrong side has failed, and what lies across the bound is
-inconclusive, which is no pass: it says that more samples are needed. What was never measured has failed.
+inconclusive, which is no pass: it says that more samples are needed. So are fewer samples than an interval takes, and
+samples that are all alike, whatever the figure. What was never measured has failed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from .digest import canonical_json
-from .evals import Interval
+from .evals import LEAST_SAMPLES, Interval
 from .gate import Comparison, Condition, Kind
 
 Outcome = Literal["passed", "failed", "inconclusive"]
@@ -24,7 +25,10 @@ _ORDER: tuple[Outcome, ...] = ("failed", "inconclusive", "passed")
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A metric of the version. `low` and `high` are those of its interval, None where there are no samples of it."""
+    """A metric of the version. `low` and `high` are those of its interval, None where there are no samples of it.
+
+    `samples` is how many there are, None as well in decisions from before they were counted.
+    """
 
     name: str
     confidence: float
@@ -33,6 +37,7 @@ class Figure:
     high: float | None
     source: str
     here: bool
+    samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class Retained:
     gain_kept: Interval | None
     note: str
     here: bool
+    samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +172,7 @@ def _metric(condition: Condition, evidence: Evidence) -> Judged:
             interval,
             f"{condition.name} is {found.value:.4g} from {found.source}, without samples to take an interval from",
         )
-    return _measured(condition, interval, condition.name)
+    return _measured(condition, interval, condition.name, found.samples)
 
 
 def _retention(condition: Condition, evidence: Evidence) -> Judged:
@@ -194,7 +200,7 @@ def _kept(condition: Condition, row: Retained) -> Judged:
         return Judged(
             condition.text, "inconclusive", _bound(condition), found="n/a", reason=f"{what}: {row.note or 'n/a'}"
         )
-    return _measured(condition, interval, what)
+    return _measured(condition, interval, what, row.samples)
 
 
 def _loss(condition: Condition, evidence: Evidence) -> Judged:
@@ -280,20 +286,34 @@ _JUDGES: Mapping[Kind, Callable[[Condition, Evidence], Judged]] = {
 }
 
 
-def _measured(condition: Condition, interval: Interval, what: str) -> Judged:
+def _measured(condition: Condition, interval: Interval, what: str, samples: int | None) -> Judged:
     """A figure with its interval: the bound of it decides, unless the condition goes by the estimate."""
     if condition.confidence is None:
-        interval = Interval(interval.value, interval.value, interval.value)
+        interval, samples = Interval(interval.value, interval.value, interval.value), None
+    shown = f"{what} is {interval.value:.4g}"
+    if interval.low != interval.high:
+        shown += f" [{interval.low:.4g}, {interval.high:.4g}]"
+    if samples is not None and (lack := _lack(condition, interval, samples)):
+        return replace(_inconclusive(condition, interval, f"{shown} on {lack}"), distance=None)
     upward = condition.comparison in (">=", ">")
     worst, best = (interval.low, interval.high) if upward else (interval.high, interval.low)
     if _holds(worst, condition.comparison, condition.bound):
         return _number(condition, "passed", interval, "")
-    shown = f"{what} is {interval.value:.4g}"
-    if interval.low != interval.high:
-        shown += f" [{interval.low:.4g}, {interval.high:.4g}]"
     if not _holds(best, condition.comparison, condition.bound):
         return _number(condition, "failed", interval, f"{shown}, the gate asks for {_asked(condition)}")
     return _inconclusive(condition, interval, f"{shown}, across the bound: the gate asks for {_asked(condition)}")
+
+
+def _lack(condition: Condition, interval: Interval, samples: int) -> str:
+    """Why an interval says nothing about other samples, as the end of a sentence; empty where it does."""
+    if samples < LEAST_SAMPLES:
+        few = f"{samples} sample{'s' if samples > 1 else ''}"
+        return f"{few}, an interval takes {LEAST_SAMPLES} at least: evaluate more, with a higher --limit or more rows"
+    # what equals its parent (or the base) on every sample has no interval either
+    equal = condition.kind != "metric" and interval.value in (0, 1)
+    if interval.low == interval.high and not equal:
+        return f"each of {samples} samples, which are all alike: evaluate others"
+    return ""
 
 
 def _counted(condition: Condition, value: float, what: str, *, unit: str = "") -> Judged:

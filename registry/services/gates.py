@@ -220,9 +220,8 @@ def _measured(name: str, confidence: float, reports: Iterable[EvalReport]) -> Fi
                 continue
             interval = spread(metric, task.samples, confidence=confidence)
             source = report.engine.get("source", f"{HERE}{report.suite}")
-            return Figure(
-                name, confidence, interval.value, interval.low, interval.high, source, not is_imported(report)
-            )
+            low, high, count = interval.low, interval.high, len(task.samples)
+            return Figure(name, confidence, interval.value, low, high, source, not is_imported(report), count)
     return None
 
 
@@ -247,6 +246,7 @@ def _kept(
                 gain_kept=row.gain_kept,
                 note=row.note,
                 here=row.here,
+                samples=row.samples,
             )
             for row in view.rows
         ]

@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 from ..api import RetentionRow, RetentionView
 from ..domain.base_dtype import FULL, marked
 from ..domain.eval_plan import BASE
-from ..domain.evals import CONFIDENCE, MEASURES, EvalReport, Metric, TaskResult, behaviour_note, kept, switched
+from ..domain.evals import (
+    CONFIDENCE,
+    LEAST_SAMPLES,
+    MEASURES,
+    EvalReport,
+    Metric,
+    TaskResult,
+    behaviour_note,
+    kept,
+    switched,
+)
 from ..domain.suite import Suite
 from ..domain.version import AdapterVersion
 from ..ports import Ledger
@@ -185,6 +195,8 @@ def _row(
 ) -> RetentionRow:
     result = kept(metric, base.samples, parents[owner].samples, child.samples, confidence=confidence)
     notes = [result.note]
+    if len(child.samples) < LEAST_SAMPLES:
+        notes.append(f"an interval takes {LEAST_SAMPLES} samples, no gate goes by fewer")
     if metric.generated:
         notes.append(behaviour_note(parents[owner].metrics, child.metrics))
         if like_others is not None and like_others > SWITCHED:

@@ -53,25 +53,25 @@ class Family:
     child: AdapterVersion
     suites: Sequence[Suite]
 
-    def report(self, subject: AdapterVersion | None, on: Suite, nll: float, **engine: str) -> None:
+    def report(self, subject: AdapterVersion | None, on: Suite, nll: float, count: int = 12, **engine: str) -> None:
         """`nll` a token, with a scatter over the samples that is the same for every subject."""
-        samples = [{"nll": 3 * nll + 0.1 * (i % 4), "tokens": 3.0} for i in range(12)]
+        samples = [{"nll": 3 * nll + 0.1 * (i % 4), "tokens": 3.0} for i in range(count)]
         digest = subject.spec.content_digest if subject is not None else BASE
         base = self.ledger.find_base("tiny")
         assert base is not None
-        key = report_key(digest, base, on.digest, [12], {**ENGINE, **engine})
+        key = report_key(digest, base, on.digest, [count], {**ENGINE, **engine})
         task = task_result(on.name, ["nll"], "nll", samples)
         report = EvalReport(key, digest, base.id, on.name, on.digest, None, {**ENGINE, **engine}, (task,), 1.0)
         self.ledger.put_report(report)
         if subject is not None:
             self.ledger.set_metrics(subject.id, report.metrics, source=engine.get("source", f"suite {on.name}"))
 
-    def evaluate(self, child: float = 2.02, **engine: str) -> None:
+    def evaluate(self, child: float = 2.02, count: int = 12, **engine: str) -> None:
         for on in self.suites:
-            self.report(None, on, 6.0)
+            self.report(None, on, 6.0, count)
             for parent, nll in zip(self.parents, (2.0, 2.0), strict=True):
-                self.report(parent, on, nll)
-            self.report(self.child, on, child, **engine)
+                self.report(parent, on, nll, count)
+            self.report(self.child, on, child, count, **engine)
 
     def evidence(self, *lines: str) -> Evidence:
         return collect(self.ledger, self.child, "production", [parse_condition(line) for line in lines])
@@ -156,6 +156,22 @@ def test_a_wider_confidence_gives_a_wider_interval(family: Family):
     narrow, wide = family.evidence("chat/nll <= 3 @ 50% confidence", "chat/nll <= 3 @ 99% confidence").figures
 
     assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_one_sample_opens_no_gate_whatever_it_says(family: Family):
+    lines = ["retention.min >= 0.5 @ 99% confidence", "gain_kept.min >= 0.5", "chat/nll <= 9"]
+    set_gates(
+        family.ledger, {"gates": [{"stage": "production", "require": lines}]}, stages=("production",), actor="ada"
+    )
+
+    family.evaluate(count=1)
+    one = check_gate(family.ledger, family.child, "production")
+    family.evaluate()
+    enough = check_gate(family.ledger, family.child, "production")
+
+    assert [judged.verdict for judged in one.conditions] == ["passed", *["inconclusive"] * 3]
+    assert all("on 1 sample, an interval takes 10 at least" in judged.reason for judged in one.conditions[1:])
+    assert enough.verdict == "passed"
 
 
 def test_what_was_not_evaluated_is_missing_and_changed(family: Family):

@@ -214,6 +214,29 @@ def test_a_figure_without_samples_is_taken_as_it_is_unless_a_confidence_is_asked
     assert judge("chrf >= 0.2", figures=bare).found == "not measured"
 
 
+def test_no_gate_passes_on_a_handful_of_samples_or_on_samples_that_are_all_alike():
+    one = judge("retention.min >= 0.95 @ 99% confidence", kept=(kept("chat", 0.99, 0.0, confidence=0.99, samples=1),))
+    alike = replace(figure("nll", 2.0, spread=0.0), samples=20)
+
+    assert (one.verdict, one.value, one.distance) == ("inconclusive", 0.99, None)
+    assert one.reason == (
+        "retention of chat:v3 on chat by nll is 0.99 on 1 sample, an interval takes 10 at least: "
+        "evaluate more, with a higher --limit or more rows"
+    )
+    for count, verdict in ((2, "inconclusive"), (9, "inconclusive"), (10, "passed")):
+        few = replace(figure("bleu", 0.32), samples=count)
+        assert judge("bleu >= 0.3", figures=(few,)).verdict == verdict
+        assert judge("bleu >= 0.3 @ estimate", figures=(few,)).verdict == "passed"
+    assert judge("nll <= 3", figures=(alike,)).verdict == "inconclusive"
+    assert "which are all alike" in judge("nll <= 3", figures=(alike,)).reason
+    assert judge("retention.min >= 0.95", kept=(kept("chat", 0.99, 0.0, samples=20),)).verdict == "inconclusive"
+
+
+def test_what_equals_its_parent_on_every_sample_has_kept_everything():
+    assert judge("retention.min >= 0.95", kept=(kept("chat", 1.0, 0.0, samples=20),)).verdict == "passed"
+    assert judge("gain_kept.min >= 0.95", kept=(kept("chat", 0.0, 0.0, samples=20),)).verdict == "failed"
+
+
 def test_the_worst_task_decides_what_was_kept():
     rows = (kept("translate", 0.99), kept("chat", 0.955), kept("chat", 0.2, metric="chrf", primary=False))
 
@@ -301,11 +324,12 @@ LINES = [
 @st.composite
 def evidences(draw: st.DrawFn) -> Evidence:
     spread = draw(st.sampled_from([0.0, 0.01, 0.3]))
+    samples = draw(st.sampled_from([None, 1, 20]))
     present = draw(st.sets(st.integers(0, 8)))
     return replace(
         NOTHING,
-        figures=tuple(figure(f"m{i}", draw(SPOTS), spread=spread) for i in sorted(present)),
-        kept=tuple(kept(f"t{i}", draw(SPOTS), spread) for i in range(draw(st.integers(0, 4)))),
+        figures=tuple(replace(figure(f"m{i}", draw(SPOTS), spread=spread), samples=samples) for i in sorted(present)),
+        kept=tuple(kept(f"t{i}", draw(SPOTS), spread, samples=samples) for i in range(draw(st.integers(0, 4)))),
         approvals=tuple("abc"[: draw(st.integers(0, 3))]),
         receipt=draw(st.none() | st.builds(Receipt, st.booleans(), SPOTS)),
         version_age=draw(st.floats(0, 500)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 
@@ -10,17 +11,22 @@ import sacrebleu
 
 from adapterctl.registry.domain.errors import InvalidInput
 from adapterctl.registry.domain.evals import (
+    BEHAVIOUR,
+    LEAST_SAMPLES,
     MEASURES,
     answer_statistics,
     behaviour_note,
     kept,
     least_difference,
     loops,
+    share_interval,
+    spread,
     switched,
     task_result,
+    unseen,
 )
 
-NLL = MEASURES["nll"]
+NLL, EXACT, CHRF = (MEASURES[name] for name in ("nll", "exact_match", "chrf"))
 Samples = list[Mapping[str, float]]
 
 
@@ -165,6 +171,79 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
     # 90 % promised; over 500 rounds one standard deviation is 1.3 points
     assert 0.85 <= hits / rounds <= 0.95
+
+
+def test_from_the_least_number_of_samples_on_the_interval_covers_nearly_as_often():
+    rounds, hits = 500, 0
+    for seed in range(rounds):
+        three = _three(6.0, 2.0, 2.2, count=LEAST_SAMPLES, seed=seed)
+        interval = kept(NLL, *three, draws=200, seed=seed).retention
+        assert interval is not None
+        hits += interval.low <= 2.0 / 2.2 <= interval.high
+
+    # theory says 85 of 100; over 500 rounds two standard deviations are 3.2 points
+    assert 0.81 <= hits / rounds <= 0.95
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 20, 60])
+@pytest.mark.parametrize("confidence", [0.9, 0.99])
+def test_the_interval_of_a_share_covers_every_truth_at_least_as_often_as_it_says(count: int, confidence: float):
+    intervals = [share_interval(hits, count, confidence) for hits in range(count + 1)]
+
+    for truth in (0.001, 0.02, 0.1, 0.3, 0.5, 0.7, 0.95, 0.99, 0.9999):
+        covered = sum(
+            math.comb(count, hits) * truth**hits * (1 - truth) ** (count - hits)
+            for hits, interval in enumerate(intervals)
+            if interval.low <= truth <= interval.high
+        )
+        assert covered >= confidence
+
+
+def test_the_interval_of_a_share_is_that_of_the_tables():
+    eight = share_interval(8, 10, 0.95)
+
+    assert (eight.value, eight.low, eight.high) == (
+        0.8,
+        pytest.approx(0.44390, abs=1e-5),
+        pytest.approx(0.97479, abs=1e-5),
+    )
+    assert share_interval(20, 20).low == pytest.approx(0.05 ** (1 / 20))
+    assert share_interval(0, 20).high == pytest.approx(unseen(20))
+    assert share_interval(9_999, 10_000).high < 1
+
+
+def test_outcomes_that_are_all_equal_are_no_certainty():
+    right, wrong = ([{"exact": value, "loop": value}] * 20 for value in (1.0, 0.0))
+    perfect, lost = ([answer_statistics(text, "a cat", ended=True)] * 20 for text in ("a cat", "xyz"))
+
+    assert spread(EXACT, right, confidence=0.99).low == pytest.approx(0.005 ** (1 / 20))
+    assert spread(BEHAVIOUR["loops"], wrong).high == pytest.approx(0.139, abs=1e-3)
+    assert spread(CHRF, perfect).low == pytest.approx(86.1, abs=0.1)
+    assert (spread(CHRF, lost).low, spread(CHRF, lost).high) == (0, pytest.approx(13.9, abs=0.1))
+    for metric, base, parent in ((EXACT, wrong, right), (CHRF, lost, perfect)):
+        same = kept(metric, base, parent, parent)
+        assert same.retention is not None
+        assert same.gain_kept is not None
+        assert same.retention.value == same.gain_kept.value == 1
+        assert max(same.retention.low, same.gain_kept.low) == pytest.approx(0.05 ** (1 / 20))
+        assert min(same.retention.high, same.gain_kept.high) == pytest.approx(1 / (1 - unseen(20)))
+
+
+@pytest.mark.parametrize(("count", "loses"), [(10, 0.3), (20, 0.01), (20, 0.2), (60, 0.05)])
+def test_what_was_kept_of_a_share_is_covered_though_most_pairs_are_equal(count: int, loses: float):
+    rounds, too_high, too_low = 500, 0, 0
+    rng = random.Random(17)
+    for _ in range(rounds):
+        parent = [{"exact": float(rng.random() < 0.9)} for _ in range(count)]
+        child = [{"exact": row["exact"] * (rng.random() >= loses)} for row in parent]
+        interval = kept(EXACT, [{"exact": 0.0}] * count, parent, child, draws=200).retention
+        assert interval is not None
+        too_high += interval.low > 1 - loses
+        too_low += interval.high < 1 - loses
+
+    # 5 of 100 at each end is what 90 % promise; a gate goes by the low end
+    assert too_high / rounds <= 0.09
+    assert (too_high + too_low) / rounds <= 0.15
 
 
 def test_pairing_sees_a_loss_that_unpaired_samples_hide():
