@@ -1,7 +1,7 @@
 """What a merged or further trained version kept of its parents: their own suites, on base, parents and child.
 
-Reads reports that are stored already. Figures are compared only where samples, device and dtype are the same for all:
-one comparison for each dtype that the base was evaluated in.
+Reads reports that are stored already. Figures are compared only where samples, device, dtype and the versions of the
+engine are the same for all: one comparison for each dtype that the base was evaluated in.
 """
 
 from __future__ import annotations
@@ -33,8 +33,30 @@ from .suites import suites_of
 SHOWN = 20
 #: More answers than these in another parent's manner are told.
 SWITCHED = 0.1
-#: What must be equal before two reports on one suite are compared: samples of each task, device, dtype of the base.
-Setting = tuple[tuple[int, ...], str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What must be equal before reports on one suite are compared: samples of each task, device, dtype of the base, and
+    all else that the engine says of itself, such as its versions: torch 2.13 is no parent of torch 2.14.
+
+    `rest` is None for results that came with a file: they stand beside any versions, and are told to be from elsewhere.
+    """
+
+    samples: tuple[int, ...]
+    device: str
+    dtype: str
+    rest: tuple[tuple[str, str], ...] | None
+
+    @classmethod
+    def of(cls, report: EvalReport) -> Setting:
+        rest = {key: value for key, value in report.engine.items() if key not in ("device", "dtype")}
+        samples = tuple(len(task.samples) for task in report.tasks)
+        return cls(samples, report.engine["device"], report.dtype, None if is_imported(report) else _items(rest))
+
+
+def _items(facts: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(facts.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,26 +162,31 @@ def _suite_owners(
 
 
 def _by_suite(reports: Sequence[EvalReport]) -> dict[str, dict[Setting, EvalReport]]:
-    """The newest report of each suite under each setting."""
+    """The newest report of each suite under each setting, the newest setting last; `reports` are the oldest first."""
     found: dict[str, dict[Setting, EvalReport]] = {}
     for report in reports:
-        samples = tuple(len(task.samples) for task in report.tasks)
-        setting = (samples, report.engine["device"], report.engine["dtype"])
-        found.setdefault(report.suite_digest, {})[setting] = report
+        ours, setting = found.setdefault(report.suite_digest, {}), Setting.of(report)
+        ours.pop(setting, None)
+        ours[setting] = report
     return found
 
 
-def _compare(found: Sequence[Mapping[Setting, EvalReport]], dtype: str | None) -> list[_Compared]:
-    """Reports of all subjects for each dtype of the base, the full one first, under the setting with the most samples
-    that all of them have.
+def _compare(found: Sequence[dict[Setting, EvalReport]], dtype: str | None) -> list[_Compared]:
+    """Reports of all subjects for each dtype of the base, the full one first: under the setting with the most samples
+    that all of them have, of several the newest.
     """
-    shared = sorted(setting for setting in found[-1] if all(setting in reports for reports in found))
-    best = {setting[2]: setting for setting in shared if dtype in (None, setting[2])}
-    compared = []
-    for setting in sorted(best.values(), key=lambda setting: (setting[2] != FULL, setting[2])):
-        base, *parents, child = (reports[setting] for reports in found)
-        compared.append(_Compared(base, tuple(parents), child))
-    return compared
+    best: dict[str, list[EvalReport]] = {}
+    settings = [setting for reports in reversed(found) for setting in reversed(reports)]
+    for setting in dict.fromkeys(settings):
+        under = [reports.get(setting) or reports.get(replace(setting, rest=None)) for reports in found]
+        shared = [report for report in under if report is not None]
+        before = best.get(setting.dtype)
+        if len(shared) < len(found) or dtype not in (None, setting.dtype):
+            continue
+        if before is None or sum(setting.samples) > sum(Setting.of(before[-1]).samples):
+            best[setting.dtype] = shared
+    order = sorted(best, key=lambda dtype: (dtype != FULL, dtype))
+    return [_Compared(base, tuple(parents), child) for base, *parents, child in (best[dtype] for dtype in order)]
 
 
 def _rows(

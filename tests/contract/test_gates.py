@@ -174,6 +174,52 @@ def test_one_sample_opens_no_gate_whatever_it_says(family: Family):
     assert enough.verdict == "passed"
 
 
+def test_a_child_is_not_compared_with_a_parent_of_another_engine(family: Family):
+    family.evaluate(child=2.0)
+    before = family.evidence("retention.min >= 0.9")
+    for on in family.suites:  # an upgrade, after which the parents alone were evaluated again
+        for subject in (None, *family.parents):
+            family.report(subject, on, 1.0 if subject else 6.0, torch="3")
+
+    mixed = family.evidence("retention.min >= 0.9")
+    for on in family.suites:
+        family.report(family.child, on, 4.0, torch="3")
+    upgraded = family.evidence("retention.min >= 0.9")
+
+    assert [row.retention.value for row in before.kept] == [1.0, 1.0]
+    assert mixed.kept == before.kept  # not a new parent against the old child
+    assert all(row.retention.value < 0.3 for row in upgraded.kept)
+
+
+def test_a_child_of_another_engine_alone_was_not_evaluated(family: Family):
+    for on in family.suites:
+        for subject in (None, *family.parents):
+            family.report(subject, on, 2.0 if subject else 6.0)
+        family.report(family.child, on, 2.0, torch="3")
+
+    assert family.evidence("retention.min >= 0.9").missing == ("translate", "chat")
+
+
+def test_what_was_kept_goes_by_the_most_samples_over_all_tasks(family: Family):
+    first, *_ = family.suites
+    base = family.ledger.find_base("tiny")
+    assert base is not None
+    for counts, child in (((30, 12), 2.0), ((12, 60), 4.0), ((20, 20), 3.0)):
+        for subject, nll in ((None, 6.0), *((parent, 2.0) for parent in family.parents), (family.child, child)):
+            digest = subject.spec.content_digest if subject is not None else BASE
+            tasks = tuple(
+                task_result(name, ["nll"], "nll", [{"nll": nll + 0.1 * (i % 4), "tokens": 1.0} for i in range(count)])
+                for name, count in zip("ab", counts, strict=True)
+            )
+            key = report_key(digest, base, first.digest, counts, ENGINE)
+            report = EvalReport(key, digest, base.id, first.name, first.digest, None, ENGINE, tasks, 1.0)
+            family.ledger.put_report(report)
+
+    kept = family.evidence("retention.min >= 0.1").kept
+
+    assert [(row.task, row.samples) for row in kept] == [("a", 12), ("b", 60)]
+
+
 def test_what_was_not_evaluated_is_missing_and_changed(family: Family):
     found = family.evidence("retention.min >= 0.9", "translate/nll <= 3", "evaluation.age <= 1d")
 
