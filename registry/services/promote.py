@@ -165,7 +165,8 @@ class Stages:
         check_not_recalled(self.ledger, [version], "promote another version")
         if not self.versions.has(version):
             way_out = (
-                "restore MLflow from a backup, or `adapterctl demote` the stages that it holds, then `adapterctl rm`"
+                "`adapterctl doctor` tells whether it was renamed there; where it is gone, restore MLflow from a"
+                " backup, or `adapterctl demote` the stages that it holds, then `adapterctl rm`"
             )
             raise NotFound(f"MLflow has lost {version.label}", hint=way_out)
         with self.folders(version) as folder:
