@@ -238,6 +238,7 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
     from .registry.services.tune import TuneHandler
     from .registry.services.verify import VerifyHandler
 
+    tell_errors_once()
     settings, ledger, folders = registry.settings, registry.ledger, registry.folders
 
     def merges(then: Callable[[Job, str], Sequence[NewJob]]) -> MergeHandler:
@@ -278,6 +279,15 @@ def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
         ),
         "verify": VerifyHandler(ledger, folders=folders, home=settings.home, threads=settings.threads),
     }
+
+
+def tell_errors_once() -> None:
+    """MLflow logs a traceback of every error of its database, and raises it; our commands and workers tell it."""
+    logging.getLogger("mlflow.store.db.utils").addFilter(_no_traceback)
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
 
 
 def log_to_stderr(*names: str) -> None:

@@ -47,9 +47,10 @@ class Session:
 
     def registry(self, *, readonly: bool = False) -> RegistryAPI:
         """Open the registry; with `readonly` nothing is created or migrated, and a read-only home is enough."""
-        from ..bootstrap import open_registry  # deferred: help opens nothing
+        from ..bootstrap import open_registry, tell_errors_once  # deferred: help opens nothing
 
         _show_warnings()
+        tell_errors_once()
         return open_registry(self.settings(), readonly=readonly)
 
 

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..registry.domain.base_dtype import told
+from ..registry.domain.refs import first_few
 from ..registry.services.words import EXACT, loss, number
 from .output import Output, printable
 
@@ -602,7 +603,7 @@ def recall_text(impact: RecallImpact, out: Output) -> str:
         ("reason", [impact.reason]),
         (
             "hits" if recalled else "sets free",
-            [f"{whom}: {', '.join(impact.descendants)}" if count else "nothing else"],
+            [f"{whom}: {first_few(impact.descendants)}" if count else "nothing else"],
         ),
         ("serving", [f"{hit.name}@{hit.stage} is {hit.ref}" for hit in impact.stages]),
     ]

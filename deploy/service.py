@@ -78,7 +78,8 @@ class Service:
         is_new = not token.exists()
         self._start_postgres(is_new=is_new)
         self._start_redis()
-        settings = self._settings()
+        port = port or free_port()
+        settings = self._settings(port)
         if is_new:
             _write_closed(token, self._make_token(settings))
         address = self._start_server(settings, port)
@@ -161,7 +162,7 @@ class Service:
             sys.exit(f"no token could be made:\n{made.stderr}")
         return str(json.loads(made.stdout)["secret"])
 
-    def _settings(self) -> Settings:
+    def _settings(self, port: int) -> Settings:
         return Settings(
             home=self.folder / "server",
             actor="service",
@@ -169,6 +170,7 @@ class Service:
             mlflow_uri=self.kept.database_url("mlflow", self.kept.mlflow, "mlflow"),
             broker_url=self.kept.broker_url("server", self.kept.server),
             artifacts=(self.folder / "artifacts").as_uri(),
+            mlflow_ui=f"http://{HOST}:{port}",
         )
 
     def _environment(self, settings: Settings) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ...registry.domain.errors import AdapterctlError, InvalidInput
+from ...registry.domain.errors import AdapterctlError, InvalidInput, Unavailable
 from .. import parse, views
 from ..connect import Session, add_verbs, confirm
 from .service import run_server
@@ -48,6 +48,10 @@ def doctor(
         checks = session.registry(readonly=not adopt).doctor(adopt=adopt, force=force or ())
     except AdapterctlError as error:
         checks = [Check("registry", "error", error.message, error.hint)]
+        if isinstance(error, Unavailable) and not session.settings().server:
+            from ...registry.services.doctor import examine_home  # deferred: help examines nothing
+
+            checks = [*examine_home(session.settings().home), *checks]
     session.out.data(
         checks, text=lambda: views.checks_text(checks, session.out), names=[check.name for check in checks]
     )

@@ -24,6 +24,7 @@ from .reconcile import Adoption
 EVAL_PACKAGES = ("torch", "transformers", "peft", "lm_eval", "sacrebleu", "gguf")
 NETWORK_FILESYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p"})
 _LOW_SPACE_BYTES = 1 << 30
+_FULL_BYTES = 50 << 20
 
 
 def examine(
@@ -40,15 +41,26 @@ def examine(
     except NotFound as error:
         return [Check("home", "warning", error.message, error.hint), _evaluation()]
     return [
-        _home(settings.home),
-        _filesystem(settings.home),
-        _space(settings.home),
+        *examine_home(settings.home),
         Check("ledger", "ok", f"registry {registry_id}, {len(ledger.versions())} versions"),
         *_mlflow(settings, ledger, open_versions, rules, adoption),
         *_jobs(ledger),
         *(_fleet(settings, ledger, bell) if settings.broker_url else ()),
         _evaluation(),
     ]
+
+
+def examine_home(home: Path) -> list[Check]:
+    """The checks that need no ledger: it cannot be read where the disk is full."""
+    return [_home(home), _filesystem(home), space(shutil.disk_usage(_standing(home)).free)]
+
+
+def space(free_bytes: int) -> Check:
+    if free_bytes < _FULL_BYTES:
+        return Check("space", "error", f"{free_bytes >> 20} MB free: writes fail", "free space on the home's disk")
+    if free_bytes < _LOW_SPACE_BYTES:
+        return Check("space", "warning", f"{free_bytes >> 20} MB free", "merges need room for their output twice")
+    return Check("space", "ok", f"{free_bytes >> 30} GB free")
 
 
 def filesystem_of(folder: Path, mounts: str) -> str:
@@ -81,13 +93,6 @@ def _filesystem(home: Path) -> Check:
             "filesystem", "error", f"{home} is on {kind}", "SQLite loses writes there; move the home to a local disk"
         )
     return Check("filesystem", "ok", kind)
-
-
-def _space(home: Path) -> Check:
-    free = shutil.disk_usage(_standing(home)).free
-    if free < _LOW_SPACE_BYTES:
-        return Check("space", "warning", f"{free >> 20} MB free", "merges need room for their output twice")
-    return Check("space", "ok", f"{free >> 30} GB free")
 
 
 def _mlflow(
@@ -155,10 +160,10 @@ def silent_workers(workers: Sequence[Worker]) -> Iterator[Check]:
         silent = sorted((each for each in here if not each.alive), key=lambda each: each.silent_s)
         last = silent[0]
         said = f"{last.name} on {last.host} was last seen {last.silent_s:.0f} s ago"
-        said += ", when it was leaving" if last.draining else ", at work"
+        said += ", when it was leaving" if last.draining else ", not leaving"
         if len(silent) > 1:
             said += f"; {len(silent) - 1} before it for {'+'.join(last.queues)} since {silent[-1].silent_s:.0f} s ago"
-        hint = "start it again; its job was queued again by another worker"
+        hint = "start it again; a job that it had goes on with the next worker that looks"
         if len(here) > len(silent):
             hint = "it was started again since; if this goes on, its log says why it ends"
         yield Check("worker", "warning", said, hint)

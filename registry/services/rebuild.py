@@ -18,7 +18,7 @@ from ..domain.digest import json_digest
 from ..domain.errors import InvalidInput, NotFound, Refused
 from ..domain.job import Job, NewJob
 from ..domain.recipe import MergeRequest, recipe_from_json, request_again
-from ..domain.refs import Ref
+from ..domain.refs import Ref, first_few
 from ..domain.version import AdapterVersion, Edge
 from ..ports import Doorbell, Ledger
 from .merge import MergeHandler, preflight
@@ -43,7 +43,7 @@ def rebuild(
     if not todo:
         raise Refused(
             f"nothing that is made of {outdated.label} can be run again",
-            hint="; ".join(step.note for step in steps if step.note) or f"adapterctl lineage {outdated.label} --down",
+            hint=first_few([step.note for step in steps if step.note]) or f"adapterctl lineage {outdated.label} --down",
         )
     job = None
     if not dry_run:

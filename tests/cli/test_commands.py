@@ -405,6 +405,28 @@ def test_doctor_checks_a_registry_and_tells_of_a_missing_one(run: Run, pair: Pat
     assert not (tmp_path / "none").exists()
 
 
+def test_an_error_of_the_database_of_mlflow_is_told_once_and_in_our_words(fresh: Run, pair: Path):
+    with closing(sqlite3.connect(pair / "mlflow.db")) as database, database:
+        database.execute("DROP TABLE registered_model_aliases")
+
+    failed = fresh("promote", "translate:v1", "--to", "production")
+
+    assert failed.code == 1
+    assert "error: MLflow refused: " in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "mlflow.store" not in failed.stderr
+
+
+def test_doctor_looks_at_the_disk_also_where_the_ledger_cannot_be_read(run: Run, pair: Path):
+    (pair / "registry.db").unlink()
+    (pair / "registry.db").mkdir()
+
+    found = {check["name"]: check["status"] for check in run("doctor", "-o", "json", code=1).data}
+
+    assert found["registry"] == "error"
+    assert {"home", "filesystem", "space"} < set(found)
+
+
 def test_gc_tells_what_it_would_free_and_asks_before_it_does(run: Run, pair: Path):
     run("merge", "translate", "chat")
     freeable = ("gc", "--older-than", "0s")

@@ -9,7 +9,7 @@ import pytest
 
 from adapterctl.cli import views
 from adapterctl.cli.output import Output
-from adapterctl.registry.api import DiffView, LayerDiff, RetentionRow, RetentionView, VersionView
+from adapterctl.registry.api import DiffView, LayerDiff, RecallImpact, RetentionRow, RetentionView, VersionView
 from adapterctl.registry.domain.evals import Interval
 from adapterctl.registry.domain.job import Job, JobState, Progress
 
@@ -157,3 +157,11 @@ def test_diff_shows_metrics_one_by_one_and_modules_that_one_side_lacks():
         ["metrics", "y", "-", "0.5"],
         ["stages", "-", "production"],
     ]
+
+
+def test_a_recall_that_hits_many_names_a_few_of_them():
+    hit = tuple(f"child:v{number}" for number in range(1, 18))
+
+    text = views.recall_text(RecallImpact("a:v1", "recall", "leak", "me", "2026-01-01T00:00:00Z", hit, ()), Output())
+
+    assert "17 descendants: child:v1, child:v2, child:v3, child:v4, child:v5 and 12 more\n" in text + "\n"

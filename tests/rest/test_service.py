@@ -66,6 +66,7 @@ def test_a_merge_through_a_service_on_this_machine_is_done_by_its_worker(
     assert (job["state"], job["queue"]) == ("succeeded", "cpu")
     assert not [check for check in checks if check["status"] == "error"]
     assert code == 0
+    assert f"ADAPTERCTL_MLFLOW_UI={exports['ADAPTERCTL_SERVER']}" in running
     assert {"postgres", "redis-server", "serve", "adapterctl.workers.celery_worker"} <= running
     assert _processes_of(folder) == set()
     for file in ("secrets.json", "token", "users.acl"):
@@ -91,4 +92,5 @@ def _processes_of(folder: Path) -> set[str]:
         ours = str(folder) in words + environment or f"redis-server 127.0.0.1:{redis_port}" in words
         if ours and "deploy/service.py" not in words:
             found |= {word.rpartition("/")[2] for word in words.replace("\0", " ").split()}
+            found |= {each for each in environment.split("\0") if each.startswith("ADAPTERCTL_MLFLOW_UI=")}
     return found

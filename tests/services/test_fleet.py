@@ -10,7 +10,7 @@ import pytest
 
 from adapterctl.registry.domain.job import Job, NewJob
 from adapterctl.registry.domain.worker import Worker
-from adapterctl.registry.services.doctor import silent_workers
+from adapterctl.registry.services.doctor import silent_workers, space
 from adapterctl.registry.services.fleet import queue_for_gpu_work, tend
 from adapterctl.registry.settings import Settings
 from adapterctl.registry.stores.sql.ledger import SqlLedger
@@ -104,8 +104,18 @@ def test_doctor_counts_the_ends_of_a_worker_that_dies_at_every_start():
     )
 
     assert [(check.status, check.detail) for check in crashing] == [
-        ("warning", "one-39 on one was last seen 3561 s ago, at work; 39 before it for cpu since 3600 s ago"),
+        (
+            "warning",
+            "one-39 on one was last seen 3561 s ago, not leaving; 39 before it for cpu since 3600 s ago",
+        ),
         ("warning", "two-1 on two was last seen 99 s ago, when it was leaving"),
     ]
     assert [check.hint.partition(";")[0] for check in crashing] == ["it was started again since", "start it again"]
+    assert "was queued" not in crashing[1].hint  # nobody may have looked yet
     assert not list(silent_workers([worker("alive", 1.0)]))
+
+
+def test_a_disk_on_which_writes_fail_is_an_error():
+    assert [space(free << 20).status for free in (0, 49, 51, 1023, 1025)] == [
+        "error", "error", "warning", "warning", "ok",
+    ]  # fmt: skip
