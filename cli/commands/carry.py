@@ -57,13 +57,13 @@ def import_(
 
     Example: adapterctl import ./family --dry-run
     """
-    from ...registry.services.carry import take_in  # deferred: help needs no service
+    from ...registry.services.carry import read_family, take_in  # deferred: help needs no service
 
+    # before a registry is opened, which would make one: what is refused leaves none behind
+    family = read_family(folder, name=name, assume_converted=assume_converted)
     registry = session.registry(readonly=dry_run)
     done = []
-    for each in take_in(
-        registry, folder, name=name, dry_run=dry_run, assume_converted=assume_converted, unproven=unproven
-    ):
+    for each in take_in(registry, family, dry_run=dry_run, unproven=unproven):
         done.append(each)
         for warning in each.warnings:
             session.out.warn(f"{each.folder}: {warning}")

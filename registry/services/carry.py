@@ -64,6 +64,14 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
+class Family:
+    """Every adapter folder below one, read and checked. `assume_converted` is said again where they are registered."""
+
+    folders: Sequence[_Folder]
+    assume_converted: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Folder:
     """One adapter folder as it was read, before anything of it is registered."""
 
@@ -92,25 +100,26 @@ def export(registry: RegistryAPI, refs: Sequence[Ref], folder: Path) -> list[Ver
     return ordered
 
 
-def take_in(
-    registry: RegistryAPI,
-    folder: Path,
-    *,
-    name: str | None = None,
-    dry_run: bool = False,
-    assume_converted: bool = False,
-    unproven: bool = False,
-) -> Iterator[Carried]:
-    """Register every adapter folder below `folder`, parents first; yields each when it is done.
+def read_family(folder: Path, *, name: str | None = None, assume_converted: bool = False) -> Family:
+    """Read every adapter folder below `folder`; no registry is needed yet.
 
-    Everything is read and checked before anything is registered. `name` is for folders that the listing does not name.
-    With `unproven`, a merge that its recipe does not make here is taken in as a plain import.
-    Raises `InvalidAdapter` with every folder that is refused, `Refused` for a merge that its recipe does not make.
+    `name` is for folders that the listing does not name. Raises `InvalidAdapter` with every folder that is refused.
     """
-    folders = _read_all(folder, name, assume_converted)
+    return Family(_read_all(folder, name, assume_converted), assume_converted)
+
+
+def take_in(
+    registry: RegistryAPI, family: Family, *, dry_run: bool = False, unproven: bool = False
+) -> Iterator[Carried]:
+    """Register every adapter of the family, parents first; yields each when it is done.
+
+    With `unproven`, a merge that its recipe does not make here is taken in as a plain import. With `dry_run` there may
+    be no registry yet: then all is new. Raises `Refused` for a merge that its recipe does not make.
+    """
+    folders = family.folders
     parents = {each.listed.folder: _parents(each, folders) for each in folders}
     here: dict[str, str] = {}
-    versions = [version for version in registry.versions() if version.state == "live"]
+    versions = _live(registry, dry_run)
     digests = {version.content_digest: version.ref for version in reversed(versions)}
     for each in _ordered(folders, parents):
         above = [here[parent] if parent else None for parent in parents[each.listed.folder]]
@@ -119,9 +128,18 @@ def take_in(
         known = _known(versions, each, as_merge=each.recipe is not None and None not in above)
         carried = _plan(each, above, known)
         if not dry_run:
-            carried = _carry(registry, each, carried, assume_converted, unproven)
+            carried = _carry(registry, each, carried, family.assume_converted, unproven)
         here[each.listed.folder] = carried.ref
         yield carried
+
+
+def _live(registry: RegistryAPI, dry_run: bool) -> list[VersionView]:
+    try:
+        return [version for version in registry.versions() if version.state == "live"]
+    except NotFound:
+        if not dry_run:
+            raise
+        return []
 
 
 def _made_of(registry: RegistryAPI, ref: Ref) -> list[VersionView]:

@@ -128,6 +128,20 @@ def test_a_family_is_exported_and_told_to_be_here_already(read: Run, tmp_path: P
     assert "no folder" in read("import", str(tmp_path / "none"), code=3).stderr
 
 
+def test_an_import_into_a_home_that_is_none_yet_can_be_planned_and_leaves_none_where_it_is_refused(
+    run: Run, tiny_adapter: Callable[..., Path], tmp_path: Path
+):
+    home, folder = tmp_path / "none", tmp_path / "adapters"
+    tiny_adapter(folder / "a")
+
+    told = run("--home", str(home), "import", str(folder), "--dry-run", "-o", "json")
+    (folder / "a" / "adapter_model.safetensors").write_bytes(b"none")
+    run("--home", str(home), "import", str(folder), code=5)
+
+    assert [(each["ref"], each["action"]) for each in told.data] == [("a", "register")]
+    assert not home.exists()
+
+
 def test_lineage_draws_the_family(read: Run):
     assert read("lineage", "translate-chat").stdout.splitlines()[0].startswith("translate-chat:v1  cat, rank")
     assert "translate:v1  trained from" in read("lineage", "translate-chat", "--up").stdout

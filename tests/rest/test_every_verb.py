@@ -35,7 +35,7 @@ from adapterctl.registry.domain.recipe import LayerWeights, MergeRequest, Resize
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.domain.stage import Head
 from adapterctl.registry.domain.tuning import TuneRequest
-from adapterctl.registry.services.carry import LISTING, export, take_in
+from adapterctl.registry.services.carry import LISTING, export, read_family, take_in
 from adapterctl.registry.services.pull import damage
 from adapterctl.registry.wire import to_json
 
@@ -103,12 +103,12 @@ def test_a_family_that_was_exported_is_found_and_made_again_under_other_names(
     registry: RegistryAPI, merged: VersionView, tmp_path: Path
 ):
     written = export(registry, [ref(merged)], tmp_path / "family")
-    assert {each.action for each in take_in(registry, tmp_path / "family")} == {"found"}
+    assert {each.action for each in take_in(registry, read_family(tmp_path / "family"))} == {"found"}
     (tmp_path / "family" / LISTING).unlink()
     for version in written:
         (tmp_path / "family" / version.name).rename(tmp_path / "family" / f"new-{version.name}")
 
-    done = {each.ref: each for each in take_in(registry, tmp_path / "family")}
+    done = {each.ref: each for each in take_in(registry, read_family(tmp_path / "family"))}
 
     made = registry.version(parse_ref(f"new-{merged.name}:v1"))
     assert (done[made.ref].action, made.recipe_digest) == ("merge", merged.recipe_digest)

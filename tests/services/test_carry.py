@@ -14,7 +14,7 @@ from adapterctl.registry.domain.digest import json_digest
 from adapterctl.registry.domain.errors import InvalidAdapter, Refused
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
-from adapterctl.registry.services.carry import LISTING, export, take_in
+from adapterctl.registry.services.carry import LISTING, export, read_family, take_in
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.settings import load_settings
 
@@ -81,10 +81,10 @@ def graph(registry: LocalRegistry) -> dict[str, object]:
 
 
 def test_a_family_is_the_same_in_an_empty_home_and_is_found_the_second_time(two_parents, family, new_home):
-    planned = list(take_in(new_home, family, dry_run=True))
+    planned = list(take_in(new_home, read_family(family), dry_run=True))
     assert new_home.ledger.versions() == []
 
-    done = list(take_in(new_home, family))
+    done = list(take_in(new_home, read_family(family)))
 
     assert graph(new_home) == graph(two_parents)
     assert [each.action for each in done] == [each.action for each in planned]
@@ -93,7 +93,7 @@ def test_a_family_is_the_same_in_an_empty_home_and_is_found_the_second_time(two_
     trained = new_home.version(parse_ref("translate:v2"))
     assert (trained.metrics, trained.dataset) == ({"bleu": 0.31}, "wmt")
     assert trained.imported == {"bleu": f"imported from {LISTING}"}
-    assert {each.action for each in take_in(new_home, family)} == {"found"}
+    assert {each.action for each in take_in(new_home, read_family(family))} == {"found"}
     merged = new_home.merge(MergeRequest(tuple(map(parse_parent, ["chat:v1=0.25", "translate:v1"])), into="omni"))
     assert (merged.job, merged.version.ref) == (None, "omni:v1")
     assert len(new_home.ledger.versions()) == 5
@@ -107,16 +107,16 @@ def test_a_changed_header_is_refused_and_headers_alone_tell_every_edge_of_a_merg
     recipe["parents"][0]["weight"] = 0.75
     rewrite(path, {"adapterctl.recipe": json.dumps(recipe)})
     with pytest.raises(InvalidAdapter, match=r"omni/v1: .* stands beside it"):
-        list(take_in(new_home, copied))
+        list(take_in(new_home, read_family(copied)))
     assert new_home.ledger.versions() == []
 
     rewrite(path, {"adapterctl.recipe_digest": json_digest(recipe)})  # a liar who knows the format
     with pytest.raises(Refused, match="omni/v1: the recipe gives the content"):
-        list(take_in(new_home, copied))
+        list(take_in(new_home, read_family(copied)))
     assert {version.name for version in new_home.ledger.versions()} == {"chat", "translate"}
 
     path.write_bytes(whole)
-    list(take_in(new_home, copied))
+    list(take_in(new_home, read_family(copied)))
     expected = graph(two_parents)
     kind, *same, edges = expected["translate:v2"]
     assert (kind, edges[0][2]) == ("train", "trained_from")
@@ -129,12 +129,12 @@ def test_a_parent_that_is_nowhere_is_named(copied, new_home):
         shutil.rmtree(copied / folder)
     digest = json.loads(header(copied / "omni" / "v1" / WEIGHTS)["adapterctl.recipe"])["parents"][0]["digest"]
 
-    done = {each.ref: each for each in take_in(new_home, copied)}
+    done = {each.ref: each for each in take_in(new_home, read_family(copied))}
 
     assert done["omni:v1"].action == "register"
     assert digest in done["omni:v1"].warnings[0]
     assert new_home.version(parse_ref("omni:v1")).kind == "import"
-    assert {each.action for each in take_in(new_home, copied)} == {"found"}
+    assert {each.action for each in take_in(new_home, read_family(copied))} == {"found"}
 
 
 def test_what_its_recipe_does_not_make_is_taken_in_on_demand_as_a_plain_import(copied, new_home):
@@ -144,9 +144,9 @@ def test_what_its_recipe_does_not_make_is_taken_in_on_demand_as_a_plain_import(c
     recipe = {**json.loads(header(path)["adapterctl.recipe"]), "method_rev": 99}
     rewrite(path, {"adapterctl.recipe": json.dumps(recipe), "adapterctl.recipe_digest": json_digest(recipe)})
     with pytest.raises(Refused, match="omni/v1: these parents and options make the recipe"):
-        list(take_in(new_home, copied))
+        list(take_in(new_home, read_family(copied)))
 
-    done = {each.ref: each for each in take_in(new_home, copied, unproven=True)}
+    done = {each.ref: each for each in take_in(new_home, read_family(copied), unproven=True)}
 
     assert done["omni:v1"].action == "register"
     assert "taken in as a plain import: these parents and options" in done["omni:v1"].warnings[0]
@@ -161,7 +161,7 @@ def test_a_recipe_that_is_none_is_refused_before_anything_is_registered(copied, 
     for recipe in ("[]", '{"v": 1}', '{"method": "cat", "method": "svd"}', '{"a":' * 5000):
         rewrite(copied / "omni" / "v1" / WEIGHTS, {"adapterctl.recipe": recipe})
         with pytest.raises(InvalidAdapter, match="omni/v1"):
-            list(take_in(new_home, copied))
+            list(take_in(new_home, read_family(copied)))
 
     assert new_home.ledger.versions() == []
 

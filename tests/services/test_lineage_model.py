@@ -27,7 +27,7 @@ from adapterctl.registry.domain.errors import HasDescendants, Recalled, Refused
 from adapterctl.registry.domain.job import JobState
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
-from adapterctl.registry.services.carry import export, take_in
+from adapterctl.registry.services.carry import export, read_family, take_in
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.services.schedule import Done
 from adapterctl.workers import runner
@@ -264,7 +264,7 @@ class Lineage(RuleBasedStateMachine):
             return
         folder = self.room / f"export-{next(_numbers)}"
         export(self.registry, [parse_ref(version)], folder)
-        list(take_in(self.registry, folder))
+        list(take_in(self.registry, read_family(folder)))
 
     @invariant()
     def both_say_the_same(self) -> None:

@@ -16,7 +16,7 @@ from adapterctl.registry.domain.errors import IncompatibleParents, Recalled
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.domain.tuning import TuneRequest
-from adapterctl.registry.services.carry import LISTING, export, take_in
+from adapterctl.registry.services.carry import LISTING, export, read_family, take_in
 from adapterctl.registry.services.local import LocalRegistry
 
 WEIGHTS = "adapter_model.safetensors"
@@ -165,9 +165,9 @@ def test_a_merge_of_a_recalled_parent_is_hit_however_it_came_and_refused_when_it
         (family / LISTING).unlink()
         (family / "omni" / "v1").rename(family / "elsewhere")
         with pytest.raises(IncompatibleParents, match="chat:v1 was recalled"):  # the merge would be made again
-            list(take_in(two_parents, family))
+            list(take_in(two_parents, read_family(family)))
         with pytest.raises(Recalled, match=":v1 is made of chat:v1"):  # and so as a plain import
-            list(take_in(two_parents, family, unproven=True))
+            list(take_in(two_parents, read_family(family), unproven=True))
         with pytest.raises(IncompatibleParents, match="chat:v1 was recalled"):
             two_parents.tune(TuneRequest((parse_ref("translate"), parse_ref("chat")), suites=(), budget=6, keep=1))
         new = brought(omni, tmp_path / "new", other_bytes=True)
