@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...registry.domain.errors import JobCancelled, JobFailed, Refused, WaitTimedOut
+from ...registry.domain.errors import JobCancelled, JobFailed, Refused, Unavailable, WaitTimedOut
 from .. import parse, views
 from ..complete import complete_jobs
 from ..connect import Session, add_verbs
-from ..follow import follow
+from ..follow import follow, looks
 from ..output import INTERRUPTED, printable
 
 if TYPE_CHECKING:
@@ -89,9 +89,13 @@ def logs(
         return
     seen, written = _print_events(session, events, 0), 0
     try:
-        for _ in registry.follow(job_id):
-            seen = _print_events(session, registry.job_events(job_id, after=seen), seen)
-            written = _print_log(session, registry.job_log(job_id, after=written), written)
+        for job in looks(session.out, registry, job_id):
+            try:
+                seen = _print_events(session, registry.job_events(job_id, after=seen), seen)
+                written = _print_log(session, registry.job_log(job_id, after=written), written)
+            except Unavailable:  # what is missing now is printed at the next look
+                if job.ended:
+                    raise
     except KeyboardInterrupt:
         session.out.say("left; the job goes on")
         raise typer.Exit(INTERRUPTED) from None
@@ -112,6 +116,7 @@ def wait(
     timeout_s = parse.duration_s(timeout)
     registry = session.registry()
     codes = []
+    registry.job(job_ids[0])  # a server that was never there is told at once
     for job_id in job_ids:
         try:
             follow(session, registry, job_id, timeout_s=timeout_s)

@@ -40,12 +40,18 @@ class Problem:
 
 
 class AdapterctlError(Exception):
-    """Base of all errors; `problems` carries every finding where a check has several."""
+    """Base of all errors; `problems` carries every finding where a check has several.
+
+    `abroad` is what callers on other machines are told in place of a message that names addresses or folders of ours.
+    """
 
     code: ClassVar[str] = "failure"
 
-    def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
+    def __init__(
+        self, message: str, *, hint: str = "", problems: Sequence[Problem] = (), abroad: str | None = None
+    ) -> None:
         super().__init__(message)
+        self.abroad = abroad or message
         self.message = message
         self.hint = hint
         self.problems = tuple(problems)

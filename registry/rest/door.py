@@ -44,6 +44,7 @@ _LARGE = ("/v1/suites", "/v1/reports")
 _UPLOAD = re.compile(r"/v1/adapters/[^/]+/versions")
 
 _log = logging.getLogger("adapterctl.http")
+_errors = logging.getLogger("adapterctl.rest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +291,8 @@ class _Answer:
         if self.status:
             raise error
         status, extra = _status_and_headers(error)
+        if status >= 500:
+            _errors.warning("%s: %s", self._visit.request_id, error.message)
         body = json.dumps(to_problem(error, status=status, request_id=self._visit.request_id)).encode()
         await self.send_json(body, status, MEDIA_TYPE, extra)
 

@@ -80,7 +80,7 @@ def wants_a_page(request: Request) -> bool:
 def problem_page(error: AdapterctlError, status: int) -> Response:
     """What is wrong with an address that somebody followed or wrote."""
     title = error.code.replace("_", " ").capitalize()
-    lines = [error.message, *(problem.message for problem in error.problems), error.hint]
+    lines = [error.abroad, *(problem.message for problem in error.problems), error.hint]
     told = "\n".join(_CODE.sub(r"<code>\1</code>", f"<p>{html.escape(line)}</p>") for line in lines if line)
     text = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'

@@ -72,7 +72,7 @@ def to_problem(error: AdapterctlError, *, status: int | None = None, request_id:
         "type": f"urn:adapterctl:problem:{error.code}",
         "title": error.code.replace("_", " "),
         "status": status or status_of(error),
-        "detail": error.message,
+        "detail": error.abroad,
         "code": error.code,
         "hint": error.hint,
         "errors": [{"code": p.code, "message": p.message, "hint": p.hint} for p in error.problems],

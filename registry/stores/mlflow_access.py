@@ -60,7 +60,12 @@ def in_our_words(method: Callable[P, T]) -> Callable[P, T]:
             return method(*args, **kwargs)
         except (MlflowException, SQLAlchemyError) as error:  # the latter where MLflow opens its own database
             reason = str(error).strip().partition("\n")[0]
-            raise Unavailable(f"MLflow refused: {reason}", hint="run `adapterctl doctor`") from error
+            database = isinstance(error, SQLAlchemyError) or isinstance(error.__cause__, SQLAlchemyError)
+            raise Unavailable(
+                f"MLflow refused: {reason}",
+                hint="run `adapterctl doctor`",
+                abroad="the database of MLflow cannot be used now" if database else None,
+            ) from error
         except OSError as error:
             raise Unavailable(f"files of a version: {error}", hint="check the disk and its rights") from error
         except ModuleNotFoundError as error:

@@ -436,7 +436,8 @@ class _Sqlite:
     def turn(self) -> Iterator[None]:
         # SQLite lets a writer that finds another one sleep, up to 0.1 s at a time; threads of one process can queue
         if not self._writing.acquire(timeout=BUSY_TIMEOUT_S):
-            raise Unavailable(f"{self.label} is busy: others have written for {BUSY_TIMEOUT_S:g} s", hint="try again")
+            said = f"is busy: others have written for {BUSY_TIMEOUT_S:g} s"
+            raise Unavailable(f"{self.label} {said}", hint="try again", abroad=f"the ledger {said}")
         try:
             yield
         finally:
@@ -471,8 +472,12 @@ class _Sqlite:
 
     def in_our_words(self, error: DBAPIError) -> AdapterctlError:
         if isinstance(error, OperationalError):
-            return Unavailable(f"{self.label} cannot be used: {error.orig}", hint="see `adapterctl doctor`")
-        return Corrupt(f"{self.label} is damaged: {error.orig}", hint="restore it from a backup")
+            return Unavailable(
+                f"{self.label} cannot be used: {error.orig}", hint="see `adapterctl doctor`", abroad=_UNUSABLE
+            )
+        return Corrupt(
+            f"{self.label} is damaged: {error.orig}", hint="restore it from a backup", abroad="the ledger is damaged"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -578,7 +583,11 @@ class _Postgres:
             return Conflict("two writers were in each other's way, and this one gave way", hint="try again")
         if isinstance(error, DataError):
             return InvalidInput(f"the ledger cannot keep this value: {error.orig}", hint="remove what is not text")
-        return Unavailable(f"the ledger at {self.label} cannot be used: {error.orig}", hint="see `adapterctl doctor`")
+        return Unavailable(
+            f"the ledger at {self.label} cannot be used: {error.orig}",
+            hint="see `adapterctl doctor`",
+            abroad=_UNUSABLE,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -596,6 +605,7 @@ def _lost(why: str) -> Unavailable:
     return Unavailable(f"the lock of this work was lost: {why}", hint="try again: what was begun is gone on with")
 
 
+_UNUSABLE = "the ledger cannot be used now"
 _CONNECT = {
     "connect_timeout": CONNECT_TIMEOUT_S,
     "application_name": "adapterctl",

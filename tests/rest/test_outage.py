@@ -1,0 +1,79 @@
+"""A database that is gone for a while: who follows a job goes on, and nobody outside learns where it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import psycopg
+import pytest
+import uvicorn
+from postgres import postgres_server
+
+from adapterctl.bootstrap import connect, remote
+from adapterctl.registry.domain.access import Scope
+from adapterctl.registry.domain.errors import Unavailable
+from adapterctl.registry.domain.job import NewJob
+from adapterctl.registry.rest.app import create_app, listen
+from adapterctl.registry.rest.door import Rules
+from adapterctl.registry.settings import Settings
+
+
+def test_following_outlasts_a_database_that_is_gone_and_its_address_stays_inside(
+    home: Path, caplog: pytest.LogCaptureFixture
+):
+    with postgres_server() as database:
+        settings = Settings(
+            home=home, actor="ada", database_url=database.url("postgres"), mlflow_uri=database.url("unused")
+        )
+        registry = connect(settings)
+        secret = registry.create_token("ada", scope=Scope.ADMIN).secret
+        job, _ = registry.ledger.submit(NewJob(kind="merge", key="k", title="merge a b", spec={}, created_by="ada"))
+        door = create_app(registry, registry.access, Rules(hosts=("127.0.0.1",), upload_bytes=1), version="1.2.3")
+        socket = listen("127.0.0.1", 0)
+        server = uvicorn.Server(uvicorn.Config(door, log_config=None, lifespan="off"))
+        serving = threading.Thread(target=server.run, args=[[socket]], daemon=True)
+        serving.start()
+        url = f"http://127.0.0.1:{socket.getsockname()[1]}"
+        following = subprocess.Popen(
+            [sys.executable, "-m", "adapterctl", "jobs", "logs", "-f", job.id],
+            env=os.environ | {"ADAPTERCTL_SERVER": url, "ADAPTERCTL_TOKEN": secret},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with closing(registry.ledger), following:
+            first = following.stdout.readline()
+            database.stop()
+            warned = following.stderr.readline()
+            with pytest.raises(Unavailable) as met:
+                remote(url, secret).job(job.id)
+            database.process = database.start()
+            until_it_answers(lambda: registry.cancel(job.id))
+            rest, said = following.communicate(timeout=120)
+        server.should_exit = True
+        serving.join(30)
+
+    assert "queued" in first
+    assert "the job goes on" in warned
+    assert (following.returncode, "cancelled" in rest) == (0, True), said
+    assert str(met.value) == "the ledger cannot be used now"
+    assert str(database.port) not in warned + said + met.value.hint
+    assert f"127.0.0.1:{database.port}" in caplog.text
+
+
+def until_it_answers(ask: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            ask()
+            return
+        except (Unavailable, psycopg.OperationalError):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
