@@ -58,9 +58,10 @@ def test_a_job_is_joined_by_a_request_with_the_same_terms_only(two_parents: Loca
 
 
 def test_terms_are_part_of_the_key_only_where_there_are_some():
-    assert _terms(None, []) == []
-    assert _terms(0.1, []) != _terms(0.2, [])
-    assert _terms(None, [], ("recipe", "content")) != _terms(None, [], ("recipe", "other"))
+    assert _terms(None, [], None, None) == []
+    assert _terms(0.1, [], None, None) != _terms(0.2, [], None, None)
+    assert _terms(None, [], ("recipe", "content"), None) != _terms(None, [], ("recipe", "other"), None)
+    assert _terms(None, [], None, "fp32") != _terms(None, [], None, "bf16")
 
 
 def test_a_suite_that_is_missing_is_noticed_though_the_recipe_exists(two_parents: LocalRegistry):
