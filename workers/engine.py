@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from ..registry.merging.grams import Factors
 from ..registry.merging.make import Outcome, arithmetic, make, promise, wider
 from ..registry.merging.method import MethodSpec, find_method
 from ..registry.merging.stack import blocks_of, coefficients, load_stack
-from ..registry.merging.tensors import STORED, TensorReader, TensorWriter, encode, place, sync_folder, widen
+from ..registry.merging.tensors import STORED, TensorReader, TensorWriter, Written, encode, place, sync_folder, widen
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -115,13 +116,17 @@ def merge_module(
     module: ModulePlan, method: MethodSpec, plan: MergePlan, readers: Sequence[TensorReader], writer: TensorWriter
 ) -> Outcome:
     """Merge one module and write its tensors; safe in any thread, as readers and writer are."""
-    if module.bias_key:
-        writer.write(module.bias_key, encode(_bias(module, readers), plan.recipe.dtype))
     if method.form == "factors":
-        return _write_factors(module, method.function(coefficients(module.parts)), plan, readers, writer)
-    made = make(module, method, load_stack(module.parts, readers, arithmetic(method, plan.recipe.dtype)), plan.recipe)
-    _write_made(module, made.a, made.b, plan, writer)
-    return made.outcome
+        factors = method.function(coefficients(module.parts))
+        outcome = Outcome(0.0, 0.0, written=_write_factors(module, factors, plan, readers, writer))
+    else:
+        stack = load_stack(module.parts, readers, arithmetic(method, plan.recipe.dtype))
+        made = make(module, method, stack, plan.recipe)
+        outcome = replace(made.outcome, written=_write_made(module, made.a, made.b, plan, writer))
+    if not module.bias_key:
+        return outcome
+    bias = writer.write(module.bias_key, encode(_bias(module, readers), plan.recipe.dtype))
+    return replace(outcome, written=(*outcome.written, bias))
 
 
 def for_each_module(
@@ -183,7 +188,7 @@ The recipe stands in full in the metadata of `{WEIGHTS_FILE}` under `adapterctl.
 
 def _write_factors(
     module: ModulePlan, factors: Factors, plan: MergePlan, readers: Sequence[TensorReader], writer: TensorWriter
-) -> Outcome:
+) -> tuple[Written, ...]:
     """Scale each parent's factors into their rows and columns; what has scale 1 and the right type moves as bytes."""
     dtype, rank = plan.recipe.dtype, plan.recipe.rank
     rows = np.empty((rank, math.prod(module.a_shape[1:])), STORED[dtype])
@@ -195,22 +200,20 @@ def _write_factors(
         stored = reader.stored(part.b, (-1, part.rank))
         _scale(stored, part.b.dtype, factors.b[own], dtype, columns[:, own])
     rows[block.stop :] = columns[:, block.stop :] = 0
-    writer.write(module.a_key, rows)
-    writer.write(module.b_key, columns)
-    return Outcome(error_squared=0.0, arithmetic=0.0)
+    return writer.write(module.a_key, rows), writer.write(module.b_key, columns)
 
 
 def _write_made(
     module: ModulePlan, a: NDArray[np.floating], b: NDArray[np.floating], plan: MergePlan, writer: TensorWriter
-) -> None:
+) -> tuple[Written, ...]:
     dtype = plan.recipe.dtype
     rank = len(a)
     # rows beyond `rank` stay the zeros that the writer reserved
-    writer.write(module.a_key, encode(a, dtype))
+    rows = writer.write(module.a_key, encode(a, dtype))
     columns = encode(b, dtype)
     if rank < plan.recipe.rank:
         columns = np.pad(columns, ((0, 0), (0, plan.recipe.rank - rank)))
-    writer.write(module.b_key, columns)
+    return rows, writer.write(module.b_key, columns)
 
 
 def _bias(module: ModulePlan, readers: Sequence[TensorReader]) -> NDArray[np.float64]:

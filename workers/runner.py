@@ -140,7 +140,8 @@ def run_merge(task: Mapping[str, Any], conversation: Conversation) -> dict[str, 
     proven = receipt.prove(plan, parents, out, outcomes, threads=threads, should_stop=stop)
     proof, facts = proven.receipt, proven.facts
     if plan.max_loss is not None:
-        # rounding to the output type is not what the limit is about, so the bound of it is allowed for
+        # rounding to the output type is not what the limit is about, so the bound of it is allowed for; the bound does
+        # not hold what values below the range of the type lose
         _refuse_loss(proof["loss"] - proof["loss_bound"], plan.max_loss, "lost")
     result = {
         "content_digest": digest_of(out / engine.WEIGHTS_FILE, facts),
@@ -207,7 +208,7 @@ def _refuse_loss(loss: float, limit: float, verb: str) -> None:
     if loss > limit:
         raise LossTooHigh(
             f"the merge {verb} {loss:.4f} of the exact sum, --max-loss allows {limit:g}",
-            hint="raise --rank, use --method cat, or allow more; `adapterctl plan` shows the loss of each rank",
+            hint="raise --rank, use --method cat or --dtype f32, or allow more; `adapterctl plan` shows all losses",
         )
 
 

@@ -115,6 +115,13 @@ def size_of_parts(grams: Grams) -> float:
     return float(np.sum(np.abs(grams.c) * np.sqrt(grams.a.diagonal() * grams.b.diagonal())))
 
 
+def left_of(norm: float, floor: float) -> float:
+    """How far the true norm may be from a computed one whose square is known to `floor`²: `floor` near nothing, and
+    floor² / norm where the norm is large, for |x² - y²| = |x - y| (x + y).
+    """
+    return floor * min(1.0, floor / norm) if norm > 0 else floor
+
+
 def error_squared(grams: Grams, maps: Maps) -> float:
     """||B (b a - diag(c)) A||²: how far a method is from the exact sum before anything is rounded."""
     return squared_norm(grams, maps.b @ maps.a - np.diag(grams.c))
@@ -137,7 +144,7 @@ def overlaps(square: Array, blocks: Sequence[Block]) -> Array:
 
     Source: Björck & Golub 1973, https://doi.org/10.2307/2005662 (angles), from one Gram matrix.
     """
-    roots = [_inverse_root(square[_of(block), _of(block)]) for block in blocks]
+    roots = [inverse_root(square[_of(block), _of(block)]) for block in blocks]
     result = np.eye(len(blocks))
     for i, j in combinations(range(len(blocks)), 2):
         between = roots[i] @ square[_of(blocks[i]), _of(blocks[j])] @ roots[j].T
@@ -148,7 +155,7 @@ def overlaps(square: Array, blocks: Sequence[Block]) -> Array:
 def retained(grams: Grams) -> Array:
     """Share of each delta that lies in the row and column space of the last block: ||P_U D P_V|| / ||D||, 0..1."""
     last, shares = _of(grams.blocks[-1]), []
-    root_a, root_b = _inverse_root(grams.a[last, last]), _inverse_root(grams.b[last, last])
+    root_a, root_b = inverse_root(grams.a[last, last]), inverse_root(grams.b[last, last])
     for block in grams.blocks[:-1]:
         rows = _of(block)
         seen_a, seen_b = root_a @ grams.a[last, rows], root_b @ grams.b[last, rows]
@@ -167,8 +174,8 @@ def cholesky(unit: Array) -> Array | None:
     return lower if lower.diagonal().min() >= MIN_PIVOT else None
 
 
-def _inverse_root(square: Array) -> Array:
-    """W (k, n) with W square Wᵀ = I on the k directions that carry energy."""
+def inverse_root(square: Array) -> Array:
+    """W (k, n) with W square Wᵀ = I on the k directions that carry energy; Wᵀ W is the inverse of `square` there."""
     scale = np.sqrt(np.diag(square))
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
     unit = square * np.outer(inverse, inverse)

@@ -5,6 +5,7 @@ The one place that knows how a method of each form is called. Reads and writes n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +16,28 @@ from ..domain.plan import ModulePlan
 from ..domain.recipe import Recipe
 from .deltas import Deltas
 from .elements import elements_of
-from .grams import GRAM_FLOOR, GRAM_FLOOR_32, Grams, Maps, error_squared, exact_norm, size_of_parts, squared_norm
+from .grams import (
+    GRAM_FLOOR,
+    GRAM_FLOOR_32,
+    Array,
+    Grams,
+    Maps,
+    error_squared,
+    exact_norm,
+    left_of,
+    size_of_parts,
+    squared_norm,
+)
 from .method import MethodSpec
 from .stack import Stack
+from .tensors import Written
 
 #: Where the parts of a sum are together so many times its size, they cancel, and float32 Grams are not enough: the
 #: error of `svd` is within 1e-6 of the least up to here, and 1e-3 above it at ten times this (random gauges).
 LARGE_PARTS = 16
 #: The smallest float32 of full precision: what a product or a sum below it may lose.
 TINY_32 = float(np.finfo(np.float32).tiny)
+UNIT_32, UNIT_64 = (float(np.finfo(dtype).eps) / 2 for dtype in (np.float32, np.float64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +53,35 @@ class KnownGrams:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the method promised for one module, before anything was rounded.
+class Parts:
+    """What the child's rank-one parts b_k a_k were to be before they were rounded, each array (r,).
 
-    `error_squared` is ||made - exact sum||²; `arithmetic` bounds what the floating-point products may add to the error.
+    `a` and `b` are the norms of row k of A' and column k of B', `inner` is <b_k a_k, exact sum>. `size_a` and `size_b`
+    are sums of the norms of all that is added up to the row and the column: times `product` they bound what the matrix
+    products did to them, times `floor` the root of what is not known of the squares of their norms.
+    """
+
+    a: Array
+    b: Array
+    inner: Array
+    size_a: Array
+    size_b: Array
+    product: float
+    floor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the method promised for one module, before anything was rounded, and what was then written.
+
+    `error_squared` is ||made - exact sum||²; `unsure` bounds how far its root may be from that of the true one. `parts`
+    is None where the method scales the parents' factors: then every value is known from the plan.
     """
 
     error_squared: float
-    arithmetic: float
+    unsure: float
+    parts: Parts | None = None
+    written: tuple[Written, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +103,12 @@ def make(
     if method.form == "grams":
         grams, floor = _grams(method, stack, known)
         maps = _maps(method, grams, recipe)
-        outcome = Outcome(error_squared(grams, maps), _product_error(grams, maps, stack, floor))
-        return Made(maps.a.astype(stack.a.dtype) @ stack.a, stack.b @ maps.b.astype(stack.b.dtype), outcome)
-    a, b = _large(module, method, stack, recipe)
-    return Made(a, b, _distance(stack, a, b))
+        outcome = _outcome(grams, maps, stack, floor)
+        a, b = maps.a.astype(stack.a.dtype) @ stack.a, stack.b @ maps.b.astype(stack.b.dtype)
+    else:
+        a, b = _large(module, method, stack, recipe)
+        outcome = _distance(stack, a, b)
+    return Made(a, b, _narrowed(outcome, module, stack))
 
 
 def factors_of(
@@ -165,15 +202,54 @@ def _distance(stack: Stack, a: NDArray[np.float64], b: NDArray[np.float64]) -> O
     joined = Stack(
         np.concatenate([stack.a, a]), np.concatenate([stack.b, b], axis=1), np.append(stack.c, -np.ones(len(a))), ()
     ).grams()
-    return Outcome(exact_norm(joined) ** 2, GRAM_FLOOR * size_of_parts(joined))
+    error, parents, child = exact_norm(joined), slice(len(stack.c)), slice(len(stack.c), None)
+    norm_a, norm_b = np.sqrt(joined.a.diagonal()[child]), np.sqrt(joined.b.diagonal()[child])
+    inner = (joined.a[child, parents] * joined.b[child, parents]) @ stack.c
+    parts = Parts(norm_a, norm_b, inner, norm_a, norm_b, product=0.0, floor=GRAM_FLOOR)
+    return Outcome(error**2, left_of(error, GRAM_FLOOR * size_of_parts(joined)), parts)
 
 
-def _product_error(grams: Grams, maps: Maps, stack: Stack, floor: float) -> float:
-    """Bound of what rounding inside a @ A and B @ b adds to B b a A, and inside the Grams to the promised error.
+def _narrowed(outcome: Outcome, module: ModulePlan, stack: Stack) -> Outcome:
+    """The same, less sure where parents in float64 were rounded to float32 before anything was made of them."""
+    if stack.a.dtype == np.float64 or all("F64" not in {part.a.dtype, part.b.dtype} for part in module.parts):
+        return outcome
+    norms = (np.linalg.norm(side.astype(np.float64), axis=axis) for side, axis in ((stack.a, 1), (stack.b, 0)))
+    of_sum = float(np.abs(stack.c) @ np.prod(list(norms), axis=0))
+    assert outcome.parts is not None
+    made = float(outcome.parts.size_a @ outcome.parts.size_b)
+    product, floor = outcome.parts.product + UNIT_32, max(outcome.parts.floor, GRAM_FLOOR_32)
+    parts = replace(outcome.parts, product=product, floor=floor)
+    return replace(outcome, unsure=outcome.unsure + 3 * UNIT_32 * (of_sum + made), parts=parts)
 
-    Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.13: |fl(XY) - XY| <= n u |X||Y|.
+
+def _outcome(grams: Grams, maps: Maps, stack: Stack, floor: float) -> Outcome:
+    """The promise of two maps, and how sure it is.
+
+    The square of the error is the trace of G_B M G_A Mᵀ with M = b a - diag(c). Where the elements of both Grams are
+    off by e = floor² of the norms that they are made of, G_B at unit diagonal is off by R e at most in the spectral
+    norm, and the trace by that times the trace of D_B M G_A Mᵀ D_B; G_A alike; both at once by (R e ||D_B M D_A||)².
+    To this comes what float64 leaves of G_B M and M G_A, where large maps cancel in them, and of M.
+
+    Source of `product`, and of these: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.13:
+    |fl(XY) - XY| <= n u |X||Y|, and one rounding of the map.
     """
     norm_a, norm_b = np.sqrt(grams.a.diagonal()), np.sqrt(grams.b.diagonal())
-    made = float((np.abs(maps.a) @ norm_a) @ (norm_b @ np.abs(maps.b)))
-    unit = float(np.finfo(stack.a.dtype).eps) / 2
-    return (grams.rank + 2) * unit * 2 * made + floor * (made + size_of_parts(grams))
+    rows, columns = maps.a @ grams.a, maps.b.T @ grams.b
+    parts = Parts(
+        a=np.sqrt(np.maximum(np.sum(rows * maps.a, axis=1), 0.0)),
+        b=np.sqrt(np.maximum(np.sum(columns * maps.b.T, axis=1), 0.0)),
+        inner=np.sum(columns * grams.c * rows, axis=1),
+        size_a=np.abs(maps.a) @ norm_a,
+        size_b=norm_b @ np.abs(maps.b),
+        product=(grams.rank + 2) * float(np.finfo(stack.a.dtype).eps) / 2,
+        floor=floor,
+    )
+    middle = maps.b @ maps.a - np.diag(grams.c)
+    left, right = grams.b @ middle, middle @ grams.a
+    squared, size = max(0.0, float(np.sum(left * right))), np.abs(middle)
+    off, unit = grams.rank * floor**2, (grams.rank + 2) * UNIT_64
+    vague = off * float(norm_b**2 @ np.sum(right * middle, axis=1) + np.sum(left * middle, axis=0) @ norm_a**2)
+    vague += off**2 * float(norm_b**2 @ size**2 @ norm_a**2)
+    vague += unit * float(norm_b @ np.abs(right) @ (norm_b @ size) + (size @ norm_a) @ np.abs(left) @ norm_a)
+    unsure = left_of(math.sqrt(squared), math.sqrt(max(0.0, vague))) + unit * float(parts.size_a @ parts.size_b)
+    return Outcome(squared, unsure, parts)

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import threading
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -213,6 +214,15 @@ def _norm(module: LoraModule, a: Array, b: Array) -> float:
     return abs(module.scaling) * float(np.sqrt(np.maximum(squared, 0.0)))
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What went to the disk: so many bytes of tensor `key`, and their CRC-32."""
+
+    key: str
+    size: int
+    crc: int
+
+
 class TensorWriter:
     """A safetensors file of known layout, written at known places by any number of threads; it appears when complete.
 
@@ -260,8 +270,11 @@ class TensorWriter:
             raise
         os.close(self._descriptor)
 
-    def write(self, key: str, data: NDArray[Any] | memoryview, offset: int = 0) -> None:
-        """Store contiguous `data` at byte `offset` of the tensor. Raises `Unavailable` when the disk is full."""
+    def write(self, key: str, data: NDArray[Any] | memoryview, offset: int = 0) -> Written:
+        """Store contiguous `data` at byte `offset` of the tensor, and say what that was.
+
+        Raises `Unavailable` when the disk is full.
+        """
         entry = self.entries[key]
         view = data.cast("B") if isinstance(data, memoryview) else data.data.cast("B")
         if entry.begin + offset + len(view) > entry.end:
@@ -272,6 +285,7 @@ class TensorWriter:
         if self._waiting >= WRITEBACK_BYTES:
             self._waiting = 0
             _begin_writeback(self._descriptor)
+        return Written(key, len(view), zlib.crc32(view))
 
     def _discard(self) -> None:
         os.close(self._descriptor)

@@ -446,7 +446,7 @@ def _check_loss(ledger: Ledger, version: AdapterVersion, max_loss: float | None)
         raise LossTooHigh(
             f"{version.label} has this recipe and lost {receipt['loss']:.4f} of the exact sum, "
             f"--max-loss allows {max_loss:g}",
-            hint="raise --rank, use --method cat, or allow more; `adapterctl plan` shows the loss of each rank",
+            hint="raise --rank, use --method cat or --dtype f32, or allow more; `adapterctl plan` shows all losses",
         )
 
 

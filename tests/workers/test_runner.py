@@ -118,6 +118,14 @@ def test_a_limit_of_zero_allows_rounding(make_task: Callable[..., Path]):
     assert run(make_task(method="cat", dtype="bf16", max_loss=0.0))[0] == 0
 
 
+def test_a_limit_does_not_allow_what_goes_below_the_range_of_the_type(make_task: Callable[..., Path]):
+    """A of about 2e-6 in float16, whose smallest number is 6e-8: near 1 % is lost, ten times what rounding explains."""
+    code, lines, _ = run(make_task(method="cat", dtype="f16", weights=(1e-5, 1e-5), max_loss=0.0))
+
+    assert (code, lines[-1]["error"]["code"]) == (1, "loss_too_high")
+    assert "the merge lost 0.00" in lines[-1]["error"]["message"]
+
+
 def other_gauge(module: LoraModule) -> Mapping[TensorEntry, float]:
     return {module.a: 2.0, module.b: 0.5}
 

@@ -21,6 +21,7 @@ def cat(c: Array) -> Factors:
     """Stack the factors: the exact weighted sum, at the sum of the parents' ranks.
 
     Args:
-        c: (R,), weight * scaling of each row of A. All of it goes into A, so B keeps its bytes.
+        c: (R,), weight * scaling of each row of A. All of it goes into A, so B keeps its bytes. Where that leaves the
+            range of a narrow type, the receipt refuses the merge if it costs anything; svd shares it among both.
     """
     return Factors(a=c, b=np.ones_like(c))
