@@ -373,7 +373,7 @@ def tune_text(view: TuneView, out: Output, *, explain: bool) -> str:
 
 
 def history_text(view: HistoryView, out: Output) -> str:
-    notes = ("rename", "mlflow")  # no stage is emptied by them
+    notes = ("rename", "mlflow", "tag")  # no stage is emptied by them
     rows = [
         [
             str(e.seq), when(e.at), e.stage or "-", e.action, e.ref or ("-" if e.action in notes else "(empty)"),

@@ -675,6 +675,12 @@ class RegistryAPI(Protocol):
         """Accept where MLflow's alias points now as a change of the stage, recorded as such; the gate is asked."""
         ...
 
+    def tag(
+        self, ref: Ref, *, put: Mapping[str, str] | None = None, remove: Sequence[str] = (), reason: str = ""
+    ) -> VersionView:
+        """Set and remove tags of a version; the history says who did."""
+        ...
+
     def approve(self, ref: Ref, *, to: str, reason: str = "", withdraw: bool = False) -> StageEventView:
         """Record that the caller approves of a version for a stage, or no longer does."""
         ...

@@ -399,6 +399,12 @@ class Ledger(Protocol):
         """Append an approval to the same chain; no stage moves."""
         ...
 
+    def set_tags(
+        self, version_id: str, put: Mapping[str, str], remove: Sequence[str], *, actor: str, reason: str
+    ) -> AdapterVersion:
+        """Set and remove tags of a live version, with a note in the history where that changes anything."""
+        ...
+
     def record_note(
         self, adapter_id: str, stage: str, *, version_id: str | None, action: NoteAction, actor: str, reason: str
     ) -> StageEvent:
@@ -555,6 +561,10 @@ class VersionStore(Protocol):
 
         The alias comes last, so that a projection that was cut short shows as a difference to the ledger.
         """
+        ...
+
+    def project_tags(self, version: AdapterVersion, keys: Sequence[str]) -> None:
+        """Let MLflow's version say of these tags what `version` says: their value, or that there is none."""
         ...
 
     def mark_recall(self, version: AdapterVersion, recalled: tuple[str, str] | None) -> None:

@@ -1,4 +1,4 @@
-"""For those who decide which version serves: approve, promote, rollback, demote, adopt, recall, and the history."""
+"""For those who decide which version serves: tag, approve, promote, rollback, demote, adopt, recall, the history."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Force = Annotated[bool, typer.Option("--force", help="Though the gate refuses; n
 
 
 def add_to(app: typer.Typer) -> None:
-    verbs = (approve, promote, rollback, demote, adopt, history, recall)
+    verbs = (tag, approve, promote, rollback, demote, adopt, history, recall)
     add_verbs(app, {verb.__name__: verb for verb in verbs}, group=GROUP)
 
 
@@ -51,6 +51,30 @@ def promote(
     Example: adapterctl promote translate-chat:v1 --to production --reason 'keeps both tasks'
     """
     _show(session, session.registry().promote(parse_ref(ref), to=check_alias(to), reason=reason, force=force))
+
+
+def tag(
+    session: Session,
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)],
+    words: Annotated[list[str], typer.Argument(metavar="KEY=VALUE|KEY- ...", help="Tags to set, or to remove.")],
+    reason: Reason = "",
+) -> None:
+    """Set tags of a version, or remove them.
+
+    A gate may ask for tags. The history says who set them; MLflow's tags of the version follow.
+
+    Example: adapterctl tag translate-chat:v1 owner=ada reviewed=yes draft-
+    """
+    bare = [word for word in words if "=" not in word]
+    for word in bare:
+        if not word.endswith("-"):
+            raise InvalidInput(f"{word!r} is no tag", hint="KEY=VALUE sets one, KEY- removes it")
+    put = {key: value for key, _, value in (word.partition("=") for word in words if "=" in word)}
+    version = session.registry().tag(
+        parse_ref(ref), put=put, remove=[word.removesuffix("-") for word in bare], reason=reason
+    )
+    tags = " ".join(f"{key}={value}" for key, value in version.tags.items()) or "no tags"
+    session.out.data(version, text=lambda: printable(f"{version.ref}: {tags}"), names=[version.ref])
 
 
 def approve(

@@ -166,6 +166,12 @@ class ApprovalBody(Body):
     withdraw: bool = False
 
 
+class TagsBody(Body):
+    put: Annotated[dict[Short, Text], Field(max_length=64, examples=[{"reviewed": "yes"}])] = {}
+    remove: Annotated[list[Short], Field(max_length=64)] = []
+    reason: Text = ""
+
+
 class StageBody(Body):
     stage: Short
     reason: Text = ""

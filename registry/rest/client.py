@@ -349,6 +349,12 @@ class RemoteRegistry:
     def adopt(self, name: str, *, stage: str, reason: str = "", force: bool = False) -> StageEventView:
         return self._move("adoptions", name, stage, reason, force=force)
 
+    def tag(
+        self, ref: Ref, *, put: Mapping[str, str] | None = None, remove: Sequence[str] = (), reason: str = ""
+    ) -> VersionView:
+        body = {"put": dict(put or {}), "remove": list(remove), "reason": reason}
+        return self._post(f"{_path(ref)}/tags", body, VersionView)
+
     def approve(self, ref: Ref, *, to: str, reason: str = "", withdraw: bool = False) -> StageEventView:
         body = {"version": _selector(ref), "to": to, "reason": reason, "withdraw": withdraw}
         return self._post(f"/v1/adapters/{_quoted(ref.name)}/approvals", body, StageEventView)

@@ -302,6 +302,14 @@ def path(name: str, version: str, call: Read, other: Other) -> Response:
     return _reply(call.registry.path(version_ref(name, version), parse_ref(other)))
 
 
+@router.post("/adapters/{name}/versions/{version}/tags", response_model=VersionView)
+def tag(name: str, version: str, body: bodies.TagsBody, call: Promote) -> Response:
+    """Set and remove tags of a version. A gate may ask for them, so this takes the scope of who decides."""
+    call.caller.check_change(name)
+    done = call.registry.tag(version_ref(name, version), put=body.put, remove=body.remove, reason=body.reason)
+    return _reply(done)
+
+
 @router.post("/adapters/{name}/versions/{version}/recall", response_model=RecallImpact)
 def recall(name: str, version: str, body: bodies.ReasonBody, call: Promote) -> Response:
     """Say that a version, and all that is made of it, should be used no more; names whom that hits."""

@@ -73,6 +73,7 @@ from . import (
     resize,
     schedule,
     select,
+    tag,
     trace,
     tune,
     verify,
@@ -442,6 +443,16 @@ class LocalRegistry:
         return SuiteView(suite.name, keep_suite(self.ledger, suite))
 
     # stages
+
+    def tag(
+        self, ref: Ref, *, put: Mapping[str, str] | None = None, remove: Sequence[str] = (), reason: str = ""
+    ) -> VersionView:
+        self._check_stage(ref)
+        version, actor = resolve(self.ledger, ref), self.settings.actor
+        tagged = tag.tag(
+            self.ledger, self.version_store, version, put=put or {}, remove=remove, actor=actor, reason=reason
+        )
+        return views.version_view(self.ledger, tagged)
 
     def promote(self, ref: Ref, *, to: str, reason: str = "", force: bool = False) -> StageEventView:
         self._check_stage(ref)

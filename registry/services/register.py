@@ -400,19 +400,24 @@ def _check_words(registration: Registration) -> None:
     check_name(registration.name)
     for what, words in (("parameter", registration.params), ("tag", registration.tags)):
         for key, value in words.items():
-            _check_key(what, key)
-            if len(value) > _MAX_VALUE:
-                raise InvalidInput(f"{what} {key!r} has {len(value):,} characters", hint=f"at most {_MAX_VALUE:,}")
+            check_word(what, key, value)
     for what, text in (("dataset", registration.dataset), ("license", registration.license)):
         if text is not None and len(text) > _MAX_VALUE:
             raise InvalidInput(f"the {what} has {len(text):,} characters", hint=f"at most {_MAX_VALUE:,}")
     for key, number in registration.metrics.items():
-        _check_key("metric", key)
+        check_key("metric", key)
         if not math.isfinite(number):
             raise InvalidInput(f"metric {key!r} is {number}", hint="give a finite number")
 
 
-def _check_key(what: str, key: str) -> None:
+def check_word(what: str, key: str, value: str) -> None:
+    """Raise `InvalidInput` for a tag or a parameter that MLflow would not take, or that is ours."""
+    check_key(what, key)
+    if len(value) > _MAX_VALUE:
+        raise InvalidInput(f"{what} {key!r} has {len(value):,} characters", hint=f"at most {_MAX_VALUE:,}")
+
+
+def check_key(what: str, key: str) -> None:
     if not _KEY.fullmatch(key) or key.startswith(_RESERVED):
         raise InvalidInput(
             f"{what} {key[:80]!r} is not allowed",

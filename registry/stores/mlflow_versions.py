@@ -71,6 +71,8 @@ PARENT = "adapterctl.parent"
 RECALLED = "adapterctl.recalled"
 TAKEN_AS = "adapterctl.taken_as"
 TASK = "task"
+#: What a model version says of its base.
+BASE_TAG = "base_model"
 MERGE_WEIGHT = "merge_weight"
 TRAINED_FROM = "trained_from"
 MANIFEST = "manifest.json"
@@ -251,6 +253,21 @@ class MlflowVersions:
                 self._client.delete_registered_model_alias(name, stage)
             return
         self._set_alias(name, stage, number)
+
+    @in_our_words
+    def project_tags(self, version: AdapterVersion, keys: Sequence[str]) -> None:
+        with missing_is_fine():
+            found = self._client.get_model_version(version.name, str(version.number))
+            if found.tags.get(VERSION_ID) != version.id:
+                return
+            for key in keys:
+                value, name = version.spec.tags.get(key), mlflow_key(key)
+                if name == BASE_TAG:  # ours, though it has no prefix
+                    continue
+                if value is not None:
+                    self._client.set_model_version_tag(version.name, found.version, name, value[:5000])
+                elif name in found.tags:
+                    self._client.delete_model_version_tag(version.name, found.version, name)
 
     @in_our_words
     def mark_recall(self, version: AdapterVersion, recalled: tuple[str, str] | None) -> None:
@@ -553,8 +570,9 @@ class MlflowVersions:
         self, spec: NewVersion, run: Run, model: LoggedModel, parents: Sequence[Parent]
     ) -> ModelVersion:
         tags = {
+            **{mlflow_key(key): value[:5000] for key, value in spec.tags.items()},
             KIND: spec.kind,
-            "base_model": spec.base.name,
+            BASE_TAG: spec.base.name,
             VERSION_ID: run.data.tags[VERSION_ID],
             KEY: run.data.tags[KEY],
             **{f"{PARENT}.{position}": p.version.label for position, p in enumerate(parents)},

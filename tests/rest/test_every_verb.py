@@ -593,7 +593,45 @@ def test_metrics_of_a_run_are_taken_from_mlflow(registry: RegistryAPI, add: Add)
     assert shown.imported == {"bleu": f"imported from runs:/{measured.run_id}"}
 
 
-# gates
+# tags and gates
+
+
+def test_tags_are_set_and_removed_with_a_row_of_the_history(registry: RegistryAPI, add: Add):
+    version = add(tags={"team": "mt", "draft": "yes"})
+
+    first = registry.tag(ref(version), put={"owner": "ada", "draft": "no"}, remove=["team"], reason="read it")
+    again = registry.tag(ref(version), put={"owner": "ada"}, remove=["team"])
+
+    assert first.tags == again.tags == registry.version(ref(version)).tags == {"draft": "no", "owner": "ada"}
+    history = registry.history(version.name, verify=True)
+    assert [(row.action, row.ref, row.reason) for row in history.events] == [
+        ("tag", version.ref, "owner=ada draft=no team-: read it")
+    ]
+    assert history.events[0].actor
+    assert history.findings == ()
+    with pytest.raises(InvalidInput, match="is not allowed"):
+        registry.tag(ref(version), put={"adapterctl.key": "x"})
+    with pytest.raises(InvalidInput, match="is not allowed"):
+        registry.tag(ref(version), put={}, remove=["mlflow.note.content"])
+    with pytest.raises(InvalidInput, match="to be set and removed at once"):
+        registry.tag(ref(version), put={"a": "b"}, remove=["a"])
+    with pytest.raises(InvalidInput, match="no tag to set"):
+        registry.tag(ref(version))
+
+
+def test_a_gate_that_asks_for_a_tag_is_met_by_tagging_a_merge(registry: RegistryAPI, merged: VersionView):
+    gate = {"stage": "production", "adapters": [merged.name], "tags": {"reviewed": "yes"}}
+    registry.set_gates({"gates": [gate]})
+    try:
+        with pytest.raises(GateRefused, match="it has no tag reviewed"):
+            registry.promote(ref(merged), to="production")
+        registry.tag(ref(merged), put={"reviewed": "yes"})
+        event = registry.promote(ref(merged), to="production")
+    finally:
+        registry.set_gates({"gates": []})
+
+    assert event.action == "promote"
+    assert [row.action for row in registry.history(merged.name).events] == ["tag", "promote"]
 
 
 @pytest.fixture

@@ -75,6 +75,7 @@ NEEDED = {
         "POST /v1/adapters/{name}/promotions",
         "POST /v1/adapters/{name}/rollbacks",
         "POST /v1/adapters/{name}/versions/{version}/recall",
+        "POST /v1/adapters/{name}/versions/{version}/tags",
     ],
     "admin": [
         "DELETE /v1/adapters/{name}/versions/{version}",

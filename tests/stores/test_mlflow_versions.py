@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -44,6 +45,20 @@ def test_a_version_is_a_model_version_whose_source_is_a_ready_logged_model(share
     assert model.status == "READY"
     assert model.source_run_id == placement.run_id
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "translate", "version": 1}]
+
+
+def test_tags_are_tags_of_the_model_version(shelf):
+    version = shelf.put("translate", "w", tags={"team": "mt", "base_model": "mine"})
+    tagged = replace(version, spec=replace(version.spec, tags={"owner": "ada", "base_model": "mine"}))
+
+    born = shelf.client.get_model_version("translate", "1").tags
+    shelf.store.project_tags(tagged, ["owner", "team", "never", "base_model"])
+    after = shelf.client.get_model_version("translate", "1").tags
+
+    assert (born["team"], born["base_model"]) == ("mt", version.spec.base.name)
+    assert {**born, "owner": "ada"} == {**after, "team": "mt"}
+    shelf.store.project_tags(replace(tagged, id="another"), ["owner"])
+    assert shelf.client.get_model_version("translate", "1").tags == after
 
 
 def test_a_merge_run_has_its_parents_as_inputs_and_the_child_as_output(shared):

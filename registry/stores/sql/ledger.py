@@ -553,6 +553,27 @@ class SqlLedger(JobRows, WorkerRows):
                 connection, adapter_id, stage, action, version_id=version_id, actor=actor, reason=reason
             )
 
+    def set_tags(
+        self, version_id: str, put: Mapping[str, str], remove: Sequence[str], *, actor: str, reason: str
+    ) -> AdapterVersion:
+        adapter_id = self._existing_version(version_id).adapter_id
+        with self._db.write() as connection:
+            _lock_stages(connection, adapter_id)
+            query = select(version.c.tags).where(version.c.id == version_id, version.c.state == "live")
+            body = connection.execute(query.with_for_update()).scalar_one_or_none()
+            if body is None:
+                raise Refused("the version was removed meanwhile", hint="choose another version")
+            before: dict[str, str] = wire.from_json(body, dict)
+            after = {key: value for key, value in {**before, **put}.items() if key not in remove}
+            if after != before:
+                changed = {"tags": wire.to_json(after)}
+                connection.execute(update(version).where(version.c.id == version_id).values(changed))
+                words = [f"{key}={value}" for key, value in put.items() if before.get(key) != value]
+                words += [f"{key}-" for key in remove if key in before]
+                said = f"{' '.join(words)}: {reason}" if reason else " ".join(words)
+                _append_event(connection, adapter_id, "", "tag", version_id=version_id, actor=actor, reason=said)
+        return self._existing_version(version_id)
+
     def record_note(
         self, adapter_id: str, stage: str, *, version_id: str | None, action: NoteAction, actor: str, reason: str
     ) -> StageEvent:
