@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..registry.domain.errors import InvalidInput
-from ..registry.domain.refs import ParentRef, parse_parent
+from ..registry.domain.refs import ParentRef, check_name, parse_parent
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d|)")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -58,8 +58,16 @@ def size_bytes(text: str | None) -> int | None:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** "bkmg".index(match[2] or "b"))
 
 
+def into(given: str | None, name: str | None) -> str | None:
+    """The adapter that a result becomes: by `--into`, or by `--name` as in `register`."""
+    if given is not None and name is not None and given != name:
+        raise InvalidInput(f"--into {given} and --name {name} are two names for one result", hint="leave --name out")
+    chosen = name if given is None else given
+    return check_name(chosen) if chosen is not None else None
+
+
 def dtype(text: str | None) -> str | None:
-    """The safetensors name of bf16, f16 or f32."""
+    """The safetensors name of bf16, f16, f32 or f64."""
     if text is None:
         return None
     name = _DTYPES.get(text.lower())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...registry.domain.errors import InvalidInput, JobCancelled, JobFailed, NotFound, Refused
-from ...registry.domain.refs import check_name, parse_ref
+from ...registry.domain.refs import parse_ref
 from .. import parse, views
 from ..complete import complete_names, complete_refs
 from ..connect import Session, add_verbs, confirm
@@ -34,6 +34,8 @@ Into = Annotated[
         metavar="NAME", help="The adapter it becomes.  [default: parents, joined]", autocompletion=complete_names
     ),
 ]
+#: What `register` calls it.
+Name = Annotated[str | None, typer.Option("--name", hidden=True)]
 Weights = Annotated[str | None, typer.Option(metavar="W,W,...", help="Weights of all parents, in order.")]
 LayerWeights = Annotated[
     list[str] | None,
@@ -48,7 +50,9 @@ MethodOption = Annotated[
     list[str] | None, typer.Option("--option", metavar="K=V", help="An option of the method; may be repeated.")
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of methods that draw at random.")]
-Dtype = Annotated[str | None, typer.Option(metavar="TYPE", help="bf16, f16 or f32.  [default: the widest parent's]")]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="TYPE", help="bf16, f16, f32 or f64.  [default: the widest parent's]")
+]
 Suites = Annotated[
     list[str] | None, typer.Option("--suite", metavar="FILE", help="Evaluate the result on it; may be repeated.")
 ]
@@ -80,6 +84,7 @@ def merge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan only.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result, or print the job's id.")] = True,
     timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Wait no longer, e.g. 90s, 5m, 1.5h.")] = None,
+    name: Name = None,
 ) -> None:
     """Merge adapters into a new version.
 
@@ -89,6 +94,7 @@ def merge(
     Example: adapterctl merge translate:v3 chat:v5=0.6 --into assistant
     """
     timeout_s = parse.duration_s(timeout)
+    into = parse.into(into, name)
     request = _request(
         parents, into, method, rank, weights, layer_weights, density, option, seed, dtype, suite, max_loss
     )
@@ -115,11 +121,14 @@ def resize(
         str | None,
         typer.Option(metavar="NAME", help="The adapter it becomes.  [default: its own]", autocompletion=complete_names),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="bf16, f16 or f32.  [default: its own]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="bf16, f16, f32 or f64.  [default: its own]")
+    ] = None,
     suite: Suites = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan only.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result, or print the job's id.")] = True,
     timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Wait no longer, e.g. 90s, 5m, 1.5h.")] = None,
+    name: Name = None,
 ) -> None:
     """Make a version of a smaller rank.
 
@@ -136,7 +145,7 @@ def resize(
         rank=rank,
         energy=energy,
         size_bytes=parse.size_bytes(size),
-        into=check_name(into) if into is not None else None,
+        into=parse.into(into, name),
         dtype=parse.dtype(dtype),
         suites=tuple(suite or ()),
     )
@@ -162,6 +171,7 @@ def plan(
     option: MethodOption = None,
     seed: Seed = None,
     dtype: Dtype = None,
+    name: Name = None,
 ) -> None:
     """Tell what a merge would give, and change nothing.
 
@@ -169,6 +179,7 @@ def plan(
 
     Example: adapterctl plan translate:v3 chat:v5
     """
+    into = parse.into(into, name)
     request = _request(parents, into, method, rank, weights, layer_weights, density, option, seed, dtype, None, None)
     _tell_plan(session, session.registry(readonly=True).plan(request))
 
@@ -294,7 +305,7 @@ def _request(
         options["density"] = density
     return MergeRequest(
         parents=parse.parents(parents, weights),
-        into=check_name(into) if into is not None else None,
+        into=into,
         method=method,
         rank=rank,
         dtype=parse.dtype(dtype),

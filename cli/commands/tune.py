@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from ...registry.domain.errors import InvalidInput, JobCancelled, JobFailed, Refused
-from ...registry.domain.refs import check_name, parse_ref
+from ...registry.domain.refs import parse_ref
 from .. import parse, views
 from ..complete import complete_names, complete_refs
 from ..connect import Session, add_verbs
 from ..follow import follow, version_of
 from .evals import BaseDtype
+from .merge import Name
 
 GROUP = "Merging"
 
@@ -52,6 +53,7 @@ def tune(
     explain: Annotated[bool, typer.Option("--explain", help="Tell why the winner won.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result, or print the job's id.")] = True,
     timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Wait no longer, e.g. 90s, 5m, 1.5h.")] = None,
+    name: Name = None,
 ) -> None:
     """Search the weights that keep most of every parent.
 
@@ -69,7 +71,7 @@ def tune(
         raise InvalidInput("--methods names none", hint="write --methods cat,svd")
     request = TuneRequest(
         parents=tuple(map(parse_ref, parents)),
-        into=check_name(into) if into is not None else None,
+        into=parse.into(into, name),
         suites=tuple(suite or ()),
         methods=names,
         ranks=tuple(rank or ()),

@@ -128,6 +128,15 @@ def test_a_family_is_exported_and_told_to_be_here_already(read: Run, tmp_path: P
     assert "no folder" in read("import", str(tmp_path / "none"), code=3).stderr
 
 
+@pytest.mark.parametrize(
+    "words", ["merge translate chat --dry-run", "plan translate chat", "resize translate --rank 1 --dry-run"]
+)
+def test_a_result_is_named_by_the_word_that_register_has_too(read: Run, words: str):
+    assert read(*words.split(), "--name", "mine", "-q").stdout == "mine\n"
+    assert "two names" in read(*words.split(), "--name", "mine", "--into", "other", code=2).stderr
+    assert "--name" not in read(words.split()[0], "--help").stdout
+
+
 def test_an_import_into_a_home_that_is_none_yet_can_be_planned_and_leaves_none_where_it_is_refused(
     run: Run, tiny_adapter: Callable[..., Path], tmp_path: Path
 ):

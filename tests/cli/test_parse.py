@@ -57,7 +57,7 @@ def test_weights_that_are_unclear_are_refused(texts: list[str], weights: str):
         parse.parents(texts, weights)
 
 
-@pytest.mark.parametrize(("text", "name"), [("bf16", "BF16"), ("F32", "F32"), (None, None)])
+@pytest.mark.parametrize(("text", "name"), [("bf16", "BF16"), ("F32", "F32"), ("f64", "F64"), (None, None)])
 def test_dtypes_become_safetensors_names(text: str | None, name: str | None):
     assert parse.dtype(text) == name
 
