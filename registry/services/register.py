@@ -53,8 +53,9 @@ _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*( (AND|OR|WITH) [A-Za-z0-9][A-
 _RESERVED = ("adapterctl.", "mlflow.")
 _log = logging.getLogger("adapterctl")
 
-#: Opens a source of one kind: a folder of files, and the source as it is recorded (a revision becomes a commit).
-SourceFolder = Callable[[Source], AbstractContextManager[tuple[Path, Source]]]
+#: Opens a source of one kind, given the files that are wanted and the bytes that each may have: a folder of them, and
+#: the source as it is recorded (a revision becomes a commit).
+SourceFolder = Callable[[Source, Mapping[str, int]], AbstractContextManager[tuple[Path, Source]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,7 +331,7 @@ def _source_folder(
     if source.kind == "folder":
         yield Path(source.location).expanduser(), source
     elif source.kind == "hub":
-        with open_hub(source) as found:
+        with open_hub(source, MAX_BYTES) as found:
             yield found
     else:
         with open_versions().source_folder(source.kind, source.location, MAX_BYTES) as folder:

@@ -1,29 +1,30 @@
 """An adapter from a Hugging Face repository, at a commit that cannot move.
 
-Only the three files that an adapter may have are fetched, into a private folder that is removed afterwards; no code of
-the repository is looked at. A revision is resolved to its commit once, and that commit is what is downloaded.
+Only the files that are asked for are fetched, into a private folder that is removed afterwards; no code of the
+repository is looked at. A revision is resolved to its commit once, and that commit is what is downloaded. The hub's
+listing tells sizes: what is too large is refused before a byte of it is fetched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..domain.errors import NotAllowed, NotFound, Unavailable
+from ..domain.errors import InvalidAdapter, NotAllowed, NotFound, Unavailable
 from ..domain.refs import Source
-
-FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
 @contextmanager
-def hub_folder(source: Source) -> Iterator[tuple[Path, Source]]:
+def hub_folder(source: Source, wanted: Mapping[str, int]) -> Iterator[tuple[Path, Source]]:
     """The adapter's files at `source` (`hf://ORG/REPO@REVISION`) while the context lasts, and the source at its commit.
 
-    Raises `NotFound`, `NotAllowed` (a gated repository) or `Unavailable` (offline, or the client is not installed).
+    `wanted` has the names, and the bytes that each may have; a listing without sizes leaves that to who reads them.
+    Raises `NotFound`, `NotAllowed` (a gated repository), `InvalidAdapter` (a file is too large) or `Unavailable`
+    (offline, or the client is not installed).
     """
     if find_spec("huggingface_hub") is None:
         raise Unavailable(
@@ -46,10 +47,16 @@ def hub_folder(source: Source) -> Iterator[tuple[Path, Source]]:
     with TemporaryDirectory(prefix="adapterctl-hub-") as folder:
         try:
             # asked for a commit too: it answers at once where the hub cannot be reached, a download retries for long
-            info = api.model_info(source.location, revision=source.revision)
-            there = {file.rfilename for file in info.siblings or ()}
-            for name in FILES:
-                if name in there:
+            info = api.model_info(source.location, revision=source.revision, files_metadata=True)
+            sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            for name, most in wanted.items():
+                if sizes.get(name, 0) > most:
+                    raise InvalidAdapter(
+                        f"{name} of {source} has {sizes[name]:,} bytes, at most {most:,} are accepted",
+                        hint="nothing was fetched; is that an adapter?",
+                    )
+            for name in wanted:
+                if name in sizes:
                     api.hf_hub_download(source.location, name, revision=info.sha, local_dir=folder)
         except GatedRepoError as error:
             raise NotAllowed(

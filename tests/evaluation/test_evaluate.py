@@ -126,7 +126,7 @@ def _register(world: World, name: str, folder: Path) -> AdapterVersion:
         world.ledger,
         Registration(source=str(folder), name=name, base="tiny/base"),
         open_versions=lambda: world.versions,
-        open_hub=lambda source: pytest.fail("no hub in this test"),
+        open_hub=lambda source, wanted: pytest.fail("no hub in this test"),
         home=world.settings.home,
         created_by="me",
     )

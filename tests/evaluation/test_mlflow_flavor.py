@@ -33,7 +33,7 @@ def published(sql_ledger, version_store, tiny_adapters, tiny_base, home) -> Iter
         sql_ledger,
         Registration(source=str(tiny_adapters[0]), name="chat", base=str(tiny_base)),
         open_versions=lambda: version_store,
-        open_hub=lambda source: pytest.fail("nothing here comes from a hub"),
+        open_hub=lambda source, wanted: pytest.fail("nothing here comes from a hub"),
         home=home,
         created_by="ada",
     )

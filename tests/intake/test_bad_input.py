@@ -352,7 +352,7 @@ def take_in(ledger: SqlLedger, home: Path, folder: Path) -> None:
         ledger,
         Registration(source=str(folder), name="victim"),
         open_versions=lambda: pytest.fail("MLflow was opened for a bad adapter"),
-        open_hub=lambda source: pytest.fail("the hub was asked"),
+        open_hub=lambda source, wanted: pytest.fail("the hub was asked"),
         home=home,
         created_by="tester",
     )

@@ -56,7 +56,7 @@ def chat(sql_ledger, version_store, tiny_adapter, home, tmp_path) -> Callable[[]
     return another
 
 
-def no_hub(source: Any) -> Any:
+def no_hub(source: Any, wanted: Any) -> Any:
     raise AssertionError("nothing here comes from a hub")
 
 

@@ -23,10 +23,11 @@ CHILD = textwrap.dedent(
     import json, sys
     from adapterctl.registry.domain.errors import AdapterctlError
     from adapterctl.registry.domain.refs import parse_source
+    from adapterctl.registry.services.register import MAX_BYTES
     from adapterctl.registry.stores.hub import hub_folder
 
     try:
-        with hub_folder(parse_source(sys.argv[1])) as (folder, source):
+        with hub_folder(parse_source(sys.argv[1]), MAX_BYTES) as (folder, source):
             files = {p.name: p.is_symlink() for p in folder.iterdir() if p.is_file()}
             print(json.dumps({"source": str(source), "files": files, "folder": str(folder)}))
     except AdapterctlError as error:
@@ -52,7 +53,7 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append(path)
         api, files = "/api/models/org/adapter/revision/", f"/org/adapter/resolve/{COMMIT}/"
         if path in (api + "main", api + COMMIT):
-            siblings = [{"rfilename": name} for name in self.files]
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
             self.send(200, json.dumps({"id": "org/adapter", "sha": COMMIT, "siblings": siblings}).encode(), body=body)
         elif path.startswith(files) and path.removeprefix(files) in self.files:
             self.send(200, self.files[path.removeprefix(files)], body=body)
@@ -128,6 +129,16 @@ def test_a_branch_is_pinned_and_only_the_files_of_an_adapter_are_fetched(hub, tm
 )
 def test_what_is_not_there_is_said(hub, tmp_path, source, code):
     assert fetch(source, tmp_path, hub.server_port)["code"] == code
+
+
+def test_what_the_listing_says_is_too_large_is_not_fetched(hub, tmp_path):
+    Hub.files["README.md"] = b" " * (2**20 + 1)
+
+    answer = fetch("hf://org/adapter@main", tmp_path, hub.server_port)
+
+    assert answer["code"] == "invalid_adapter"
+    assert "README.md of hf://org/adapter@main has 1,048,577 bytes" in str(answer["message"])
+    assert not any("/resolve/" in path for path in Hub.asked)
 
 
 def test_offline_and_unreachable_say_what_else_can_be_done(tmp_path):
