@@ -32,7 +32,7 @@ from ..wire import from_builtins, from_json, to_builtins
 from .fleet import queue_for_gpu_work
 from .locate_base import locate_base, quantised_to
 from .resolve import resolve
-from .schedule import Done, Task, submit
+from .schedule import Done, Task, ask
 from .suites import find_suite, keep_suite, suites_of
 
 EXTRA, FOUR_BIT_EXTRA = "pip install 'adapterctl[eval]'", "pip install 'adapterctl[4bit]'"
@@ -73,7 +73,7 @@ def request_evaluation(
     ids = [version.id for version in versions]
     queue = queue_for_gpu_work(ledger, settings)
     new = _new_job(ledger, ids, labels, chosen, limit=limit, dtype=dtype, actor=settings.actor, queue=queue)
-    return submit(ledger, bell, new)[0]
+    return ask(ledger, bell, new)
 
 
 def evaluation_of_merge(

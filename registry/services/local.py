@@ -297,7 +297,7 @@ class LocalRegistry:
         if not rerun or version.spec.recipe_digest is None:
             return verify.verification(version, verify.check_files(self.folders, version), None)
         new = verify.new_verification(version, actor=self.settings.actor)
-        return schedule.submit(self.ledger, self.bell, new)[0]
+        return schedule.ask(self.ledger, self.bell, new)
 
     def verification(self, job_id: str) -> Verification:
         job = self.job(job_id)

@@ -17,6 +17,7 @@ from ..domain.adapter import AdapterFacts
 from ..domain.digest import json_digest
 from ..domain.errors import (
     AdapterctlError,
+    Conflict,
     IncompatibleParents,
     InvalidInput,
     LossTooHigh,
@@ -166,7 +167,11 @@ class _Wanted:
             actor=self.actor,
         )
 
-    def answer(self, job: Job, created: bool) -> Submitted:
+    def answer(self, job: Job, created: bool) -> Submitted | AdapterctlError:
+        try:
+            schedule.check_stays(job)
+        except Conflict as error:
+            return error
         return _submitted(self.ready, self.warnings, job=job, deduplicated=not created)
 
 

@@ -24,7 +24,7 @@ from ..ports import Doorbell, Ledger
 from .merge import MergeHandler, preflight
 from .recall import check_not_recalled
 from .resolve import resolve
-from .schedule import Done, Task, submit
+from .schedule import Done, Task, ask
 
 
 def rebuild(
@@ -48,7 +48,7 @@ def rebuild(
     job = None
     if not dry_run:
         chain = json_digest([outdated.id, instead.id, todo])[:16]
-        job = submit(ledger, bell, _next(chain, todo, {outdated.id: instead.id}, versions[0].label, actor))[0]
+        job = ask(ledger, bell, _next(chain, todo, {outdated.id: instead.id}, versions[0].label, actor))
     return RebuildView(outdated.label, instead.label, steps, job)
 
 

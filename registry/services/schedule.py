@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..crashpoints import reached
-from ..domain.errors import InvalidInput, JobCancelled, JobFailed, NotAllowed, NotFound, Refused, WaitTimedOut
+from ..domain.errors import Conflict, InvalidInput, JobCancelled, JobFailed, NotAllowed, NotFound, Refused, WaitTimedOut
 from ..domain.job import ENDED, LIVE, Job, JobState, NewJob
 from ..ports import Doorbell, Ledger
 
@@ -95,6 +95,22 @@ def submit(ledger: Ledger, bell: Doorbell, new: NewJob) -> tuple[Job, bool]:
     job, created = commit(ledger, [new])[0]
     bell.ring(job.id)
     return job, created
+
+
+def ask(ledger: Ledger, bell: Doorbell, new: NewJob) -> Job:
+    """`submit` for somebody who waits for it. Raises `Conflict` as `check_stays` does."""
+    job, _ = submit(ledger, bell, new)
+    check_stays(job)
+    return job
+
+
+def check_stays(job: Job) -> None:
+    """Raise `Conflict` where a job that was joined is being cancelled: whoever joined would be cancelled with it."""
+    if job.cancel_requested:
+        raise Conflict(
+            f"job {job.id} does the same, and is being cancelled",
+            hint=f"ask again when it has ended: adapterctl jobs wait {job.id}",
+        )
 
 
 def commit(ledger: Ledger, new: Sequence[NewJob]) -> list[tuple[Job, bool]]:

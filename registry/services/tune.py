@@ -47,7 +47,7 @@ from .evaluate import EXTRA, check_installed, dtype_of, engine_facts, folder_of,
 from .fleet import queue_for_gpu_work
 from .merge import job_parents, new_merge, preflight
 from .pictures import pareto_picture, trials_picture, weights_picture
-from .schedule import Done, Task, submit
+from .schedule import Done, Task, ask, submit
 from .suites import find_suite, keep_suite, suites_of
 
 MAX_BUDGET, MAX_REGISTERED = 1000, 16
@@ -111,7 +111,7 @@ def request_tune(
         created_by=settings.actor,
         queue=queue_for_gpu_work(ledger, settings),
     )
-    return submit(ledger, bell, new)[0]
+    return ask(ledger, bell, new)
 
 
 def tune_view(ledger: Ledger, job: Job) -> TuneView:

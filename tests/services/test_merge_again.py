@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from adapterctl.registry.domain.errors import InvalidInput, LossTooHigh, NotFound, Refused, StageMoved
+from adapterctl.registry.domain.errors import Conflict, InvalidInput, LossTooHigh, NotFound, Refused, StageMoved
 from adapterctl.registry.domain.job import JobState
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import ParentRef, Ref
@@ -15,7 +15,7 @@ from adapterctl.registry.domain.version import Edge
 from adapterctl.registry.ports import Beside
 from adapterctl.registry.services import evaluate
 from adapterctl.registry.services.local import LocalRegistry
-from adapterctl.registry.services.merge import _terms
+from adapterctl.registry.services.merge import _terms, request_merges
 from adapterctl.registry.services.schedule import raise_for
 
 LOSSY = MergeRequest((ParentRef(Ref("translate")), ParentRef(Ref("chat"))), into="lossy", method="svd", rank=1)
@@ -55,6 +55,19 @@ def test_a_job_is_joined_by_a_request_with_the_same_terms_only(two_parents: Loca
     with pytest.raises(LossTooHigh):
         raise_for(ended)
     assert merged(two_parents, lax) == "terms:v1"
+
+
+def test_a_merge_that_is_being_cancelled_is_not_joined(two_parents: LocalRegistry):
+    asked = [("ada", replace(LOSSY, into="leaving"))]
+    (first,) = request_merges(two_parents.ledger, asked)  # nobody is rung for
+    two_parents.ledger.claim("nobody", 60)
+    two_parents.ledger.request_cancel(first.job.id)
+
+    (second,) = request_merges(two_parents.ledger, asked)
+
+    two_parents.ledger.finish(first.job.id, 1, JobState.CANCELLED)
+    assert isinstance(second, Conflict)
+    assert first.job.id in second.message
 
 
 def test_terms_are_part_of_the_key_only_where_there_are_some():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adapterctl.registry.domain.errors import (
+    Conflict,
     Corrupt,
     InvalidInput,
     JobCancelled,
@@ -14,7 +15,7 @@ from adapterctl.registry.domain.errors import (
     WaitTimedOut,
 )
 from adapterctl.registry.domain.job import Job, JobState, NewJob, Progress
-from adapterctl.registry.services.schedule import find_job, follow, parse_states, raise_for, retry, submit
+from adapterctl.registry.services.schedule import ask, find_job, follow, parse_states, raise_for, retry, submit
 from adapterctl.registry.stores.sql.ledger import SqlLedger
 
 NEW = NewJob("merge", "k", "merge a b", {}, "ada")
@@ -45,6 +46,20 @@ def test_submit_rings_for_a_new_job_and_for_a_joined_one(sql_ledger: SqlLedger):
 
     assert (created, again, second.id) == (True, False, first.id)
     assert bell.rings == [first.id, first.id]
+
+
+def test_nobody_joins_a_job_that_is_being_cancelled(sql_ledger: SqlLedger):
+    bell = CountingBell()
+    job = ask(sql_ledger, bell, NEW)
+    sql_ledger.claim("w", 60)
+    assert ask(sql_ledger, bell, NEW).id == job.id
+    sql_ledger.request_cancel(job.id)
+
+    with pytest.raises(Conflict, match=f"job {job.id} does the same, and is being cancelled"):
+        ask(sql_ledger, bell, NEW)
+
+    sql_ledger.finish(job.id, 1, JobState.CANCELLED)
+    assert ask(sql_ledger, bell, NEW).id != job.id
 
 
 def test_retry_rings(sql_ledger: SqlLedger):
