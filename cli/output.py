@@ -41,6 +41,7 @@ EXIT_CODES: Mapping[type[errors.AdapterctlError], int] = MappingProxyType(
         errors.LossTooHigh: 5,
         errors.Recalled: 5,
         errors.StageMoved: 5,
+        errors.DecisionOutdated: 5,
         errors.HasDescendants: 5,
         errors.JobFailed: 6,
         errors.JobCancelled: 7,

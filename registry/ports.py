@@ -384,12 +384,15 @@ class Ledger(Protocol):
         actor: str,
         reason: str,
         decision: str | None = None,
+        seen: tuple[int, str | None] | None = None,
     ) -> StageEvent:
         """Compare-and-set plus one chained history row.
 
-        Raises `StageMoved` when the holder is not `expected`, `Recalled` where a recall hits the version.
+        `decision` is the record that the move stands on; it is kept, and the row carries its digest. `seen` is what it
+        was made from: the number of the last row of the adapter's history, 0 for none, and the digest of the gates.
 
-        `decision` is the record that the move stands on; it is kept, and the row carries its digest.
+        Raises `StageMoved` when the holder is not `expected`, `Recalled` where a recall hits the version,
+        `DecisionOutdated` where the history or the gates went on from what was `seen`.
         """
         ...
 

@@ -116,6 +116,12 @@ class StageMoved(Refused):
     code = "stage_moved"
 
 
+class DecisionOutdated(StageMoved):
+    """What a decision stood on was changed before the stage could move: gates, approvals, tags."""
+
+    code = "decision_outdated"
+
+
 class HasDescendants(Refused):
     code = "has_descendants"
 

@@ -33,6 +33,7 @@ STATUS: Mapping[type[AdapterctlError], int] = MappingProxyType(
         errors.Recalled: 409,
         errors.GateRefused: 422,
         errors.StageMoved: 409,
+        errors.DecisionOutdated: 409,
         errors.HasDescendants: 409,
         errors.Conflict: 409,
         errors.Corrupt: 500,

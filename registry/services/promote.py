@@ -12,12 +12,12 @@ What was recalled goes to no stage by any of them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ..api import HistoryView, StageEventView
 from ..crashpoints import reached
-from ..domain.errors import InvalidInput, NotFound, Refused, StageMoved
+from ..domain.errors import DecisionOutdated, InvalidInput, NotFound, Refused, StageMoved
 from ..domain.stage import (
     GENESIS,
     LEGACY_STAGES,
@@ -41,6 +41,8 @@ from .views import iso_time
 
 #: MLflow's word for a version that has left its stages.
 _LEFT = "Archived"
+#: How often a gate is asked where what it stands on is changed each time before the stage moves.
+DECISIONS = 5
 
 
 def check_stage(ledger: Ledger, versions: VersionStore, name: str, stage: str) -> None:
@@ -81,23 +83,25 @@ class Stages:
         self._verify(version)
         if holder is not None and holder.id == version.id:
             return self._project_again(version, stage)
-        decision = decide_on(self.ledger, version, stage)
-        action: MoveAction = "force" if require(decision, force=force, reason=reason) else "promote"
-        event = self._move(version.name, version.adapter_id, stage, action, holder, version, reason, decision)
-        return _with_objections(event, decision)
+
+        def action(decision: Decision) -> MoveAction:
+            return "force" if require(decision, force=force, reason=reason) else "promote"
+
+        return self._decide_and_move(version.name, version, stage, action, holder, reason)
 
     def rollback(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
         """Give `stage` back to the version that held it before the present one (or before it was emptied).
 
-        Rolling back twice therefore ends where it began. What the gate objects to is among the warnings.
+        Rolling back twice therefore ends where it began. A version that was removed since is passed over, to the one
+        that held the stage before it; which ones, and what the gate objects to, is among the warnings.
         """
         adapter_id = known_adapter(self.ledger, name)
         holder = self._begin(name, adapter_id, stage)
-        version = self._held_before(name, adapter_id, stage, holder)
+        version, removed = self._held_before(name, adapter_id, stage, holder)
         self._verify(version)
-        decision = decide_on(self.ledger, version, stage)
-        event = self._move(name, adapter_id, stage, "rollback", holder, version, reason, decision)
-        return _with_objections(event, decision)
+        event = self._decide_and_move(name, version, stage, lambda _: "rollback", holder, reason)
+        passed = tuple(f"{each.label} held {stage} later, but was removed" for each in removed)
+        return replace(event, warnings=passed + event.warnings)
 
     def demote(self, name: str, *, stage: str, reason: str = "") -> StageEventView:
         """Empty `stage`. Where only MLflow has an alias of that name, it is removed, and the row says so.
@@ -127,10 +131,11 @@ class Stages:
                 _check_alias(self.versions, holder, number, name, stage)
             return self._move(name, adapter_id, stage, "adopt", holder, None, reason, compare=False)
         self._verify(version)
-        decision = decide_on(self.ledger, version, stage)
-        action: MoveAction = "force" if require(decision, force=force, reason=reason) else "adopt"
-        event = self._move(name, adapter_id, stage, action, holder, version, reason, decision, compare=False)
-        return _with_objections(event, decision)
+
+        def action(decision: Decision) -> MoveAction:
+            return "force" if require(decision, force=force, reason=reason) else "adopt"
+
+        return self._decide_and_move(name, version, stage, action, holder, reason, compare=False)
 
     def approve(
         self, version: AdapterVersion, *, stage: str, reason: str = "", withdraw: bool = False
@@ -172,16 +177,51 @@ class Stages:
         with self.folders(version) as folder:
             check_intact(version, folder)
 
-    def _held_before(self, name: str, adapter_id: str, stage: str, holder: AdapterVersion | None) -> AdapterVersion:
-        """The newest `previous` of the history that is not the present holder."""
+    def _held_before(
+        self, name: str, adapter_id: str, stage: str, holder: AdapterVersion | None
+    ) -> tuple[AdapterVersion, list[AdapterVersion]]:
+        """The newest live `previous` of the history that is not the present holder; and the removed ones after it."""
         present = holder.id if holder else None
+        removed: dict[str, AdapterVersion] = {}
         for event in reversed(self.ledger.stage_history(adapter_id, stage)):
             before = self.ledger.version(event.previous_id) if event.previous_id not in (None, present) else None
+            if before is not None and before.state == "live":
+                return before, list(removed.values())
             if before is not None:
-                return before
+                removed[before.id] = before
+        only = f", only {', '.join(each.label for each in removed.values())}, which was removed" if removed else ""
         raise Refused(
-            f"nothing held {stage} of {name} before {_label(holder)}", hint=f"see `adapterctl history {name}`"
+            f"nothing held {stage} of {name} before {_label(holder)}{only}", hint=f"see `adapterctl history {name}`"
         )
+
+    def _decide_and_move(
+        self,
+        name: str,
+        version: AdapterVersion,
+        stage: str,
+        action: Callable[[Decision], MoveAction],
+        holder: AdapterVersion | None,
+        reason: str,
+        *,
+        compare: bool = True,
+    ) -> StageEventView:
+        """Ask the gate and move; where gates, approvals or tags were changed in between, ask it again."""
+        for left in reversed(range(DECISIONS)):
+            events = self.ledger.stage_history(version.adapter_id)
+            decision = decide_on(self.ledger, version, stage)
+            seen = (events[-1].seq if events else 0), decision.gate
+            done = action(decision)
+            try:
+                event = self._move(
+                    name, version.adapter_id, stage, done, holder, version, reason, decision, seen=seen, compare=compare
+                )
+            except DecisionOutdated:
+                if not left:
+                    raise
+                version = self.ledger.version(version.id) or version  # its tags may be others
+            else:
+                return _with_objections(event, decision)
+        raise AssertionError("unreachable")
 
     def _move(
         self,
@@ -194,6 +234,7 @@ class Stages:
         reason: str,
         decision: Decision | None = None,
         *,
+        seen: tuple[int, str | None] | None = None,
         compare: bool = True,
     ) -> StageEventView:
         with self.ledger.exclusive(_lock(adapter_id)):
@@ -208,6 +249,7 @@ class Stages:
                 actor=self.actor,
                 reason=reason,
                 decision=decision.record() if decision is not None else None,
+                seen=seen,
             )
             reached("stage.recorded")
             self._project(name, event)

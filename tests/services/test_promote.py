@@ -16,12 +16,20 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text, update
 
-from adapterctl.registry.domain.errors import Corrupt, GateRefused, InvalidInput, NotFound, Refused, StageMoved
+from adapterctl.registry.domain.errors import (
+    Corrupt,
+    DecisionOutdated,
+    GateRefused,
+    InvalidInput,
+    NotFound,
+    Refused,
+    StageMoved,
+)
 from adapterctl.registry.domain.refs import Ref
 from adapterctl.registry.domain.stage import GENESIS, Head, StageEvent
 from adapterctl.registry.domain.version import AdapterVersion
 from adapterctl.registry.services.gates import kept_decision, set_gates
-from adapterctl.registry.services.promote import Stages, check_stage, history
+from adapterctl.registry.services.promote import DECISIONS, Stages, check_stage, history
 from adapterctl.registry.services.register import Registration, register
 from adapterctl.registry.services.resolve import resolve
 from adapterctl.registry.stores.artifacts import local_folder
@@ -280,13 +288,25 @@ def test_rollback_without_a_version_before_is_refused(stages, chat):
         stages.rollback("chat", stage="production")
 
 
-def test_rollback_to_a_removed_version_is_refused(stages, chat, sql_ledger):
+def test_rollback_passes_over_a_removed_version_and_says_so(stages, chat, sql_ledger):
+    first, second, third = chat(), chat(), chat()
+    for version in (first, second, third):
+        stages.promote(version, stage="production")
+    sql_ledger.remove_version(second.id, actor="ada", reason="leaked data")
+
+    event = stages.rollback("chat", stage="production")
+
+    assert (event.action, event.ref, event.previous) == ("rollback", "chat:v1", "chat:v3")
+    assert event.warnings == ("chat:v2 held production later, but was removed",)
+
+
+def test_rollback_is_refused_where_all_that_held_the_stage_before_was_removed(stages, chat, sql_ledger):
     first, second = chat(), chat()
     stages.promote(first, stage="production")
     stages.promote(second, stage="production")
     sql_ledger.remove_version(first.id, actor="ada", reason="leaked data")
 
-    with pytest.raises(Refused, match="chat:v1 was removed"):
+    with pytest.raises(Refused, match="before chat:v2, only chat:v1, which was removed"):
         stages.rollback("chat", stage="production")
 
 
@@ -420,6 +440,59 @@ def test_a_forced_promotion_needs_a_reason_and_is_recorded_as_forced_by_whom_and
     kept = kept_decision(sql_ledger, event.evidence)
     assert (kept.verdict.outcome, kept.evidence.ref) == ("failed", "chat:v1")
     assert history(sql_ledger, "chat", verify=True).findings == ()
+
+
+class Between:
+    """The version store, where each look at an alias, between a decision and its move, is preceded by `act`."""
+
+    def __init__(self, store: Any, act: Callable[[], Any]) -> None:
+        self._store, self._act = store, act
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def alias(self, name: str, alias: str) -> int | None:
+        self._act()
+        return self._store.alias(name, alias)
+
+
+def test_an_approval_that_is_withdrawn_while_a_stage_is_moved_counts_no_more(stages, chat, sql_ledger, version_store):
+    version = chat()
+    asked = {"gates": [{"stage": "production", "require": ["approvals >= 1"]}]}
+    set_gates(sql_ledger, asked, stages=STAGES, actor="root")
+    stages.approve(version, stage="production")
+    doubts = Between(version_store, lambda: stages.approve(version, stage="production", withdraw=True))
+
+    with pytest.raises(GateRefused, match="the number of approvals is 0"):
+        replace(stages, versions=doubts).promote(version, stage="production")
+
+    assert sql_ledger.stage_holder(version.adapter_id, "production") is None
+
+
+def test_gates_and_tags_that_are_set_while_a_stage_is_moved_count(stages, chat, sql_ledger, version_store):
+    version = chat()
+    asked = {"gates": [{"stage": "production", "tags": ["reviewed"]}]}
+    gates_come = Between(version_store, lambda: set_gates(sql_ledger, asked, stages=STAGES, actor="root"))
+
+    with pytest.raises(GateRefused, match="it has no tag reviewed"):
+        replace(stages, versions=gates_come).promote(version, stage="production")
+
+    reviewed = sql_ledger.set_tags(version.id, {"reviewed": "yes"}, [], actor="bob", reason="")
+    tag_goes = Between(version_store, lambda: sql_ledger.set_tags(version.id, {}, ["reviewed"], actor="bob", reason=""))
+    with pytest.raises(GateRefused, match="it has no tag reviewed"):
+        replace(stages, versions=tag_goes).promote(reviewed, stage="production")
+
+
+def test_a_stage_whose_ground_never_rests_is_not_moved(stages, chat, sql_ledger, version_store):
+    version, turns = chat(), iter(range(100))
+    restless = Between(
+        version_store, lambda: sql_ledger.set_tags(version.id, {"n": str(next(turns))}, [], actor="bob", reason="")
+    )
+
+    with pytest.raises(DecisionOutdated, match="was changed meanwhile"):
+        replace(stages, versions=restless).promote(version, stage="production")
+
+    assert next(turns) == DECISIONS
 
 
 def test_forcing_what_passes_is_an_ordinary_promotion(stages, chat):

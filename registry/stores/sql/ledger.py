@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from ... import wire
 from ...crashpoints import reached
-from ...domain.errors import Conflict, HasDescendants, InvalidInput, NotFound, Refused, StageMoved
+from ...domain.errors import Conflict, DecisionOutdated, HasDescendants, InvalidInput, NotFound, Refused, StageMoved
 from ...domain.evals import REGISTERED, EvalReport
 from ...domain.job import Job, JobState, NewJob
 from ...domain.recall import DESCENT, Recall, RecallAction, Recalls
@@ -518,12 +518,17 @@ class SqlLedger(JobRows, WorkerRows):
         actor: str,
         reason: str,
         decision: str | None = None,
+        seen: tuple[int, str | None] | None = None,
     ) -> StageEvent:
         with self._db.write() as connection:
             _lock_stages(connection, adapter_id)
             holder = _holder(connection, adapter_id, stage)
             if holder != expected:
                 raise _stage_moved(connection, stage, holder, expected)
+            if seen is not None and seen != _now_seen(connection, adapter_id):
+                raise DecisionOutdated(
+                    f"what {stage} is decided by was changed meanwhile", hint="try again; `adapterctl history` tells"
+                )
             if version_id is not None:
                 lock_recalls(connection, shared=True)
                 _check_may_hold(connection, adapter_id, version_id, stage)
@@ -875,6 +880,12 @@ def _append_event(
     row = {column.name: getattr(new, column.name) for column in stage_history.columns}
     connection.execute(insert(stage_history).values(row))
     return new
+
+
+def _now_seen(connection: Connection, adapter_id: str) -> tuple[int, str | None]:
+    """What a decision about the adapter would stand on now; see `move_stage`."""
+    last, gates = _history(connection, adapter_id, newest_only=True), _gate_file(connection)
+    return (last[0].seq if last else 0), (gates.digest if gates is not None else None)
 
 
 def _holder(connection: Connection, adapter_id: str, stage_name: str) -> str | None:
