@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Literal, ParamSpec, TypeVar
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..domain.errors import Corrupt, Misconfigured, NotAllowed, NotFound, Unavailable
 from .mlflow_server import ENVIRONMENT, artifact_root, client_uri, embedded_uri
@@ -59,12 +59,14 @@ def in_our_words(method: Callable[P, T]) -> Callable[P, T]:
         try:
             return method(*args, **kwargs)
         except (MlflowException, SQLAlchemyError) as error:  # the latter where MLflow opens its own database
-            reason = str(error).strip().partition("\n")[0]
-            database = isinstance(error, SQLAlchemyError) or isinstance(error.__cause__, SQLAlchemyError)
+            cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
+            # what the database said; SQLAlchemy may put words of its own before it
+            said = cause.orig if isinstance(cause, DBAPIError) else error
+            reason = str(said).strip().partition("\n")[0]
             raise Unavailable(
                 f"MLflow refused: {reason}",
                 hint="run `adapterctl doctor`",
-                abroad="the database of MLflow cannot be used now" if database else None,
+                abroad="the database of MLflow cannot be used now" if isinstance(cause, SQLAlchemyError) else None,
             ) from error
         except OSError as error:
             raise Unavailable(f"files of a version: {error}", hint="check the disk and its rights") from error

@@ -435,7 +435,7 @@ def test_an_error_of_the_database_of_mlflow_is_told_once_and_in_our_words(fresh:
     failed = fresh("promote", "translate:v1", "--to", "production")
 
     assert failed.code == 1
-    assert "error: MLflow refused: " in failed.stderr
+    assert "error: MLflow refused: no such table: registered_model_aliases\n" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert "mlflow.store" not in failed.stderr
 

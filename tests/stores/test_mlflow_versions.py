@@ -491,3 +491,15 @@ def test_a_version_that_mlflow_made_anew_under_our_number_is_not_deleted(client,
         store.remove(ours)
 
     assert client.get_model_version("chat", "1").tags["adapterctl.version_id"] != ours.id
+
+
+def test_an_error_of_the_database_is_told_in_its_own_words_and_elsewhere_without_them(store, home: Path):
+    assert store.alias("a", "production") is None
+    with closing(sqlite3.connect(home / "mlflow.db")) as database, database:
+        database.execute("ALTER TABLE registered_models RENAME TO away")
+
+    with pytest.raises(Unavailable) as met:
+        store.alias("a", "production")
+
+    assert met.value.message == "MLflow refused: no such table: registered_models"
+    assert met.value.abroad == "the database of MLflow cannot be used now"
