@@ -50,6 +50,7 @@ from ..api import (
 from ..domain.access import Caller, Scope, Token
 from ..domain.errors import InvalidInput, NotFound
 from ..domain.evals import EvalReport
+from ..domain.gate import check_gates
 from ..domain.job import Job, JobEvent, LogPiece
 from ..domain.refs import Ref, check_alias, check_name, parse_ref, parse_source
 from ..domain.suite import Suite, check_known_suite
@@ -215,6 +216,8 @@ async def register(request: Request, name: str, call: Merge) -> Response:
                 raise InvalidInput(
                     "a folder of your machine cannot be read from here", hint="send its files: multipart/form-data"
                 )
+        if body.suite is not None:
+            await run_in_threadpool(_check_may_judge, call, name, body.suite)
         registered = await run_in_threadpool(
             call.registry.register,
             body.source,
@@ -638,8 +641,9 @@ async def keep_suite(request: Request, call: Merge) -> Response:
 
 @router.put("/adapters/{name}/suite", response_model=SuiteView)
 def set_suite(name: str, body: bodies.SuiteChoice, call: Merge) -> Response:
-    """Let a kept suite judge an adapter."""
+    """Let a kept suite judge an adapter. Takes the scope promote where one does already, or a gate concerns it."""
     call.caller.check_change(check_name(name))
+    _check_may_judge(call, name, body.suite)
     kept = next((suite for suite in call.registry.suites() if suite.digest == body.suite), None)
     if kept is None:
         raise NotFound(f"no suite {body.suite} is kept here", hint="send it to /v1/suites first")
@@ -735,6 +739,19 @@ def revoke_token(request: Request, token_id: str, call: Admin) -> Response:
     revoked = call.registry.revoke_token(token_id)
     request.app.state.door.forget_callers()
     return _reply(revoked)
+
+
+def _check_may_judge(call: Call, name: str, suite: str) -> None:
+    """A suite decides what a gate sees of an adapter: who may only merge gives it its first one, before gates ask.
+
+    Raises `NotAllowed`.
+    """
+    judging = [view.digest for view in call.registry.suites() if name in view.adapters]
+    if suite in judging:
+        return
+    gates = check_gates({"gates": list(call.registry.gates().gates)})
+    if judging or any(gate.concerns(name, gate.stage) for gate in gates):
+        call.caller.check(Scope.PROMOTE)
 
 
 def _reply(value: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

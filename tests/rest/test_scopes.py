@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import write_tiny_adapter
 
 from adapterctl.registry.domain.access import Scope, new_secret
+from adapterctl.registry.domain.errors import NotAllowed
 from adapterctl.registry.rest.mlflow_rules import needed_scope
 from adapterctl.registry.rest.pages import router as pages
 from adapterctl.registry.rest.routes import router
@@ -143,6 +147,39 @@ def test_only_the_scope_force_goes_over_a_gate(served: Any, route: str, body: di
     assert answer.status_code == (404 if scope.covers(Scope.FORCE) else 403)
 
 
+def test_whoever_may_only_merge_gives_an_adapter_its_first_suite_and_no_other(served: Any, tmp_path: Path):
+    merger, promoter = served.remote("merge"), served.remote("promote")
+    one, other = (suite_file(tmp_path, name) for name in ("one", "other"))
+    first, again, gated = (str(write_tiny_adapter(tmp_path / f"source-{seed}", seed=seed)) for seed in (901, 902, 903))
+
+    merger.register(first, name="judged", suite=one)
+    merger.set_suite("judged", one)
+    with pytest.raises(NotAllowed, match="this needs promote"):
+        merger.set_suite("judged", other)
+    with pytest.raises(NotAllowed, match="this needs promote"):
+        merger.register(again, name="judged", suite=other)
+    promoter.set_suite("judged", other)
+    served.registry.set_gates({"gates": [{"stage": "production", "adapters": ["gated"], "receipt": "passed"}]})
+    try:
+        with pytest.raises(NotAllowed, match="this needs promote"):
+            merger.register(gated, name="gated", suite=one)
+        promoter.register(gated, name="gated", suite=one)
+    finally:
+        served.registry.set_gates({"gates": []})
+
+    assert {view.name: view.adapters for view in served.registry.suites()} == {
+        "one": ("gated", "judged"),
+        "other": ("judged",),
+    }
+
+
+def suite_file(folder: Path, name: str) -> str:
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "p", "target": " x"}) + "\n")
+    path = folder / f"{name}.yaml"
+    path.write_text(f"name: {name}\ntasks: [{{name: t, data: rows.jsonl, metrics: [nll]}}]\n")
+    return str(path)
+
+
 @pytest.fixture(autouse=True)
 def patient(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests fail to prove who they are more often than the door lets one address do."""
@@ -193,6 +230,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "POST /v1/adapters/translate/versions/1/results": {"source": "runs:/1"},
     "PUT /v1/gates": {"gates": []},
     "PUT /v1/adapters/translate/suite": {"suite": "0" * 64},
+    "POST /v1/adapters/translate/versions/1/tags": {"put": {"owner": "ada"}},
     "DELETE /v1/adapters/translate/versions/1": {},
     "DELETE /v1/adapters/translate/versions/1/recall": {},
     "POST /v1/adapters/translate/versions/1/recall": {"reason": "leaked"},
