@@ -4,6 +4,7 @@ that a recipe repeats; and the recipes of a family run again with another parent
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -81,6 +82,7 @@ def merge(
     dtype: Dtype = None,
     suite: Suites = None,
     max_loss: MaxLoss = None,
+    tag: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A tag; may be repeated.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan only.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result, or print the job's id.")] = True,
     timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Wait no longer, e.g. 90s, 5m, 1.5h.")] = None,
@@ -98,6 +100,7 @@ def merge(
     request = _request(
         parents, into, method, rank, weights, layer_weights, density, option, seed, dtype, suite, max_loss
     )
+    request = replace(request, tags=parse.pairs(tag or (), option="--tag"))
     if dry_run:
         _tell_plan(session, session.registry(readonly=True).plan(request))
         return

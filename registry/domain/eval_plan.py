@@ -13,6 +13,10 @@ from .digest import json_digest
 from .suite import Suite, SuiteTask
 from .version import Base
 
+#: Of our own part of the engine, as versions stand for the others': how prompts are made, likelihoods summed, answers
+#: generated and cut (`workers/eval_engine.py`), and what is kept of each sample (`evals.answer_statistics`). Raise it in
+#: the change after which any figure may come out otherwise; all reports are computed anew then, those of examples/ too.
+ENGINE_REV = 1
 #: The subject that has no adapter.
 BASE = "base"
 
@@ -63,7 +67,7 @@ def report_key(subject: str, base: Base, suite_digest: str, samples: Sequence[in
     """The cache key of one report (64 hex digits); `samples` is how many of each task, however the limit was said."""
     return json_digest(
         {
-            "v": 1,
+            "v": ENGINE_REV,
             "subject": subject,
             # the base's name and revision are spellings; its digests say whether it is the same model
             "base": {key: value for key, value in asdict(base).items() if key not in ("name", "revision")},

@@ -83,6 +83,7 @@ class MergeRequest:
 
     `suites` are evaluation suites to run on the child, `max_loss` the largest accepted relative loss (0..1).
     `expect` holds the recipe digest and the content digest that the child must have, for who has its file already.
+    `tags` go to a new version; one that exists keeps its own.
     """
 
     parents: tuple[ParentRef, ...]
@@ -96,6 +97,7 @@ class MergeRequest:
     max_loss: float | None = None
     layers: tuple[LayerWeights, ...] = ()
     expect: tuple[str, str] | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def target(self) -> str:

@@ -60,6 +60,7 @@ class MergeBody(Body):
         list[Annotated[str, Field(max_length=2000, examples=["layers.0-15=0.7,0.3"])]], Field(max_length=1000)
     ] = []
     expect: tuple[Digest, Digest] | None = None
+    tags: Annotated[dict[Short, Text], Field(max_length=64)] = {}
 
     def request(self) -> MergeRequest:
         """Raises `InvalidInput` for a reference that cannot be read."""
@@ -75,6 +76,7 @@ class MergeBody(Body):
             max_loss=self.max_loss,
             layers=tuple(map(parse_layer_weights, self.layers)),
             expect=self.expect,
+            tags=self.tags,
         )
 
 

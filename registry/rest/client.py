@@ -428,6 +428,7 @@ class RemoteRegistry:
             "max_loss": request.max_loss,
             "layers": [str(layer) for layer in request.layers],
             "expect": request.expect,
+            "tags": dict(request.tags),
         }
 
     def _resize_body(self, request: ResizeRequest) -> dict[str, Any]:

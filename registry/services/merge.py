@@ -38,7 +38,7 @@ from ..ports import Doorbell, Folders, Ledger, Parent, VersionStore
 from ..wire import from_builtins, to_builtins
 from . import schedule
 from .recall import check_not_recalled
-from .register import WEIGHTS_FILE, publish
+from .register import WEIGHTS_FILE, check_word, publish
 from .resolve import resolve
 from .schedule import Done, Task
 from .staging import stage_folder
@@ -128,6 +128,8 @@ def request_merges(ledger: Ledger, asked: Sequence[tuple[str, MergeRequest]]) ->
 def _look(ledger: Ledger, request: MergeRequest, actor: str) -> _Wanted | Submitted | AdapterctlError:
     """What a request needs: a job, or nothing but this answer. Raises `Unavailable`, which hits the others too."""
     try:
+        for key, value in request.tags.items():
+            check_word("tag", key, value)
         ready = preflight(ledger, request)
         warnings = _warnings(ledger, ready)
         adapter_id = ledger.adapter_id(ready.into)
@@ -137,6 +139,7 @@ def _look(ledger: Ledger, request: MergeRequest, actor: str) -> _Wanted | Submit
             check_not_recalled(ledger, [existing], "merge with another recipe")
             _check_loss(ledger, existing, request.max_loss)
             _check_content(existing.spec.content_digest, request.expect)
+            warnings = _with_lost_tags(warnings, request, existing.label)
             if not suites:
                 return _submitted(ready, warnings, version=version_view(ledger, existing))
         return _Wanted(request, actor, ready, warnings, adapter_id, suites)
@@ -164,6 +167,7 @@ class _Wanted:
             self.suites,
             max_loss=self.request.max_loss,
             expect=self.request.expect,
+            tags=self.request.tags,
             actor=self.actor,
         )
 
@@ -172,7 +176,17 @@ class _Wanted:
             schedule.check_stays(job)
         except Conflict as error:
             return error
-        return _submitted(self.ready, self.warnings, job=job, deduplicated=not created)
+        warnings = self.warnings if created else _with_lost_tags(self.warnings, self.request, self.ready.into)
+        return _submitted(self.ready, warnings, job=job, deduplicated=not created)
+
+
+def _with_lost_tags(warnings: tuple[str, ...], request: MergeRequest, there: str) -> tuple[str, ...]:
+    """A warning where what was said is not added, because the same merge was asked for before."""
+    if not request.tags:
+        return warnings
+    words = " ".join(f"{key}={value}" for key, value in request.tags.items())
+    lost = f"{there} was merged, or asked for, before: tags are not added, `adapterctl tag REF {words}` does"
+    return tuple(dict.fromkeys((*warnings, lost)))
 
 
 def new_merge(

@@ -619,6 +619,22 @@ def test_tags_are_set_and_removed_with_a_row_of_the_history(registry: RegistryAP
         registry.tag(ref(version))
 
 
+def test_a_merge_is_tagged_when_it_is_made_and_not_when_it_is_there(registry: RegistryAPI, add: Add):
+    one, two = add(), add()
+    made = merge(registry, one, two, into="tagged", tags={"owner": "ada"})
+
+    parents = tuple(parse_parent(f"{each.ref}=0.5") for each in (one, two))
+    again = registry.merge(MergeRequest(parents, into="tagged", method="cat", tags={"owner": "bob"}))
+
+    assert made.tags == {"owner": "ada"}
+    assert again.version.id == made.id
+    assert again.version.tags == {"owner": "ada"}
+    (warning,) = [each for each in again.warnings if "tags" in each]
+    assert "tags are not added, `adapterctl tag REF owner=bob` does" in warning
+    with pytest.raises(InvalidInput, match="is not allowed"):
+        registry.merge(MergeRequest(parents, into="tagged", tags={"mlflow.user": "x"}))
+
+
 def test_a_gate_that_asks_for_a_tag_is_met_by_tagging_a_merge(registry: RegistryAPI, merged: VersionView):
     gate = {"stage": "production", "adapters": [merged.name], "tags": {"reviewed": "yes"}}
     registry.set_gates({"gates": [gate]})
