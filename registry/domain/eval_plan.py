@@ -15,7 +15,7 @@ from .version import Base
 
 #: Of our own part of the engine, as versions stand for the others': how prompts are made, likelihoods summed, answers
 #: generated and cut (`workers/eval_engine.py`), and what is kept of each sample (`evals.answer_statistics`). Raise it
-#: with a change after which a figure may come out otherwise; all reports are computed anew then, those of examples/ too.
+#: with a change after which a figure may come out otherwise: all reports are computed anew then, those of examples/ too
 ENGINE_REV = 1
 #: The subject that has no adapter.
 BASE = "base"

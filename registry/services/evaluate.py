@@ -30,7 +30,7 @@ from ..ports import Beside, Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
 from ..wire import from_builtins, from_json, to_builtins
 from .fleet import queue_for_gpu_work
-from .locate_base import locate_base, quantised_to
+from .locate_base import check_weights, locate_base, quantised_to
 from .resolve import resolve
 from .schedule import Done, Task, ask
 from .suites import find_suite, keep_suite, suites_of
@@ -163,8 +163,12 @@ def folder_of(
     settings: Settings,
     made_on_demand: Mapping[str, str] | None,
 ) -> Path:
-    """Where the base is on the machine that computes. Raises `InvalidInput` where it is stored otherwise there."""
+    """Where the base is on the machine that computes, with the weights that it is pinned to.
+
+    Raises `InvalidInput` where it is stored otherwise there, `Refused` where it is another model.
+    """
     folder = locate(ledger, base, settings, made_on_demand)
+    check_weights(base, folder, settings.home)
     _check_stored(base, quantised_to(folder), engine["dtype"])
     return folder
 

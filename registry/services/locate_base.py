@@ -8,12 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..domain.base_dtype import stored_dtype
 from ..domain.errors import InvalidInput, Refused, Unavailable
 from ..domain.version import Base
 from . import bases
 
+#: Beside the ledger: digests of weights that were hashed already.
+WEIGHTS_SEEN = "base-weights.json"
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
@@ -56,6 +59,39 @@ def quantised_to(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         raise Unavailable(f"{folder}/config.json cannot be read: {error}", hint="put the base's files right") from error
     return stored_dtype(config) if isinstance(config, dict) else None
+
+
+def check_weights(base: Base, folder: Path, home: Path) -> None:
+    """Raise `Refused` where the weights in `folder` are not those that the base is pinned to, if it is.
+
+    Hashed once, then remembered in the home by names, sizes, times and inodes: 270 MB take 0.2 s of CPU time, and 14 GB
+    ten.
+    """
+    if base.weights_digest is None or not _is_model(folder):  # the latter is made on demand, later
+        return
+    memory, place = home / WEIGHTS_SEEN, str(folder.resolve())
+    stats = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    seen = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
+    known = _remembered(memory)
+    if known.get(place, {}).get("files") != seen:
+        known[place] = {"files": seen, "digest": bases.fingerprints(folder).get("weights_digest")}
+        fresh = memory.with_name(f".{memory.name}.{os.getpid()}")
+        fresh.write_text(json.dumps(known), encoding="utf-8")
+        fresh.replace(memory)
+    if known[place]["digest"] != base.weights_digest:
+        raise Refused(
+            f"{folder} is not the base {base.name}: the weights differ from those it is pinned to",
+            hint="correct ADAPTERCTL_BASE_PATHS, or register the folder under another name",
+        )
+
+
+def _remembered(memory: Path) -> dict[str, Any]:
+    """What was hashed before; nothing where it cannot be read, for then it is hashed again."""
+    try:
+        found = json.loads(memory.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}
 
 
 def remember_base(home: Path, name: str, folder: Path) -> None:
@@ -117,7 +153,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _check_pins(base: Base, folder: Path) -> None:
-    """Config and tokenizer only: hashing the weights of a large model would take longer than some evaluations."""
+    """Config and tokenizer only, which is quick; `check_weights` follows where the model is used."""
     found = bases.fingerprints(folder, weights=False)
     contrary = [pin for pin, digest in found.items() if getattr(base, pin) and getattr(base, pin) != digest]
     if contrary:

@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 
 import adapterctl
-from adapterctl.registry.domain.errors import InvalidInput, Misconfigured, Unavailable
+from adapterctl.registry.domain.errors import InvalidInput, Misconfigured, Refused, Unavailable
 from adapterctl.registry.domain.version import Base
-from adapterctl.registry.services.locate_base import locate_base, quantised_to, remember_base
+from adapterctl.registry.services.bases import fingerprints
+from adapterctl.registry.services.locate_base import (
+    WEIGHTS_SEEN,
+    check_weights,
+    locate_base,
+    quantised_to,
+    remember_base,
+)
 from adapterctl.registry.settings import load_settings
 
 BASE = Base("org/model", "org/model")
@@ -83,6 +90,30 @@ def test_a_base_that_was_added_with_its_folder_is_found_there(tmp_path: Path, ca
     base = registry.add_base("org/model", folder=folder)
 
     assert _find(tmp_path / "home", base).resolve() == folder
+
+
+def test_other_weights_are_not_the_base_that_was_pinned_and_are_hashed_once(home: Path, tmp_path: Path):
+    folder = _model(tmp_path / "pinned")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"those that were pinned")
+    base = Base("org/model", "org/model", **fingerprints(folder))
+
+    check_weights(base, folder, home)
+    memory = home / WEIGHTS_SEEN
+    before = memory.stat()
+    check_weights(base, folder, home)
+    assert memory.stat().st_mtime_ns == before.st_mtime_ns
+    assert memory.stat().st_ino == before.st_ino
+
+    weights.write_bytes(b"quite another model, of the same config")
+    with pytest.raises(Refused, match="the weights differ"):
+        check_weights(base, folder, home)
+    with pytest.raises(Refused, match="the weights differ"):  # remembered too
+        check_weights(base, folder, home)
+    weights.write_bytes(b"those that were pinned")
+    memory.write_text("not JSON")
+    check_weights(base, folder, home)
+    check_weights(BASE, folder, home)  # not pinned to any weights
 
 
 @pytest.mark.parametrize("name", ["../../etc", "/etc", "a/b/c", "..", "a/.."])
