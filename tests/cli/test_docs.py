@@ -1,4 +1,4 @@
-"""docs/cli.md and docs/settings.md name everything there is."""
+"""The tables of the docs name everything there is: commands, exit codes, errors, settings, conditions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from adapterctl.cli.main import app
 from adapterctl.cli.output import EXIT_CODES, INTERRUPTED
 from adapterctl.registry.domain.gate import GATE_KEYS, SUBJECTS, check_gates
 from adapterctl.registry.domain.verdict import Outcome
+from adapterctl.registry.rest.problems import STATUS
 from adapterctl.registry.settings import Settings, load_settings
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -44,6 +45,18 @@ def test_every_command_of_a_group_is_named(group: str):
 
 def test_every_exit_code_has_its_row():
     assert set(rows("cli.md", "Exit codes")) == {"0", str(INTERRUPTED), *map(str, EXIT_CODES.values())}
+
+
+def test_every_error_over_rest_stands_beside_its_status():
+    table = rows("rest.md", "Errors")
+
+    # the first column may hold several statuses
+    missing = {
+        kind.code: status
+        for kind, status in STATUS.items()
+        if not any(str(status) in statuses and f"`{kind.code}`" in codes for statuses, (codes,) in table.items())
+    }
+    assert missing == {}
 
 
 def test_the_example_of_the_gates_page_is_right_and_its_tables_name_everything():
