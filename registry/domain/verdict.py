@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from .digest import canonical_json
-from .evals import LEAST_SAMPLES, Interval
+from .evals import BEHAVIOUR, LEAST_SAMPLES, Interval
 from .gate import Comparison, Condition, Kind
 
 Outcome = Literal["passed", "failed", "inconclusive"]
@@ -311,7 +311,9 @@ def _lack(condition: Condition, interval: Interval, samples: int) -> str:
         return f"{few}, an interval takes {LEAST_SAMPLES} at least: evaluate more, with a higher --limit or more rows"
     # what equals its parent (or the base) on every sample has no interval either
     equal = condition.kind != "metric" and interval.value in (0, 1)
-    if interval.low == interval.high and not equal:
+    # answers that are all as long as they should be are no accident of a few
+    behaves = condition.name.rpartition("/")[2].partition(".")[0] in BEHAVIOUR
+    if interval.low == interval.high and not equal and not behaves:
         return f"each of {samples} samples, which are all alike: evaluate others"
     return ""
 

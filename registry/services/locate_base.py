@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,10 @@ def check_weights(base: Base, folder: Path, home: Path) -> None:
     known = _remembered(memory)
     if known.get(place, {}).get("files") != seen:
         known[place] = {"files": seen, "digest": bases.fingerprints(folder).get("weights_digest")}
-        fresh = memory.with_name(f".{memory.name}.{os.getpid()}")
-        fresh.write_text(json.dumps(known), encoding="utf-8")
-        fresh.replace(memory)
+        with suppress(OSError):  # then it is hashed again
+            fresh = memory.with_name(f".{memory.name}.{os.getpid()}")
+            fresh.write_text(json.dumps(known), encoding="utf-8")
+            fresh.replace(memory)
     if known[place]["digest"] != base.weights_digest:
         raise Refused(
             f"{folder} is not the base {base.name}: the weights differ from those it is pinned to",

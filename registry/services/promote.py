@@ -208,6 +208,8 @@ class Stages:
         """Ask the gate and move; where gates, approvals or tags were changed in between, ask it again."""
         for left in reversed(range(DECISIONS)):
             events = self.ledger.stage_history(version.adapter_id)
+            # after the history: a tag that was changed before is in what is read now, one changed later is not
+            version = self.ledger.version(version.id) or version
             decision = decide_on(self.ledger, version, stage)
             seen = (events[-1].seq if events else 0), decision.gate
             done = action(decision)
@@ -218,7 +220,6 @@ class Stages:
             except DecisionOutdated:
                 if not left:
                     raise
-                version = self.ledger.version(version.id) or version  # its tags may be others
             else:
                 return _with_objections(event, decision)
         raise AssertionError("unreachable")

@@ -118,7 +118,7 @@ def _affected(
     if until is not None and (last := resolve(ledger, until)).id != old.id:
         if last.id not in ids:
             raise InvalidInput(f"{last.label} is not made of {old.label}", hint=f"adapterctl lineage {last.label} --up")
-        between = {last.id, *(edge.parent_id for edge in ledger.edges_up(last.id))}
+        between = _made_of(ledger, last.id)
         ids = [version_id for version_id in ids if version_id in between]
     known = ledger.versions_by_id(ids)
     live = {version_id: known[version_id] for version_id in ids if known[version_id].state == "live"}
@@ -127,6 +127,20 @@ def _affected(
     parents = ledger.parent_edges(list(live))
     above = {i: [edge.parent_id for edge in parents.get(i, ()) if edge.parent_id in live] for i in live}
     return [live[version_id] for version_id in TopologicalSorter(above).static_order()], parents
+
+
+def _made_of(ledger: Ledger, version_id: str) -> set[str]:
+    """The version and its ancestors, without what it superseded: nothing of that is in it."""
+    parents: dict[str, list[str]] = {}
+    for edge in ledger.edges_up(version_id):
+        if edge.kind != "supersedes":
+            parents.setdefault(edge.child_id, []).append(edge.parent_id)
+    found, waiting = set(), [version_id]
+    while waiting:
+        if (child := waiting.pop()) not in found:
+            found.add(child)
+            waiting += parents.get(child, ())
+    return found
 
 
 def _steps(

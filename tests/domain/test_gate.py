@@ -230,6 +230,9 @@ def test_no_gate_passes_on_a_handful_of_samples_or_on_samples_that_are_all_alike
     assert judge("nll <= 3", figures=(alike,)).verdict == "inconclusive"
     assert "which are all alike" in judge("nll <= 3", figures=(alike,)).reason
     assert judge("retention.min >= 0.95", kept=(kept("chat", 0.99, 0.0, samples=20),)).verdict == "inconclusive"
+    for name in ("length_ratio", "length_ratio.nf4"):  # of short labels, all are as long as they should be
+        exact = replace(figure(name, 1.0, spread=0.0), samples=20)
+        assert judge(f"{name} >= 0.8", figures=(exact,)).verdict == "passed"
 
 
 def test_what_equals_its_parent_on_every_sample_has_kept_everything():

@@ -483,6 +483,19 @@ def test_gates_and_tags_that_are_set_while_a_stage_is_moved_count(stages, chat, 
         replace(stages, versions=tag_goes).promote(reviewed, stage="production")
 
 
+def test_a_tag_that_goes_while_the_files_are_verified_is_gone(stages, chat, sql_ledger):
+    asked = {"gates": [{"stage": "production", "tags": ["reviewed"]}]}
+    set_gates(sql_ledger, asked, stages=STAGES, actor="root")
+    version = sql_ledger.set_tags(chat().id, {"reviewed": "yes"}, [], actor="bob", reason="")
+
+    def untagged(version):
+        sql_ledger.set_tags(version.id, {}, ["reviewed"], actor="bob", reason="")
+        return folders(version)
+
+    with pytest.raises(GateRefused, match="it has no tag reviewed"):
+        replace(stages, folders=untagged).promote(version, stage="production")
+
+
 def test_a_stage_whose_ground_never_rests_is_not_moved(stages, chat, sql_ledger, version_store):
     version, turns = chat(), iter(range(100))
     restless = Between(

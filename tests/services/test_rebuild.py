@@ -125,3 +125,17 @@ def test_a_killed_rebuild_goes_on_and_leaves_what_was_trained_alone(registry, tm
     assert again == ["omni:v2", "top:v2"]
     registry.remove(parse_ref("top:v1"), reason="superseded")
     assert registry.version(parse_ref("top:v1")).state == "removed"
+
+
+def test_what_a_version_superseded_is_not_rebuilt_with_it(registry, tmp_path):
+    for seed, name in ((60, "chat"), (61, "translate")):
+        registry.register(str(write_tiny_adapter(tmp_path / name, seed=seed)), name=name)
+    merge(registry, "pair", "translate:v2", "chat:v1")
+    once = registry.rebuild(parse_ref("chat:v1"), parse_ref("chat:v2"), until=parse_ref("pair:v1"))
+    follow_chain(registry, once.job.id)
+
+    planned = registry.rebuild(
+        parse_ref("translate:v2"), parse_ref("translate:v3"), until=parse_ref("pair:v2"), dry_run=True
+    )
+
+    assert [step.ref for step in planned.steps] == ["pair:v2"]
