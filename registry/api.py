@@ -114,6 +114,14 @@ class Registered:
 
 
 @dataclass(frozen=True, slots=True)
+class Tagged:
+    """`warnings` says where MLflow has no such version, so that the tags are in the ledger alone."""
+
+    version: VersionView
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Submitted:
     """A merge that was queued, or the version that the same recipe made before (`job` is None then)."""
 
@@ -677,7 +685,7 @@ class RegistryAPI(Protocol):
 
     def tag(
         self, ref: Ref, *, put: Mapping[str, str] | None = None, remove: Sequence[str] = (), reason: str = ""
-    ) -> VersionView:
+    ) -> Tagged:
         """Set and remove tags of a version; the history says who did."""
         ...
 

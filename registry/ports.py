@@ -566,8 +566,11 @@ class VersionStore(Protocol):
         """
         ...
 
-    def project_tags(self, version: AdapterVersion, keys: Sequence[str]) -> None:
-        """Let MLflow's version say of these tags what `version` says: their value, or that there is none."""
+    def project_tags(self, version: AdapterVersion, keys: Sequence[str]) -> bool:
+        """Let MLflow's version say of these tags what `version` says: their value, or that there is none.
+
+        False where MLflow has no such version: it was renamed or deleted there.
+        """
         ...
 
     def mark_recall(self, version: AdapterVersion, recalled: tuple[str, str] | None) -> None:

@@ -13,7 +13,7 @@ import typer
 from ...registry.domain.errors import InvalidInput, NotFound
 from ...registry.domain.refs import check_alias, check_name, parse_ref
 from ...registry.domain.stage import Head
-from .. import views
+from .. import parse, views
 from ..complete import complete_names, complete_refs, complete_stages
 from ..connect import Session, add_verbs
 from ..output import printable
@@ -69,12 +69,15 @@ def tag(
     for word in bare:
         if not word.endswith("-"):
             raise InvalidInput(f"{word!r} is no tag", hint="KEY=VALUE sets one, KEY- removes it")
-    put = {key: value for key, _, value in (word.partition("=") for word in words if "=" in word)}
-    version = session.registry().tag(
+    put = parse.pairs([word for word in words if "=" in word], option="tag")
+    tagged = session.registry().tag(
         parse_ref(ref), put=put, remove=[word.removesuffix("-") for word in bare], reason=reason
     )
+    for warning in tagged.warnings:
+        session.out.warn(warning)
+    version = tagged.version
     tags = " ".join(f"{key}={value}" for key, value in version.tags.items()) or "no tags"
-    session.out.data(version, text=lambda: printable(f"{version.ref}: {tags}"), names=[version.ref])
+    session.out.data(tagged, text=lambda: printable(f"{version.ref}: {tags}"), names=[version.ref])
 
 
 def approve(

@@ -38,6 +38,7 @@ from ..api import (
     StageEventView,
     Submitted,
     SuiteView,
+    Tagged,
     TuneView,
     Verification,
     VersionView,
@@ -351,9 +352,9 @@ class RemoteRegistry:
 
     def tag(
         self, ref: Ref, *, put: Mapping[str, str] | None = None, remove: Sequence[str] = (), reason: str = ""
-    ) -> VersionView:
+    ) -> Tagged:
         body = {"put": dict(put or {}), "remove": list(remove), "reason": reason}
-        return self._post(f"{_path(ref)}/tags", body, VersionView)
+        return self._post(f"{_path(ref)}/tags", body, Tagged)
 
     def approve(self, ref: Ref, *, to: str, reason: str = "", withdraw: bool = False) -> StageEventView:
         body = {"version": _selector(ref), "to": to, "reason": reason, "withdraw": withdraw}

@@ -43,6 +43,7 @@ from ..api import (
     StageEventView,
     Submitted,
     SuiteView,
+    Tagged,
     TuneView,
     Verification,
     VersionView,
@@ -305,7 +306,7 @@ def path(name: str, version: str, call: Read, other: Other) -> Response:
     return _reply(call.registry.path(version_ref(name, version), parse_ref(other)))
 
 
-@router.post("/adapters/{name}/versions/{version}/tags", response_model=VersionView)
+@router.post("/adapters/{name}/versions/{version}/tags", response_model=Tagged)
 def tag(name: str, version: str, body: bodies.TagsBody, call: Promote) -> Response:
     """Set and remove tags of a version. A gate may ask for them, so this takes the scope of who decides."""
     call.caller.check_change(name)

@@ -38,6 +38,7 @@ from ..api import (
     StageEventView,
     Submitted,
     SuiteView,
+    Tagged,
     TuneView,
     Verification,
     VersionView,
@@ -446,13 +447,12 @@ class LocalRegistry:
 
     def tag(
         self, ref: Ref, *, put: Mapping[str, str] | None = None, remove: Sequence[str] = (), reason: str = ""
-    ) -> VersionView:
+    ) -> Tagged:
         self._check_stage(ref)
         version, actor = resolve(self.ledger, ref), self.settings.actor
-        tagged = tag.tag(
+        return tag.tag(
             self.ledger, self.version_store, version, put=put or {}, remove=remove, actor=actor, reason=reason
         )
-        return views.version_view(self.ledger, tagged)
 
     def promote(self, ref: Ref, *, to: str, reason: str = "", force: bool = False) -> StageEventView:
         self._check_stage(ref)

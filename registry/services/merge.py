@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -139,10 +140,10 @@ def _look(ledger: Ledger, request: MergeRequest, actor: str) -> _Wanted | Submit
             check_not_recalled(ledger, [existing], "merge with another recipe")
             _check_loss(ledger, existing, request.max_loss)
             _check_content(existing.spec.content_digest, request.expect)
-            warnings = _with_lost_tags(warnings, request, existing.label)
+            warnings = _with_lost_tags(warnings, request, existing.label, existing.spec.tags)
             if not suites:
                 return _submitted(ready, warnings, version=version_view(ledger, existing))
-        return _Wanted(request, actor, ready, warnings, adapter_id, suites)
+        return _Wanted(request, actor, ready, warnings, adapter_id, suites, exists=existing is not None)
     except Unavailable:
         raise
     except AdapterctlError as error:
@@ -151,7 +152,10 @@ def _look(ledger: Ledger, request: MergeRequest, actor: str) -> _Wanted | Submit
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """A merge that is to be queued. Without an `adapter_id` it is the first one of that name."""
+    """A merge that is to be queued. Without an `adapter_id` it is the first one of that name.
+
+    Where the version `exists`, only the suites are left to do, and its tags are what counts, not those of a job.
+    """
 
     request: MergeRequest
     actor: str
@@ -159,6 +163,7 @@ class _Wanted:
     warnings: tuple[str, ...]
     adapter_id: str | None
     suites: Sequence[Suite]
+    exists: bool
 
     def job(self, ledger: Ledger) -> NewJob:
         return new_merge(
@@ -176,17 +181,21 @@ class _Wanted:
             schedule.check_stays(job)
         except Conflict as error:
             return error
-        warnings = self.warnings if created else _with_lost_tags(self.warnings, self.request, self.ready.into)
+        warnings = self.warnings
+        if not created and not self.exists:
+            warnings = _with_lost_tags(warnings, self.request, self.ready.into, job.spec.get("tags", {}))
         return _submitted(self.ready, warnings, job=job, deduplicated=not created)
 
 
-def _with_lost_tags(warnings: tuple[str, ...], request: MergeRequest, there: str) -> tuple[str, ...]:
-    """A warning where what was said is not added, because the same merge was asked for before."""
-    if not request.tags:
+def _with_lost_tags(
+    warnings: tuple[str, ...], request: MergeRequest, there: str, tags: Mapping[str, str]
+) -> tuple[str, ...]:
+    """A warning where the same merge was asked for before with other `tags`, to which those of now are not added."""
+    words = [f"{key}={value}" for key, value in request.tags.items() if tags.get(key) != value]
+    if not words:
         return warnings
-    words = " ".join(f"{key}={value}" for key, value in request.tags.items())
-    lost = f"{there} was merged, or asked for, before: tags are not added, `adapterctl tag REF {words}` does"
-    return tuple(dict.fromkeys((*warnings, lost)))
+    command = f"adapterctl tag REF {shlex.join(words)}"
+    return (*warnings, f"{there} was merged, or asked for, before: tags are not added, `{command}` does")
 
 
 def new_merge(

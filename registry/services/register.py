@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -403,8 +404,8 @@ def _check_words(registration: Registration) -> None:
         for key, value in words.items():
             check_word(what, key, value)
     for what, text in (("dataset", registration.dataset), ("license", registration.license)):
-        if text is not None and len(text) > _MAX_VALUE:
-            raise InvalidInput(f"the {what} has {len(text):,} characters", hint=f"at most {_MAX_VALUE:,}")
+        if text is not None:
+            _check_text(f"the {what}", text)
     for key, number in registration.metrics.items():
         check_key("metric", key)
         if not math.isfinite(number):
@@ -412,10 +413,19 @@ def _check_words(registration: Registration) -> None:
 
 
 def check_word(what: str, key: str, value: str) -> None:
-    """Raise `InvalidInput` for a tag or a parameter that MLflow would not take, or that is ours."""
+    """Raise `InvalidInput` for a tag or a parameter that MLflow would not take, or that is ours.
+
+    A key that MLflow would shorten is refused too: two of them could become one there.
+    """
     check_key(what, key)
-    if len(value) > _MAX_VALUE:
-        raise InvalidInput(f"{what} {key!r} has {len(value):,} characters", hint=f"at most {_MAX_VALUE:,}")
+    parts = key.split("/")
+    kept = [part for part in parts if part.strip(". ")]
+    if kept != parts:
+        raise InvalidInput(
+            f"{what} {key!r} has an empty part beside a slash, which MLflow leaves out",
+            hint=f"write {'/'.join(kept)!r}",
+        )
+    _check_text(f"{what} {key!r}", value)
 
 
 def check_key(what: str, key: str) -> None:
@@ -424,6 +434,20 @@ def check_key(what: str, key: str) -> None:
             f"{what} {key[:80]!r} is not allowed",
             hint="use letters, digits and ' _ . / -', at most 200; adapterctl. and mlflow. are reserved",
         )
+
+
+def _check_text(what: str, text: str) -> None:
+    if len(text) > _MAX_VALUE:
+        raise InvalidInput(f"{what} has {len(text):,} characters", hint=f"at most {_MAX_VALUE:,}")
+    for place, char in enumerate(text, start=1):
+        kind = unicodedata.category(char)
+        if kind == "Cs":  # half a character, or what Python makes of a byte that is not UTF-8
+            raise InvalidInput(f"{what} is not UTF-8 at its character {place}", hint="write it in UTF-8")
+        if kind == "Cc":
+            raise InvalidInput(
+                f"{what} has the control character {char!a} at its character {place}",
+                hint="write it in one line, without tabs",
+            )
 
 
 def _warnings(registration: Registration, facts: AdapterFacts, base: Base, *, known: bool, recalled: bool) -> list[str]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..domain.errors import InvalidInput, Refused
+from ..api import Tagged
+from ..domain.errors import InvalidInput, Refused, Unavailable
 from ..domain.version import AdapterVersion
 from ..ports import Ledger, VersionStore
 from .register import check_key, check_word
+from .views import version_view
 
 
 def tag(
@@ -22,18 +24,27 @@ def tag(
     remove: Sequence[str],
     actor: str,
     reason: str,
-) -> AdapterVersion:
+) -> Tagged:
     """Set the tags of `put` and take away those of `remove`; what stands already adds no row.
 
-    Raises `InvalidInput` for keys that are not allowed, `Refused` for a version that was removed.
+    Raises `InvalidInput` for keys and values that are not allowed, `Refused` for a version that was removed, and
+    `Unavailable` where MLflow did not follow what was recorded.
     """
     _check(put, remove)
     if version.state != "live":
         raise Refused(f"{version.label} was removed", hint="choose another version")
     with ledger.exclusive(f"tags-{version.id}"):  # of two at once, MLflow would else show what the first one says
         tagged = ledger.set_tags(version.id, put, remove, actor=actor, reason=reason)
-        versions.project_tags(tagged, [*put, *remove])
-    return tagged
+        try:
+            is_there = versions.project_tags(tagged, [*put, *remove])
+        except Unavailable as error:
+            raise Unavailable(
+                f"{error.message}; the tags of {version.label} are recorded",
+                hint="run the same command again to write them to MLflow",
+                abroad=f"{error.abroad}; the tags of {version.label} are recorded",
+            ) from error
+    lost = f"MLflow has no {version.label}: the tags are recorded, but not written there; `adapterctl doctor` tells why"
+    return Tagged(version_view(ledger, tagged), () if is_there else (lost,))
 
 
 def _check(put: Mapping[str, str], remove: Sequence[str]) -> None:

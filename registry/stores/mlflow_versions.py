@@ -255,19 +255,21 @@ class MlflowVersions:
         self._set_alias(name, stage, number)
 
     @in_our_words
-    def project_tags(self, version: AdapterVersion, keys: Sequence[str]) -> None:
+    def project_tags(self, version: AdapterVersion, keys: Sequence[str]) -> bool:
+        said, number, there = _their_tags(version.spec.tags), str(version.number), dict[str, str]()
         with missing_is_fine():
-            found = self._client.get_model_version(version.name, str(version.number))
-            if found.tags.get(VERSION_ID) != version.id:
-                return
-            for key in keys:
-                value, name = version.spec.tags.get(key), mlflow_key(key)
-                if name == BASE_TAG:  # ours, though it has no prefix
-                    continue
-                if value is not None:
-                    self._client.set_model_version_tag(version.name, found.version, name, value[:5000])
-                elif name in found.tags:
-                    self._client.delete_model_version_tag(version.name, found.version, name)
+            there = self._client.get_model_version(version.name, number).tags
+        if there.get(VERSION_ID) != version.id:
+            return False
+        for name in dict.fromkeys(map(mlflow_key, keys)):
+            if name == BASE_TAG:  # ours, though it has no prefix
+                continue
+            if name in said:
+                self._client.set_model_version_tag(version.name, number, name, said[name])
+            elif name in there:
+                with missing_is_fine():
+                    self._client.delete_model_version_tag(version.name, number, name)
+        return True
 
     @in_our_words
     def mark_recall(self, version: AdapterVersion, recalled: tuple[str, str] | None) -> None:
@@ -570,7 +572,7 @@ class MlflowVersions:
         self, spec: NewVersion, run: Run, model: LoggedModel, parents: Sequence[Parent]
     ) -> ModelVersion:
         tags = {
-            **{mlflow_key(key): value[:5000] for key, value in spec.tags.items()},
+            **_their_tags(spec.tags),
             KIND: spec.kind,
             BASE_TAG: spec.base.name,
             VERSION_ID: run.data.tags[VERSION_ID],
@@ -682,6 +684,11 @@ def _is_used(version: ModelVersion, used: Mapping[int, str]) -> bool:
     """Whether the ledger gave the number of a model version to another version."""
     own = str(version.tags[VERSION_ID])
     return used.get(int(version.version), own) != own
+
+
+def _their_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """The caller's tags as a model version has them; of several keys that are one to MLflow, the last one counts."""
+    return {mlflow_key(key): value[:5000] for key, value in tags.items()}
 
 
 def _params(spec: NewVersion) -> dict[str, str]:

@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -252,6 +253,10 @@ def test_register_refuses_a_folder_that_is_no_adapter(run: Run, tmp_path: Path):
         ["promote", "a", "--to", "v1"],
         ["jobs", "ls", "--state", "lost"],
         ["eval", "translate", "--base-dtype", "int3"],
+        ["tag", "translate", "k"],
+        ["tag", "translate", "k=1", "k=2"],
+        ["tag", "translate", "k=1", "k-"],
+        ["tag", "translate", "=1"],
     ],
     ids=" ".join,
 )
@@ -438,6 +443,39 @@ def test_an_error_of_the_database_of_mlflow_is_told_once_and_in_our_words(fresh:
     assert "error: MLflow refused: no such table: registered_model_aliases\n" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert "mlflow.store" not in failed.stderr
+
+
+def test_a_tag_that_mlflow_did_not_take_is_recorded_and_written_by_the_same_command(run: Run, pair: Path):
+    def fail(sql: str) -> None:
+        with closing(sqlite3.connect(pair / "mlflow.db")) as database, database:
+            database.execute(sql)
+
+    run("tag", "translate:v1", "draft=yes")
+    for event in ("INSERT", "UPDATE", "DELETE"):
+        fail(f"CREATE TRIGGER no_{event} BEFORE {event} ON model_version_tags BEGIN SELECT RAISE(ABORT, 'full'); END")
+
+    failed = run("tag", "translate:v1", "owner=ada", "draft-", code=1)
+
+    assert "the tags of translate:v1 are recorded" in failed.stderr
+    assert "run the same command again to write them to MLflow" in failed.stderr
+    for event in ("INSERT", "UPDATE", "DELETE"):
+        fail(f"DROP TRIGGER no_{event}")
+    again = run("tag", "translate:v1", "owner=ada", "draft-", "-o", "json")
+    assert (again.data["version"]["tags"], again.data["warnings"]) == ({"owner": "ada"}, [])
+    assert len(run("history", "translate", "-o", "json").data["events"]) == 2
+    with closing(sqlite3.connect(pair / "mlflow.db")) as database:
+        tags = dict(database.execute("SELECT key, value FROM model_version_tags WHERE name = 'translate'"))
+    assert (tags["owner"], "draft" in tags) == ("ada", False)
+
+
+def test_a_tag_of_a_version_that_was_renamed_in_mlflow_is_recorded_with_a_warning(run: Run, pair: Path):
+    client = mlflow.MlflowClient(f"sqlite:///{pair / 'mlflow.db'}")
+    client.rename_registered_model("translate", "renamed")
+
+    tagged = run("tag", "translate:v1", "owner=ada")
+
+    assert tagged.stdout == "translate:v1: owner=ada\n"
+    assert "warning: MLflow has no translate:v1: the tags are recorded, but not written there" in tagged.stderr
 
 
 def test_doctor_looks_at_the_disk_also_where_the_ledger_cannot_be_read(run: Run, pair: Path):

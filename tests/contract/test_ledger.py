@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -403,6 +404,22 @@ def test_every_move_is_one_link_of_the_adapters_chain(ledger: Ledger, add_versio
     assert verify_chain(history) == []
     assert ledger.stage_history(first.adapter_id, "staging") == []
     assert ledger.stages() == {other.adapter_id: {"production": other.id}}
+
+
+def test_a_row_of_tags_is_short_and_can_be_read_in_one_way(ledger: Ledger, add_version: AddVersion):
+    version, long = add_version(), "x" * 81
+
+    ledger.set_tags(version.id, {"a": "yes: approved", "b c": 'q"', "d": long}, [], actor="ada", reason="why")
+    ledger.set_tags(version.id, {"e": "x" * 80}, ["b c", "d", "d", "never"], actor="ada", reason="")
+    ledger.set_tags(version.id, {"a": "yes: approved"}, ["d"], actor="ada", reason="nothing new")
+
+    digest = hashlib.sha256(long.encode()).hexdigest()[:12]
+    history = ledger.stage_history(version.adapter_id)
+    assert [each.reason for each in history] == [
+        f'a="yes: approved" "b c"="q\\"" d="{"x" * 60}"…sha256:{digest}: why',
+        f'e="{"x" * 80}" "b c"- d-',
+    ]
+    assert verify_chain(history) == []
 
 
 def test_a_stage_takes_no_removed_version_and_none_of_another_adapter(ledger: Ledger, add_version: AddVersion):

@@ -602,15 +602,19 @@ def test_tags_are_set_and_removed_with_a_row_of_the_history(registry: RegistryAP
     first = registry.tag(ref(version), put={"owner": "ada", "draft": "no"}, remove=["team"], reason="read it")
     again = registry.tag(ref(version), put={"owner": "ada"}, remove=["team"])
 
-    assert first.tags == again.tags == registry.version(ref(version)).tags == {"draft": "no", "owner": "ada"}
+    assert (first.warnings, again.warnings) == ((), ())
+    assert first.version.tags == again.version.tags == {"draft": "no", "owner": "ada"}
+    assert registry.version(ref(version)).tags == first.version.tags
     history = registry.history(version.name, verify=True)
     assert [(row.action, row.ref, row.reason) for row in history.events] == [
-        ("tag", version.ref, "owner=ada draft=no team-: read it")
+        ("tag", version.ref, 'owner="ada" draft="no" team-: read it')
     ]
     assert history.events[0].actor
     assert history.findings == ()
     with pytest.raises(InvalidInput, match="is not allowed"):
         registry.tag(ref(version), put={"adapterctl.key": "x"})
+    with pytest.raises(InvalidInput, match=r"tag 'a' has the control character '\\n' at its character 2"):
+        registry.tag(ref(version), put={"a": "b\n"})
     with pytest.raises(InvalidInput, match="is not allowed"):
         registry.tag(ref(version), put={}, remove=["mlflow.note.content"])
     with pytest.raises(InvalidInput, match="to be set and removed at once"):
@@ -631,6 +635,8 @@ def test_a_merge_is_tagged_when_it_is_made_and_not_when_it_is_there(registry: Re
     assert again.version.tags == {"owner": "ada"}
     (warning,) = [each for each in again.warnings if "tags" in each]
     assert "tags are not added, `adapterctl tag REF owner=bob` does" in warning
+    same = registry.merge(MergeRequest(parents, into="tagged", method="cat", tags={"owner": "ada"}))
+    assert [each for each in same.warnings if "tags" in each] == []
     with pytest.raises(InvalidInput, match="is not allowed"):
         registry.merge(MergeRequest(parents, into="tagged", tags={"mlflow.user": "x"}))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,34 @@ def test_a_suite_that_is_missing_is_noticed_though_the_recipe_exists(two_parents
 
     with pytest.raises(NotFound):
         two_parents.merge(replace(LOSSY, suites=("no-such-suite.yaml",)))
+
+
+def test_tags_that_a_live_job_will_give_are_not_told_as_lost(two_parents: LocalRegistry):
+    tagged = replace(LOSSY, into="tagged", tags={"owner": "ada", "note": "two words"})
+    (first,) = request_merges(two_parents.ledger, [("ada", tagged)])  # nobody is rung for
+
+    (same,) = request_merges(two_parents.ledger, [("ada", tagged)])
+    (other,) = request_merges(two_parents.ledger, [("bob", replace(tagged, tags={"owner": "ada", "note": "it's"}))])
+
+    two_parents.ledger.request_cancel(first.job.id)
+    lost = [[each for each in answer.warnings if "tags" in each] for answer in (first, same, other)]
+    command = "adapterctl tag REF 'note=it'\"'\"'s'"
+    told = f"tagged was merged, or asked for, before: tags are not added, `{command}` does"
+    assert lost == [[], [], [told]]
+
+
+def test_lost_tags_are_told_once_though_suites_are_asked_for(two_parents: LocalRegistry, tmp_path: Path):
+    merged(two_parents, LOSSY)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "target": " b"}\n')
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("name: s\ntasks: [{name: t, data: rows.jsonl, metrics: [nll]}]\n")
+    asked = [("ada", replace(LOSSY, tags={"owner": "ada"}, suites=(str(suite),)))]
+
+    answers = [*request_merges(two_parents.ledger, asked), *request_merges(two_parents.ledger, asked)]
+
+    two_parents.ledger.request_cancel(answers[0].job.id)
+    assert [answer.deduplicated for answer in answers] == [False, True]
+    assert [len([each for each in answer.warnings if "tags" in each]) for answer in answers] == [1, 1]
 
 
 def test_a_merge_of_one_adapter_with_itself_needs_a_name(two_parents: LocalRegistry):

@@ -167,6 +167,13 @@ def test_a_base_that_differs_from_the_config_and_a_name_in_the_keys_are_said(tak
         {"tags": {"adapterctl.key": "x"}},
         {"params": {"a\u202eb": "x"}},
         {"params": {"a": "x" * 6000}},
+        {"params": {"a": "two\nlines"}},
+        {"params": {"a//b": "x"}},
+        {"tags": {"a": "\udcff"}},
+        {"tags": {"a": "nul\0"}},
+        {"tags": {"a/..": "x"}},
+        {"dataset": "\udcff"},
+        {"license": "mit\x7f"},
         {"base": "a\nb"},
         {"base": ""},
     ],
@@ -360,6 +367,20 @@ def test_words_that_mlflow_has_no_room_for_are_refused_first(take, tmp_path: Pat
         take(write_tiny_adapter(tmp_path / "a"), **{what: "x" * 100_000})
 
     assert sql_ledger.adapter_names() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"tags": {"a": "b", "k": "so\udcff"}}, "tag 'k' is not UTF-8 at its character 3"),
+        ({"params": {"lr": "1\t2"}}, r"parameter 'lr' has the control character '\\t' at its character 2"),
+        ({"dataset": "\0"}, r"the dataset has the control character '\\x00' at its character 1"),
+        ({"tags": {"a//b/": "1"}}, "tag 'a//b/' has an empty part beside a slash"),
+    ],
+)
+def test_a_refused_word_is_named_with_its_place(take, tmp_path: Path, words: dict[str, Any], message: str):
+    with pytest.raises(InvalidInput, match=message):
+        take(write_tiny_adapter(tmp_path / "a"), **words)
 
 
 @pytest.mark.parametrize(

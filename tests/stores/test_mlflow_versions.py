@@ -57,8 +57,21 @@ def test_tags_are_tags_of_the_model_version(shelf):
 
     assert (born["team"], born["base_model"]) == ("mt", version.spec.base.name)
     assert {**born, "owner": "ada"} == {**after, "team": "mt"}
-    shelf.store.project_tags(replace(tagged, id="another"), ["owner"])
+    assert not shelf.store.project_tags(replace(tagged, id="another"), ["owner"])
+    assert not shelf.store.project_tags(replace(tagged, spec=replace(tagged.spec, adapter="renamed")), ["owner"])
     assert shelf.client.get_model_version("translate", "1").tags == after
+
+
+def test_a_tag_of_mlflow_stays_while_a_key_that_becomes_it_stays(shelf):
+    version = shelf.put("translate", "w", tags={"a/b": "1", "a//b": "2"})
+
+    def left(tags: dict[str, str], changed: str) -> str | None:
+        assert shelf.store.project_tags(replace(version, spec=replace(version.spec, tags=tags)), [changed])
+        return shelf.client.get_model_version("translate", "1").tags.get("a/b")
+
+    assert left({"a/b": "1", "a//b": "2"}, "a/b") == "2"
+    assert left({"a/b": "1"}, "a//b") == "1"
+    assert left({}, "a/b") is None
 
 
 def test_a_merge_run_has_its_parents_as_inputs_and_the_child_as_output(shared):

@@ -6,6 +6,7 @@ values that no query looks into are JSON text (`registry/wire.py`).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -573,8 +574,8 @@ class SqlLedger(JobRows, WorkerRows):
             if after != before:
                 changed = {"tags": wire.to_json(after)}
                 connection.execute(update(version).where(version.c.id == version_id).values(changed))
-                words = [f"{key}={value}" for key, value in put.items() if before.get(key) != value]
-                words += [f"{key}-" for key in remove if key in before]
+                words = [f"{_quoted_key(k)}={_quoted_value(v)}" for k, v in put.items() if before.get(k) != v]
+                words += [f"{_quoted_key(key)}-" for key in dict.fromkeys(remove) if key in before]
                 said = f"{' '.join(words)}: {reason}" if reason else " ".join(words)
                 _append_event(connection, adapter_id, "", "tag", version_id=version_id, actor=actor, reason=said)
         return self._existing_version(version_id)
@@ -620,6 +621,17 @@ class SqlLedger(JobRows, WorkerRows):
             found = _gate_file(connection)
         assert found is not None
         return found
+
+
+def _quoted_key(key: str) -> str:
+    return wire.to_json(key) if " " in key else key
+
+
+def _quoted_value(value: str) -> str:
+    """As a JSON string, so that it ends where it ends; of a long one the beginning and a digest of the whole."""
+    if len(value) <= 80:
+        return wire.to_json(value)
+    return f"{wire.to_json(value[:60])}…sha256:{hashlib.sha256(value.encode()).hexdigest()[:12]}"
 
 
 # bases
