@@ -19,8 +19,8 @@ Array = npt.NDArray[np.float64]
 
 #: A norm from Gram matrices is the root of a sum that cancels. float64 leaves about this much of the norms that cancel.
 GRAM_FLOOR = 1e-7
-#: What float32 leaves.
-GRAM_FLOOR_32 = 3e-4
+#: What float32 leaves, whose elements are off by 1.5e-6 of the norms where values are equal or few of them rule.
+GRAM_FLOOR_32 = 2e-3
 #: Below this smallest pivot the Cholesky root of a matrix of unit diagonal has lost half of float64.
 MIN_PIVOT = 1e-5
 #: A direction with less than this share of the largest eigenvalue is rounding, not signal (float64 leaves 1e-16 * R).

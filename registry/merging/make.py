@@ -35,7 +35,8 @@ from .tensors import Written
 #: Where the parts of a sum are together so many times its size, they cancel, and float32 Grams are not enough: the
 #: error of `svd` is within 1e-6 of the least up to here, and 1e-3 above it at ten times this (random gauges).
 LARGE_PARTS = 16
-#: The smallest float32 of full precision: what a product or a sum below it may lose.
+#: A product or a sum may lose what is below the smallest float32 of full precision: so much of a norm at most.
+LOST_32 = 3e-4
 TINY_32 = float(np.finfo(np.float32).tiny)
 UNIT_32, UNIT_64 = (float(np.finfo(dtype).eps) / 2 for dtype in (np.float32, np.float64))
 
@@ -161,7 +162,7 @@ def _float32_does(grams: Grams, stack: Stack) -> bool:
         return False
     of_a, of_b = (float(np.abs(grams.c) @ np.sqrt(square.diagonal())) ** 2 for square in (grams.a, grams.b))
     lost: float = TINY_32 * (stack.a.shape[1] * of_b + len(stack.b) * of_a)
-    return lost <= GRAM_FLOOR_32**2 * squared
+    return lost <= LOST_32**2 * squared
 
 
 def _maps(method: MethodSpec, grams: Grams, recipe: Recipe) -> Maps:

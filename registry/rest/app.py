@@ -179,11 +179,11 @@ class _Asked:
     def wait(self, seconds: float) -> None:
         """Raises what asking raised, or `Unavailable` where it takes longer."""
         with self._lock:
+            answer = self._answer or Future()
             if self._answer is None:
-                self._answer = Future()
                 # a daemon: a server whose database is frozen can still be stopped
-                Thread(target=self._run, args=[self._answer], daemon=True).start()
-            answer = self._answer
+                Thread(target=self._run, args=[answer], daemon=True).start()
+                self._answer = answer
         try:
             answer.result(seconds)
         except TimeoutError as error:

@@ -70,10 +70,12 @@ class Desk:
     def _serve(self, together: Sequence[_Caller], loop: asyncio.AbstractEventLoop) -> None:
         """In a thread."""
         answers = self._ask([each.asks for each in together])
-        loop.call_soon_threadsafe(_hand_out, together, answers)
-        for answer in answers:
-            if isinstance(answer, Submitted) and answer.job is not None:
-                self._ring(answer.job.id)
+        try:
+            loop.call_soon_threadsafe(_hand_out, together, answers)
+        finally:  # also where the server has ended: what is committed is to be worked on
+            for answer in answers:
+                if isinstance(answer, Submitted) and answer.job is not None:
+                    self._ring(answer.job.id)
 
     def _ask(self, together: Sequence[tuple[str, MergeRequest]]) -> list[Submitted | Exception]:
         """In a thread. Where they do not succeed together each is tried alone, as long as the ledger answers."""

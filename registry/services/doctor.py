@@ -102,7 +102,7 @@ def _mlflow(
     rules: Rules,
     adoption: Callable[[], Adoption] | None,
 ) -> Iterator[Check]:
-    if settings.database_url is None and not ledger.has_versions():
+    if settings.database_url is None and not ledger.has_versions() and not (settings.home / "mlflow.db").exists():
         # to open it would make it, and looking makes nothing
         yield Check("mlflow", "ok", f"mlflow {version('mlflow')}; its database is made with the first version")
         return

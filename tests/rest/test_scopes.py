@@ -13,7 +13,7 @@ from tiny import write_tiny_adapter
 
 from adapterctl.registry.domain.access import Scope, new_secret
 from adapterctl.registry.domain.errors import NotAllowed
-from adapterctl.registry.rest.mlflow_rules import needed_scope
+from adapterctl.registry.rest.mlflow_rules import names_ours, needed_scope
 from adapterctl.registry.rest.pages import router as pages
 from adapterctl.registry.rest.routes import router
 
@@ -333,6 +333,16 @@ def test_a_token_that_is_limited_to_names_stops_only_its_own_jobs(served: Any, v
 )
 def test_mlflows_requests_need_a_scope_of_ours(request_line: str, scope: str | None):
     assert needed_scope(*request_line.split(" ")) == (Scope(scope) if scope else None)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 400, 200_000])
+def test_a_key_of_ours_is_found_behind_whatever_is_nested(depth: int):
+    nested = f'{{"junk": {"[" * depth}{"]" * depth}, "tags": [{{"key": "adapterctl.key", "value": "x"}}]}}'
+
+    assert names_ours(nested.replace('"junk": ,', "").encode())
+    assert names_ours(json.dumps('{"tags": [{"key": "adapterctl.key"}]}').encode())
+    for fine in (b"", b"[", b"{}", b'{"key": "mine", "value": "adapterctl.key"}', b'{"tags": [[{"key": 1}]]}'):
+        assert not names_ours(fine)
 
 
 def test_whatever_changes_mlflow_needs_more_than_read():

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import closing
+from pathlib import Path
+
 import pytest
 
+from adapterctl.bootstrap import connect
 from adapterctl.registry.domain.refs import parse_ref
 from adapterctl.registry.services.local import LocalRegistry
+from adapterctl.registry.settings import Settings
 
 
 def told(registry: LocalRegistry) -> list[tuple[str, str]]:
@@ -51,3 +57,15 @@ def test_every_deed_behind_our_back_is_seen(two_parents: LocalRegistry, client):
     )
     two_parents.remove(parse_ref("translate:v1"), reason="gone anyway")
     assert told(two_parents) == [("deleted", "chat:v1 is gone from MLflow")]
+
+
+def test_a_database_of_another_registry_is_told_before_anything_is_registered(two_parents: LocalRegistry, home: Path):
+    """As where the ledger was lost and MLflow was not."""
+    shutil.copy(two_parents.settings.home / "mlflow.db", home / "mlflow.db")
+
+    registry = connect(Settings(home=home, actor="ada"))
+    with closing(registry.ledger):
+        found = [check for check in registry.doctor() if check.name == "mlflow"]
+
+    assert [check.status for check in found] == ["error"]
+    assert "belongs to registry" in found[0].detail

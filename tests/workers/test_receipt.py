@@ -355,6 +355,26 @@ def failures(folders: list[Path], out: Path, **ask: object) -> set[str]:
     return set()
 
 
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("size", [1e-3, 3e-4, 1e-4])
+@pytest.mark.parametrize("common", ["equal", "signs"])
+def test_columns_that_are_nearly_one_raise_no_false_alarm(tmp_path: Path, dtype: str, size: float, common: str):
+    """Sums of equal values in float32 all round the same way, and what tells such columns apart is smaller."""
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        parents = []
+        for which in range(2):
+            a = random.uniform(-1, 1, size=(8, 256)) / 16
+            one = np.ones(256) if common == "equal" else np.sign(random.normal(size=256))
+            b = np.outer(one, np.ones(8)) + size * random.normal(size=(256, 8))
+            folder = tmp_path / f"p{seed}-{which}"
+            parents.append(write_factors(folder, {"m": (a, b / 10)}, dtype="F32", scaling=2.0))
+
+        proven = run_merge(parents, tmp_path / f"out-{seed}", method="svd", rank=8, weights=(0.5, 0.5), dtype=dtype)
+
+        assert proven is not None
+
+
 @pytest.mark.parametrize(("weight", "scaling"), [(1e-5, 1.0), (1e-3, 1e-3)])
 def test_weights_that_leave_the_range_of_float16_are_refused_with_the_way_out(
     tmp_path: Path, weight: float, scaling: float
