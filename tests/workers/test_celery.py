@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Fleet:
     folder: Path
     workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     asked: int = 0
+    held: list[int] = field(default_factory=list)
 
     def start(self, name: str) -> None:
         settings = replace(self.settings, home=self.folder / name)
@@ -51,6 +53,7 @@ class Fleet:
         """Stop the child of the job; returns the pool process and the main process of its worker."""
         child = wait_for(lambda: _child_of(self.registry.job(job.id)))
         os.kill(child, signal.SIGSTOP)
+        self.held.append(child)
         pool = int(str(self.registry.job(job.id).owner).rpartition(":")[2])
         return pool, _parent_of(pool)
 
@@ -86,6 +89,9 @@ def fleet(
         worker.terminate()
     for worker in fleet.workers.values():
         worker.wait(60)
+    for child in fleet.held:  # one whose supervisor was killed stands still for ever
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
     registry.ledger.close()
 
 
