@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import typer
+
 from ..registry.domain.errors import InvalidInput
 from ..registry.domain.refs import ParentRef, check_name, parse_parent
 
@@ -27,6 +29,14 @@ def pairs(texts: Iterable[str], *, option: str) -> dict[str, str]:
             raise InvalidInput(f"{option} gives {key!r} twice: {found[key]!r} and {value!r}", hint="keep one of them")
         found[key] = value
     return found
+
+
+def in_utf8(text: str) -> str:
+    """For an option whose text is kept. Bytes that are no UTF-8 reach us as half characters, which nothing stores."""
+    for place, char in enumerate(text, start=1):
+        if "\ud800" <= char <= "\udfff":
+            raise typer.BadParameter(f"it is not UTF-8 at its character {place}")
+    return text
 
 
 def metrics(texts: Iterable[str]) -> dict[str, float]:

@@ -216,7 +216,7 @@ def pull(
 def rm(
     session: Session,
     ref: RefArgument,
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept.")] = "",
+    reason: Annotated[str, typer.Option(metavar="TEXT", callback=parse.in_utf8, help="Why; it is kept.")] = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove a version that nothing descends from.

@@ -27,7 +27,7 @@ GROUP = "Evaluation and stages"
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter.", autocompletion=complete_names)]
 Stage = Annotated[str, typer.Option(metavar="STAGE", help="The stage.", autocompletion=complete_stages)]
-Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept in the history.")]
+Reason = Annotated[str, typer.Option(metavar="TEXT", callback=parse.in_utf8, help="Why; it is kept in the history.")]
 Force = Annotated[bool, typer.Option("--force", help="Though the gate refuses; needs a reason.")]
 
 
@@ -189,7 +189,9 @@ def _tell(session: Session, found: HistoryView, *, compared: bool) -> None:
 def recall(
     session: Session,
     ref: Annotated[str, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)],
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; everyone who meets the version reads it.")],
+    reason: Annotated[
+        str, typer.Option(metavar="TEXT", callback=parse.in_utf8, help="Why; everyone who meets the version reads it.")
+    ],
     undo: Annotated[bool, typer.Option("--undo", help="Take the recall back.")] = False,
 ) -> None:
     """Recall a version and all that is made of it.

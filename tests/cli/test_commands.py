@@ -257,6 +257,10 @@ def test_register_refuses_a_folder_that_is_no_adapter(run: Run, tmp_path: Path):
         ["tag", "translate", "k=1", "k=2"],
         ["tag", "translate", "k=1", "k-"],
         ["tag", "translate", "=1"],
+        ["tag", "translate", "k=\udcff"],
+        ["tag", "translate", "k=1", "--reason", "a\udcff"],
+        ["recall", "translate", "--reason", "\udcff"],
+        ["rm", "translate", "--yes", "--reason", "\udcff"],
     ],
     ids=" ".join,
 )
