@@ -4,14 +4,13 @@ The error is measured against the exact weighted sum without forming it: with th
 of the parents' at coefficient -1, the norm of the difference is one more norm from Gram matrices, in float64. A norm
 alone hides much: of 256 directions one may be missing, and the distance from the sum hardly changes. The same matrices
 therefore hold every row of A' and every column of B' against the parents and against what was promised for it, each to
-one rounding to the output type, whatever the rank; and every tensor has to have the CRC-32 of the bytes that went out.
+one rounding to the output type, whatever the rank; and every tensor has to have the checksum of what went out.
 """
 
 from __future__ import annotations
 
 import math
 import platform
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -44,7 +43,7 @@ from ..registry.merging.make import Outcome, Parts
 from ..registry.merging.method import find_method
 from ..registry.merging.pairs import Meeting, meet, pairs
 from ..registry.merging.stack import Stack, load_stack
-from ..registry.merging.tensors import TensorReader
+from ..registry.merging.tensors import TensorReader, checksum
 from .engine import CONFIG_FILE, WEIGHTS_FILE, Stop, for_each_module, never
 
 #: Relative and absolute rounding error of one stored value (unit roundoff, half of the smallest subnormal number).
@@ -380,7 +379,7 @@ def _byte_problems(child: LoraModule, outcome: Outcome, reader: TensorReader) ->
     return [
         Problem("bytes_differ", f"{was.key} does not read back as it was written: check disk and memory")
         for was in outcome.written
-        if zlib.crc32(reader.raw(entries[was.key])[: was.size]) != was.crc
+        if checksum(reader.raw(entries[was.key])[: was.size]) != was.checksum
     ]
 
 

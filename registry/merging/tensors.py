@@ -216,11 +216,11 @@ def _norm(module: LoraModule, a: Array, b: Array) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What went to the disk: so many bytes of tensor `key`, and their CRC-32."""
+    """What went to the disk: so many bytes of tensor `key`, and their `checksum`."""
 
     key: str
     size: int
-    crc: int
+    checksum: int
 
 
 class TensorWriter:
@@ -285,11 +285,22 @@ class TensorWriter:
         if self._waiting >= WRITEBACK_BYTES:
             self._waiting = 0
             _begin_writeback(self._descriptor)
-        return Written(key, len(view), zlib.crc32(view))
+        return Written(key, len(view), checksum(view))
 
     def _discard(self) -> None:
         os.close(self._descriptor)
         self._partial.unlink(missing_ok=True)
+
+
+def checksum(data: memoryview) -> int:
+    """The CRC-32 of 256 sums of 64-bit words: one changed word anywhere, or a part that is missing, gives another one.
+
+    It takes a fifth of the time that the CRC-32 of all bytes takes. Pieces of 2 KiB in another order give the same; no
+    disk does that, and the proof sees it in its rows and columns.
+    """
+    whole = len(data) - len(data) % (256 * 8)
+    sums = np.frombuffer(data[:whole], "<u8").reshape(-1, 256).sum(axis=0, dtype=np.uint64)
+    return zlib.crc32(data[whole:], zlib.crc32(sums.tobytes()))
 
 
 def file_size(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> int:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import adapterctl.registry.merging.tensors as tensors_module
 from adapterctl.registry.domain.errors import Unavailable
 from adapterctl.registry.domain.header import read_header
-from adapterctl.registry.merging.tensors import TensorWriter, encode
+from adapterctl.registry.merging.tensors import TensorWriter, checksum, encode
 
 TENSORS = [("x", "F32", (3, 4)), ("y", "BF16", (5,)), ("z", "F16", (2, 1, 2))]
 
@@ -120,3 +120,17 @@ def test_rounding_is_to_nearest_with_ties_to_even_as_in_torch(dtype: str, torch_
 
     theirs = torch.from_numpy(values).to(torch_type).view(torch.int16).numpy()
     assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [1, 7, 2047, 2048, 2049, 10_000])
+def test_one_changed_byte_anywhere_changes_the_checksum(size: int):
+    data = bytearray(np.random.default_rng(size).bytes(size))
+    before = checksum(memoryview(data))
+
+    for place in {0, size // 2, size - 1, min(2047, size - 1)}:
+        for bit in (1, 128):
+            data[place] ^= bit
+            assert checksum(memoryview(data)) != before
+            data[place] ^= bit
+    assert checksum(memoryview(data)) == before
+    assert checksum(memoryview(data)[: size - 1]) != before
