@@ -15,8 +15,9 @@ Open = Callable[..., Any]
 _RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    """Of one module: as long as Playwright is there, its event loop runs, and no other test could run one."""
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("NO CHROMIUM: pages are not tested here; `apt-get install chromium` brings it")
