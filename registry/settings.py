@@ -18,6 +18,8 @@ from .domain.errors import Misconfigured
 from .domain.worker import GPU_QUEUE
 
 PROJECT_FILE = "adapterctl.toml"
+#: In the home of an embedded registry.
+MLFLOW_DATABASE = "mlflow.db"
 #: Settings that lead away from the registry in a home.
 ELSEWHERE = ("server", "token", "database_url", "broker_url")
 

@@ -12,9 +12,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from fnmatch import fnmatchcase
 
 from .errors import InvalidInput, NotAllowed
+from .refs import is_like
 
 TOKEN_PREFIX = "actl_"
 EVERY_NAME = ("*",)
@@ -80,7 +80,7 @@ class Caller:
         """Raise `NotAllowed` unless every adapter is one that the token may change; no adapter stands for all."""
         if EVERY_NAME[0] in self.names:
             return
-        refused = [name for name in adapters if not any(fnmatchcase(name, glob) for glob in self.names)]
+        refused = [name for name in adapters if not is_like(name, self.names)]
         if refused or not adapters:
             raise NotAllowed(
                 f"{self.name} may change {', '.join(self.names)} only"

@@ -7,7 +7,7 @@ metrics.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import InvalidInput
@@ -45,6 +45,11 @@ def stored_dtype(config: Mapping[str, Any]) -> str | None:
     if found.get("load_in_8bit"):
         return "int8"
     return re.sub(r"[^a-z0-9_-]", "", str(found.get("quant_method", "")).lower())[:20] or "quantised"
+
+
+def full_first(dtypes: Iterable[str]) -> list[str]:
+    """In the order in which figures of several are told, and the first of them counts where none is named."""
+    return sorted(dtypes, key=lambda dtype: (dtype != FULL, dtype))
 
 
 def marked(metric: str, dtype: str) -> str:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from .errors import InvalidInput, Problem, raise_all
 from .evals import CONFIDENCE
 from .fields import Fields, kind_of
-from .refs import check_alias
+from .refs import check_alias, is_like
 
 GATE_KEYS = ("stage", "adapters", "require", "receipt", "fresh", "evaluated_here", "tags", "license")
 ASKING = frozenset(GATE_KEYS) - {"stage", "adapters"}
@@ -96,7 +95,7 @@ class Gate:
     conditions: tuple[Condition, ...]
 
     def concerns(self, adapter: str, stage: str) -> bool:
-        return stage == self.stage and any(fnmatchcase(adapter, glob) for glob in self.adapters)
+        return stage == self.stage and is_like(adapter, self.adapters)
 
 
 #: Holds for every stage, whatever the gates say, and cannot be forced.

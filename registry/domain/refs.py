@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from .errors import InvalidInput
@@ -86,6 +87,16 @@ def check_alias(alias: str) -> str:
     return alias
 
 
+def is_below(path: str) -> bool:
+    """Whether a relative path of plain parts leads below the folder that it is joined to, whatever lies there."""
+    return not {"", ".", ".."} & set(path.split("/"))
+
+
+def is_like(name: str, globs: Iterable[str]) -> bool:
+    """Whether the name of an adapter is like one of the globs."""
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
 def first_few(names: Sequence[str], most: int = 5) -> str:
     """`a, b, c, d, e and 2 more`: names in a line that is read, of which there may be thousands."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -129,7 +140,7 @@ def parse_source(text: str) -> Source:
     if text.startswith("runs:/"):
         location = text.removeprefix("runs:/").strip("/")
         # MLflow reads the path as the end of a URI, where %2e%2e leads upwards too
-        if "/" not in location or _NOT_IN_A_PATH.search(location) or {"", ".", ".."} & set(location.split("/")):
+        if "/" not in location or _NOT_IN_A_PATH.search(location) or not is_below(location):
             raise InvalidInput(
                 f"{text!r} is not an artifact of a run", hint="write runs:/RUN_ID/PATH, without any of . .. % ? # \\"
             )

@@ -17,7 +17,7 @@ from ..domain.errors import AdapterctlError, NotFound, Unavailable
 from ..domain.job import JobState
 from ..domain.worker import QUEUES, Worker, served
 from ..ports import Doorbell, Ledger, VersionStore
-from ..settings import Settings
+from ..settings import MLFLOW_DATABASE, Settings
 from .drift import Rules, check_not_emptied, differences
 from .reconcile import Adoption
 
@@ -102,7 +102,7 @@ def _mlflow(
     rules: Rules,
     adoption: Callable[[], Adoption] | None,
 ) -> Iterator[Check]:
-    if settings.database_url is None and not ledger.has_versions() and not (settings.home / "mlflow.db").exists():
+    if settings.database_url is None and not ledger.has_versions() and not (settings.home / MLFLOW_DATABASE).exists():
         # to open it would make it, and looking makes nothing
         yield Check("mlflow", "ok", f"mlflow {version('mlflow')}; its database is made with the first version")
         return

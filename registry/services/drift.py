@@ -65,7 +65,7 @@ def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str], rule
     doubles = store.doubles(everything)
     names = {version.adapter_id: version.name for version in everything}
     ours = _by_adapter(seen, names)
-    by_adapter = _grouped(live)
+    by_adapter = grouped(live)
     missing = list(_look_again(store, ours, by_adapter, names))
     lost = store.without_run(missing)
     if lost:
@@ -88,7 +88,7 @@ def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str], rule
         yield from _versions(model, versions, known, doubled, holds, explained)
         yield from _stages(store, model, versions, known, holds, stages)
         yield from _descriptions(model, versions, parents)
-    for adapter_id, tombstones in _grouped(everything).items():
+    for adapter_id, tombstones in grouped(everything).items():
         model = ours.get(adapter_id)
         if model is not None and model.name != names[adapter_id]:
             yield _renamed(model, tombstones, rules)
@@ -97,7 +97,8 @@ def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str], rule
     yield from _strangers(seen, ours, set(names))
 
 
-def _grouped(versions: Sequence[AdapterVersion]) -> dict[str, list[AdapterVersion]]:
+def grouped(versions: Sequence[AdapterVersion]) -> dict[str, list[AdapterVersion]]:
+    """By the id of their adapter."""
     found: dict[str, list[AdapterVersion]] = {}
     for version in versions:
         found.setdefault(version.adapter_id, []).append(version)

@@ -8,19 +8,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ..api import GateCheck, GatesView
 from ..domain.access import Scope, Token
-from ..domain.base_dtype import FULL, marked
+from ..domain.base_dtype import full_first, marked
 from ..domain.digest import canonical_json, json_digest
 from ..domain.errors import GateRefused, InvalidInput, NotFound, Problem, raise_all
 from ..domain.eval_plan import report_key
 from ..domain.evals import BEHAVIOUR, HERE, MEASURES, EvalReport, spread
 from ..domain.gate import Condition, Kind, check_gates, conditions_for
-from ..domain.refs import first_few
+from ..domain.refs import first_few, is_like
 from ..domain.stage import approvals
 from ..domain.suite import Suite
 from ..domain.verdict import Decision, Evidence, Figure, Receipt, Retained, decide, record_digest
@@ -82,7 +81,7 @@ def changed_by_name(ledger: Ledger, tokens: Sequence[Token], former: str, name: 
     now = ledger.now()
     for token in tokens:
         ended = token.revoked_at is not None or (token.expires_at is not None and token.expires_at <= now)
-        could, can = (any(fnmatchcase(each, glob) for glob in token.names) for each in (former, name))
+        could, can = (is_like(each, token.names) for each in (former, name))
         if could != can and not ended and token.scope.covers(Scope.MERGE):
             changed.append(f"the token {token.name} may {'change it' if can else 'no longer change it'}")
     return changed
@@ -184,8 +183,7 @@ def _current(reports: Sequence[EvalReport], suites: Iterable[str], conditions: S
     found = []
     for suite in suites:
         ours = [report for report in reversed(reports) if report.suite_digest == suite]
-        dtypes = sorted({report.dtype for report in ours}, key=lambda dtype: (dtype != FULL, dtype))
-        for place, dtype in enumerate(dtypes):
+        for place, dtype in enumerate(full_first({report.dtype for report in ours})):
             if place == 0 or any(name.endswith(marked("", dtype)) for name in named):
                 found.append(max((r for r in ours if r.dtype == dtype), key=_samples))
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..domain.digest import file_digest
 from ..domain.errors import Conflict, Corrupt, Unavailable
+from ..domain.refs import is_below
 from ..domain.version import AdapterVersion, FileRecord
 
 
@@ -37,7 +38,7 @@ def pull(label: str, files: Sequence[FileRecord], target: Path, fetch: Callable[
 
     `fetch` writes one file to a path. All are verified before the folder gets its name; a failure leaves nothing.
     """
-    outside = [record.path for record in files if not _is_below(record.path)]
+    outside = [record.path for record in files if not is_below(record.path)]
     if outside:
         raise Corrupt(
             f"{label} lists {outside[0]!r}, which is no file below its folder", hint="do not trust its server"
@@ -64,11 +65,6 @@ def pull(label: str, files: Sequence[FileRecord], target: Path, fetch: Callable[
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_below(path: str) -> bool:
-    """Whether a path leads below the folder that it is joined to."""
-    return not path.startswith("/") and not {"", ".", ".."} & set(path.split("/"))
 
 
 def _check(label: str, files: Sequence[FileRecord], folder: Path) -> None:

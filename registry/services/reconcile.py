@@ -22,7 +22,7 @@ from ..domain.job import LIVE
 from ..domain.refs import check_name, first_few
 from ..domain.version import AdapterVersion, NewVersion, VersionSpec
 from ..ports import Ledger, Parent, VersionStore
-from .drift import Difference, Rules, differences
+from .drift import Difference, Rules, differences, grouped
 from .promote import Stages
 from .register import tell_parents
 from .views import recall_views
@@ -119,11 +119,8 @@ class Adoption:
             raise Refused("; ".join(error.message for error in held), hint=difference.check.hint)
 
     def _accept_lost(self, difference: Difference) -> Iterator[str]:
-        by_adapter: dict[str, list[AdapterVersion]] = {}
-        for version in difference.versions:
-            by_adapter.setdefault(version.adapter_id, []).append(version)
         held = []
-        for versions in by_adapter.values():
+        for versions in grouped(difference.versions).values():
             try:
                 yield from self._accept_deleted(replace(difference, versions=tuple(versions)))
             except Refused as error:

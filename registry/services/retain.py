@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..api import RetentionRow, RetentionView
-from ..domain.base_dtype import FULL, marked
+from ..domain.base_dtype import full_first, marked
 from ..domain.eval_plan import BASE
 from ..domain.evals import (
     CONFIDENCE,
@@ -185,8 +185,7 @@ def _compare(found: Sequence[dict[Setting, EvalReport]], dtype: str | None) -> l
             continue
         if before is None or sum(setting.samples) > sum(Setting.of(before[-1]).samples):
             best[setting.dtype] = shared
-    order = sorted(best, key=lambda dtype: (dtype != FULL, dtype))
-    return [_Compared(base, tuple(parents), child) for base, *parents, child in (best[dtype] for dtype in order)]
+    return [_Compared(base, tuple(parents), child) for base, *parents, child in map(best.__getitem__, full_first(best))]
 
 
 def _rows(

@@ -20,6 +20,7 @@ from typing import Literal, ParamSpec, TypeVar
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..domain.errors import Corrupt, Misconfigured, NotAllowed, NotFound, Unavailable
+from ..settings import MLFLOW_DATABASE
 from .mlflow_server import ENVIRONMENT, artifact_root, client_uri, embedded_uri
 
 for _name, _value in ENVIRONMENT.items():  # read by MLflow while it is imported
@@ -31,7 +32,6 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: E402
 
-DATABASE = "mlflow.db"
 EXPERIMENT = "adapters"
 REGISTRY_ID = "adapterctl.registry_id"
 ADAPTER_ID = "adapterctl.adapter_id"
@@ -123,7 +123,7 @@ def make_database(home: Path) -> None:
     It takes MLflow seconds and dozens of migrations, one after the other; whoever is killed in between would leave a
     database that MLflow can neither use nor go on with. So it gets its name when it is complete.
     """
-    database, unfinished = home / DATABASE, home / f"{DATABASE}.unfinished"
+    database, unfinished = home / MLFLOW_DATABASE, home / f"{MLFLOW_DATABASE}.unfinished"
     if database.exists() or not os.access(home, os.W_OK):
         return
     unfinished.unlink(missing_ok=True)
@@ -155,7 +155,7 @@ class Mlflow:
     def __init__(self, tracking_uri: str | None, home: Path, registry_id: str, artifacts: str | None = None) -> None:
         self.uri = client_uri(tracking_uri or embedded_uri(home))
         if self.uri == embedded_uri(home):
-            _check_can_open(home / DATABASE)
+            _check_can_open(home / MLFLOW_DATABASE)
         self.client = _connect(self.uri)
         self._artifacts = artifacts or artifact_root(home)
         self._registry_id = registry_id

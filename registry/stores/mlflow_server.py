@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..settings import Settings
+from ..settings import MLFLOW_DATABASE, Settings
 
 #: For every process of ours that imports MLflow; each only where the variable is not set.
 ENVIRONMENT: Mapping[str, str] = {
@@ -34,7 +34,7 @@ POSTGRES = ("postgresql", "postgres")
 
 def embedded_uri(home: Path) -> str:
     """MLflow's tracking and registry address of the embedded registry."""
-    return f"sqlite:///{home.absolute()}/mlflow.db"
+    return f"sqlite:///{home.absolute()}/{MLFLOW_DATABASE}"
 
 
 def artifact_root(home: Path) -> str:

@@ -781,8 +781,8 @@ def _check_parents(connection: Connection, edges: Iterable[Edge]) -> None:
     The rows are locked whatever their state: who removes one holds it, and what he writes is seen once he is through.
     """
     query = select(version.c.id, version.c.state).where(among(version.c.id)).with_for_update(read=True)
-    rows = connection.execute(query, these(each.parent_id for each in edges)).all()
-    gone = [parent_id for parent_id, state in rows if state != "live"]
+    parents = connection.execute(query, these(each.parent_id for each in edges)).all()
+    gone = [parent_id for parent_id, state in parents if state != "live"]
     if gone:
         named = ", ".join(sorted(labels(connection, gone).values()))
         raise Refused(f"{named} was removed meanwhile", hint="choose other parents, and ask again")
