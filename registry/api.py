@@ -7,6 +7,7 @@ Every verb raises errors of `domain/errors.py` only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -778,6 +779,11 @@ class ServedRegistry(RegistryAPI, Protocol):
         """As ever; `files` is the folder where those of a `source` on another machine were put."""
         ...
 
+    def plan(self, request: MergeRequest, *, most_work: float = math.inf) -> PlanView:
+        """As ever. Raises `Refused`, or leaves a loss out, where it takes more than so many multiplications."""
+        ...
+
+    def plan_resize(self, request: ResizeRequest, *, most_work: float = math.inf) -> PlanView: ...
     def witness(self, deed: str, said: Mapping[str, Any]) -> None:
         """Note in the history what a request to MLflow did past us: its method and the end of its path, its body."""
         ...

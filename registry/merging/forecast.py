@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..domain.errors import Refused
 from ..domain.plan import Forecast, Interference, MergePlan, ModulePlan, Pair
 from ..domain.recipe import RESIZE, OptionValue
 from .core import spectrum
 from .grams import Array, Grams, error_squared
 from .make import arithmetic, promise
 from .method import find_method, methods
-from .pairs import compare_signs, interference, meet, pairs
+from .pairs import SIGN_ROWS, compare_signs, interference, meet, pairs
 from .stack import load_stack
 from .tensors import TensorReader
 
@@ -27,24 +28,30 @@ USUAL_RANKS = (8, 16, 32, 64, 128, 256)
 #: A loss of which people say that nothing is lost: one percent.
 SMALL_LOSS = 0.01
 NOT_FORECAST = "loss is forecast where this method is asked for"
+TOO_MUCH = "too much work to forecast here; the receipt of a merge tells the loss, --max-loss holds it to a limit"
 #: Said of the methods whose aim is another one: their distance from the sum is no measure of how good they are.
 NOT_THE_SUM = "aims at something else than the sum"
 
 
 def forecast(
-    plan: MergePlan, files: Sequence[Path], labels: Sequence[str]
+    plan: MergePlan, files: Sequence[Path], labels: Sequence[str], *, most_work: float = math.inf
 ) -> tuple[tuple[Forecast, ...], tuple[Pair, ...], tuple[Interference, ...]]:
     """The loss of every method and rank worth considering; and how every two parents meet, in all and in each layer.
 
     Args:
         plan: of the merge that was asked for; its rank is among the forecasts.
         files: the weights file of each parent. labels: what to call each one.
+        most_work: in multiplications, estimated. The loss of a rule on the deltas is left out where it takes more.
+
+    Raises `Refused`, before a file is read, where all else takes more.
     """
     energy = _no_energy(plan)
     others = _other_methods(plan, len(energy))
+    _check_work(plan, 1 + sum(find_method(name).form == "grams" for name in others), most_work)
     # only Grams are cheap: the other forms work through every element
     forms = {"grams": list(others), "elements": [plan.recipe.method], "deltas": [plan.recipe.method]}
     errors = {name: 0.0 for name in others if name in forms.get(find_method(name).form, ())}
+    left_out = _work_on_deltas(plan) > most_work and errors.pop(plan.recipe.method, None) is not None
     meetings, signs = [], []
     with ExitStack() as stack:
         readers = [stack.enter_context(TensorReader(path)) for path in files]
@@ -60,12 +67,17 @@ def forecast(
     losses = {name: math.sqrt(error / total) if total > 0 else 0.0 for name, error in errors.items()}
     ranks = {name: rank for name, (rank, _) in others.items()}
     by_layer = interference([module.name for module in plan.modules], meetings, signs, labels)
-    return _forecasts(energy, plan, ranks, losses), pairs(meetings, labels), by_layer
+    notes = {plan.recipe.method: TOO_MUCH} if left_out else {}
+    return _forecasts(energy, plan, ranks, losses, notes), pairs(meetings, labels), by_layer
 
 
-def rank_for_energy(plan: MergePlan, files: Sequence[Path], share: float) -> int:
-    """The smallest uniform rank at which the best adapter keeps `share` of ||delta||² over all modules."""
+def rank_for_energy(plan: MergePlan, files: Sequence[Path], share: float, *, most_work: float = math.inf) -> int:
+    """The smallest uniform rank at which the best adapter keeps `share` of ||delta||² over all modules.
+
+    Raises `Refused` as `forecast` does.
+    """
     energy = _no_energy(plan)
+    _check_work(plan, 1, most_work)
     with ExitStack() as stack:
         readers = [stack.enter_context(TensorReader(path)) for path in files]
         for module in plan.modules:
@@ -73,6 +85,37 @@ def rank_for_energy(plan: MergePlan, files: Sequence[Path], share: float) -> int
     held = np.cumsum(energy)
     # all of it is less than float64 can add up
     return int(np.searchsorted(held, share * (1 - 1e-12) * held[-1])) + 1 if held[-1] > 0 else 1
+
+
+def _check_work(plan: MergePlan, methods_on_grams: int, most_work: float) -> None:
+    """Raises `Refused` where Grams, signs and so many methods take more multiplications.
+
+    An estimate to refuse by, as is `_work_on_deltas`. Their factors were measured at a width of 4096, R from 32 to 1024
+    and 2 to 64 parents: one core does 1e12 in about a minute.
+    """
+    needed = 0.0
+    for module in plan.modules:
+        rank, count = sum(part.rank for part in module.parts), len(module.parts)
+        rows, columns = module.b_shape[0], math.prod(module.a_shape[1:])
+        needed += 12.0 * methods_on_grams * rank**3 + (rows + columns) * rank**2
+        needed += min(SIGN_ROWS, rows) * columns * (rank + count**2)
+    if needed > most_work:
+        raise Refused(
+            f"a forecast takes {needed / most_work:.1f} times the work that is done for one question here",
+            hint="ask for fewer parents; or merge: the receipt tells the loss, and --max-loss holds it to a limit",
+        )
+
+
+def _work_on_deltas(plan: MergePlan) -> float:
+    """Multiplications for the rule on deltas that was asked for, if one was: its passes, and the cut to a rank."""
+    if find_method(plan.recipe.method).form != "deltas":
+        return 0.0
+    return sum(
+        module.b_shape[0]
+        * math.prod(module.a_shape[1:])
+        * (100.0 * len(module.parts) + 10.0 * sum(part.rank for part in module.parts))
+        for module in plan.modules
+    )
 
 
 def _no_energy(plan: MergePlan) -> Array:
@@ -131,8 +174,9 @@ def _other_methods(plan: MergePlan, full_rank: int) -> dict[str, tuple[int, Mapp
 
 
 def _forecasts(
-    energy: Array, plan: MergePlan, ranks: Mapping[str, int], losses: Mapping[str, float]
+    energy: Array, plan: MergePlan, ranks: Mapping[str, int], losses: Mapping[str, float], said: Mapping[str, str]
 ) -> tuple[Forecast, ...]:
+    """`said` is the note of methods whose loss is missing for a reason of its own."""
     best, full_rank, row_bytes = _losses(energy), len(energy), plan.size_bytes // plan.recipe.rank
     enough = int(np.argmax(best <= SMALL_LOSS)) + 1
     default = max(part.rank for module in plan.modules for part in module.parts)
@@ -154,7 +198,13 @@ def _forecasts(
         if rank < full_rank
     ]
     rows += [
-        Forecast(name, rank, rank * row_bytes, losses.get(name), NOT_THE_SUM if name in losses else NOT_FORECAST)
+        Forecast(
+            name,
+            rank,
+            rank * row_bytes,
+            losses.get(name),
+            NOT_THE_SUM if name in losses else said.get(name, NOT_FORECAST),
+        )
         for name, rank in ranks.items()
     ]
     return tuple(rows)

@@ -33,7 +33,8 @@ from .door import Door, Metrics, Rules, area_of, is_ours
 from .pages import problem_page, wants_a_page
 from .pages import router as pages
 from .problems import MEDIA_TYPE, status_of, to_problem
-from .routes import router
+from .routes import RETRY_AFTER_S, router
+from .turns import Turns
 
 #: Connections that may wait to be taken; the kernel's own limit is often lower.
 BACKLOG = 2048
@@ -80,7 +81,7 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
 
     door = Door(app, rules, access.caller, metrics, areas | {"/v1/openapi.json"}, witness)
     app.state.acting, app.state.access, app.state.door = acting, access, door
-    app.state.desk = Desk(registry)
+    app.state.desk, app.state.turns = Desk(registry), Turns()
     app.state.upload_bytes = rules.upload_bytes
     # not `include_router`: FastAPI tries every route of an included router twice, a third of what a request costs
     app.routes.extend(sorted((*router.routes, *pages.routes), key=_is_seldom))
@@ -214,7 +215,10 @@ def _add_problems(app: FastAPI) -> None:
         assert isinstance(error, AdapterctlError)
         if status_of(error) >= 500:
             _log.warning("%s: %s", request.state.request_id, error.message)
-        return answer(request, error)
+        response = answer(request, error)
+        if isinstance(error, Unavailable):
+            response.headers["retry-after"] = str(RETRY_AFTER_S)
+        return response
 
     async def misread(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

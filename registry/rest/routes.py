@@ -66,6 +66,8 @@ from .upload import RECEIVED_PARTS, receive
 T = TypeVar("T")
 MAX_PAGE = 1000
 RETRY_AFTER_S = 1
+#: What a plan may take, in multiplications: half a minute of one core. Clients wait for a minute.
+MOST_WORK = 5e11
 
 router = APIRouter(prefix="/v1", route_class=Repeatable, responses=RESPONSES)
 
@@ -335,14 +337,18 @@ def retention(name: str, version: str, call: Read) -> Response:
 
 
 @router.get("/diff", response_model=DiffView)
-def diff(
+async def diff(
+    request: Request,
     call: Read,
     first: Annotated[str, Query(max_length=300)],
     second: Annotated[str, Query(max_length=300)],
     layers: bool = False,
 ) -> Response:
     """Two versions side by side; with `layers` module by module too, those that are farthest apart first."""
-    return _reply(call.registry.diff(parse_ref(first), parse_ref(second), layers=layers))
+    refs = parse_ref(first), parse_ref(second)
+    if layers:
+        return _reply(await request.app.state.turns.take(lambda: call.registry.diff(*refs, layers=True)))
+    return _reply(await run_in_threadpool(call.registry.diff, *refs))
 
 
 # stages
@@ -444,9 +450,10 @@ _MADE_BEFORE: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/plans", response_model=PlanView)
-def plan(body: bodies.MergeBody, call: Read) -> Response:
-    """What a merge would give; changes nothing."""
-    return _reply(call.registry.plan(body.request()))
+async def plan(request: Request, body: bodies.MergeBody, call: Read) -> Response:
+    """What a merge would give; changes nothing. A loss that takes long to find is left out, and its `note` says so."""
+    asked = body.request()
+    return _reply(await request.app.state.turns.take(lambda: call.registry.plan(asked, most_work=MOST_WORK)))
 
 
 @router.post(
@@ -465,9 +472,10 @@ async def merge(request: Request, body: bodies.MergeBody, call: Merge) -> Respon
 
 
 @router.post("/resize-plans", response_model=PlanView)
-def plan_resize(body: bodies.ResizeBody, call: Read) -> Response:
+async def plan_resize(request: Request, body: bodies.ResizeBody, call: Read) -> Response:
     """What a smaller rank of a version would give; changes nothing."""
-    return _reply(call.registry.plan_resize(body.request()))
+    asked = body.request()
+    return _reply(await request.app.state.turns.take(lambda: call.registry.plan_resize(asked, most_work=MOST_WORK)))
 
 
 @router.post(

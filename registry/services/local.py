@@ -7,6 +7,7 @@ that needs it, so that `ls`, `show`, `lineage` and `jobs` never import it.
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -263,9 +264,9 @@ class LocalRegistry:
     def methods(self) -> list[MethodView]:
         return merge.method_views()
 
-    def plan(self, request: MergeRequest) -> PlanView:
+    def plan(self, request: MergeRequest, *, most_work: float = math.inf) -> PlanView:
         self._check_stage(*(parent.ref for parent in request.parents))
-        return merge.plan_merge(self.ledger, self.folders, request)
+        return merge.plan_merge(self.ledger, self.folders, request, most_work=most_work)
 
     def merge(self, request: MergeRequest) -> Submitted:
         self._check_stage(*(parent.ref for parent in request.parents))
@@ -277,9 +278,9 @@ class LocalRegistry:
     def ring(self, job_id: str) -> None:
         self.bell.ring(job_id)
 
-    def plan_resize(self, request: ResizeRequest) -> PlanView:
+    def plan_resize(self, request: ResizeRequest, *, most_work: float = math.inf) -> PlanView:
         self._check_stage(request.ref)
-        return resize.plan_resize(self.ledger, self.folders, request)
+        return resize.plan_resize(self.ledger, self.folders, request, most_work=most_work)
 
     def resize(self, request: ResizeRequest) -> Submitted:
         self._check_stage(request.ref)

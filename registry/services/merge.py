@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -233,8 +234,11 @@ def new_merge(
     )
 
 
-def plan_merge(ledger: Ledger, folders: Folders, request: MergeRequest) -> PlanView:
-    """The preflight, and what each method would give: reads the parents' factors, writes nothing."""
+def plan_merge(ledger: Ledger, folders: Folders, request: MergeRequest, *, most_work: float = math.inf) -> PlanView:
+    """The preflight, and what each method would give: reads the parents' factors, writes nothing.
+
+    Raises `Refused` where that takes more than `most_work`; see `forecast`.
+    """
     # deferred: see preflight
     from ..merging.forecast import forecast
 
@@ -244,7 +248,7 @@ def plan_merge(ledger: Ledger, folders: Folders, request: MergeRequest) -> PlanV
     existing = ledger.live_version(adapter_id, recipe=ready.digest) if adapter_id else None
     with ExitStack() as open_folders:
         files = [open_folders.enter_context(folders(parent)) / WEIGHTS_FILE for parent in ready.parents]
-        forecasts, pairs, interference = forecast(plan, files, ready.labels)
+        forecasts, pairs, interference = forecast(plan, files, ready.labels, most_work=most_work)
     return PlanView(
         into=ready.into,
         recipe_digest=ready.digest,

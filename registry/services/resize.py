@@ -4,6 +4,7 @@ size) becomes a rank here, before the recipe is hashed; from there on it is a me
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import replace
 
@@ -25,12 +26,13 @@ def request_resize(
     return request_merge(ledger, bell, _as_merge(ledger, folders, request), actor=actor)
 
 
-def plan_resize(ledger: Ledger, folders: Folders, request: ResizeRequest) -> PlanView:
-    """What it would give, at this rank and at others; writes nothing."""
-    return plan_merge(ledger, folders, _as_merge(ledger, folders, request))
+def plan_resize(ledger: Ledger, folders: Folders, request: ResizeRequest, *, most_work: float = math.inf) -> PlanView:
+    """What it would give, at this rank and at others; writes nothing. Raises `Refused` as `plan_merge` does."""
+    merge = _as_merge(ledger, folders, request, most_work=most_work)
+    return plan_merge(ledger, folders, merge, most_work=most_work)
 
 
-def _as_merge(ledger: Ledger, folders: Folders, request: ResizeRequest) -> MergeRequest:
+def _as_merge(ledger: Ledger, folders: Folders, request: ResizeRequest, *, most_work: float = math.inf) -> MergeRequest:
     """Raises `InvalidInput` unless one of rank, energy and size is asked for, and makes sense for this version."""
     request.check()
     version = resolve(ledger, request.ref)
@@ -57,7 +59,8 @@ def _as_merge(ledger: Ledger, folders: Folders, request: ResizeRequest) -> Merge
     from ..merging.forecast import rank_for_energy
 
     with folders(version) as folder:
-        return replace(merge, rank=rank_for_energy(ready.plan(), [folder / WEIGHTS_FILE], request.energy))
+        rank = rank_for_energy(ready.plan(), [folder / WEIGHTS_FILE], request.energy, most_work=most_work)
+    return replace(merge, rank=rank)
 
 
 def _rank_for_size(ready: Preflight, size_bytes: int) -> int:

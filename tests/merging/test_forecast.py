@@ -10,7 +10,8 @@ import pytest
 from tiny import LINEAR, write_tiny_adapter
 from tiny_merge import WEIGHTS, deltas, plan_of, run_merge, write_factors
 
-from adapterctl.registry.merging.forecast import forecast
+from adapterctl.registry.domain.errors import Refused
+from adapterctl.registry.merging.forecast import TOO_MUCH, forecast, rank_for_energy
 from adapterctl.registry.merging.method import methods
 
 
@@ -145,3 +146,22 @@ def test_an_adapter_overlaps_itself_wholly(tmp_path: Path):
     _, (pair,), _ = forecast(plan_of([folder, folder]), [folder / WEIGHTS] * 2, ["a", "a"])
 
     assert (pair.cosine, pair.row_overlap, pair.column_overlap) == pytest.approx((1, 1, 1))
+
+
+def test_where_work_is_limited_a_rule_on_deltas_has_no_loss_and_too_much_on_grams_is_refused(tmp_path: Path):
+    folders = [write_tiny_adapter(tmp_path / f"p{i}", seed=i, linear={"q_proj": (64, 64)}) for i in range(2)]
+    files, labels = [folder / WEIGHTS for folder in folders], ["a", "b"]
+    dense, plain = plan_of(folders, method="ties_svd", rank=3), plan_of(folders, method="svd", rank=3)
+    grams_alone = 5e5
+
+    limited, *others = forecast(dense, files, labels, most_work=grams_alone)
+    whole, *same = forecast(dense, files, labels)
+
+    assert [(row.loss, row.note) for row in limited if row.method == "ties_svd"] == [(None, TOO_MUCH)]
+    assert [row for row in limited if row.method != "ties_svd"] == [row for row in whole if row.method != "ties_svd"]
+    assert others == same
+    assert forecast(plain, files, labels, most_work=grams_alone) == forecast(plain, files, labels)
+    with pytest.raises(Refused, match="times the work"):
+        forecast(plan_of(folders * 32, method="svd", rank=3), files * 32, labels * 32, most_work=grams_alone)
+    with pytest.raises(Refused, match="times the work"):
+        rank_for_energy(plain, files, 0.9, most_work=1)
