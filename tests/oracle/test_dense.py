@@ -34,6 +34,28 @@ def slerp(deltas: Sequence[Delta], rank: int) -> Delta:
     return best(mixed.reshape(deltas[0].shape), rank)
 
 
+def karcher(deltas: Sequence[Delta], rank: int) -> Delta:
+    """Half steps along the mean of the arcs, on vectors as long as the deltas, from the first of them."""
+    units = [delta.ravel() / np.linalg.norm(delta) for delta in deltas]
+    mean, length = units[0], 1.0
+    while length > 1e-14:
+        arcs = [arc(mean, unit) for unit in units]
+        step = sum(arcs) / (2 * len(units))
+        length = float(np.linalg.norm(step))
+        mean = math.cos(length) * mean + np.sinc(length / math.pi) * step
+        mean /= np.linalg.norm(mean)
+    shares = [angle / math.sin(angle) for angle in (math.acos(float(mean @ unit)) for unit in units)]
+    size = np.linalg.norm(sum(share * unit for share, unit in zip(shares, units, strict=True)))
+    return best(sum(share / size * delta for share, delta in zip(shares, deltas, strict=True)), rank)
+
+
+def arc(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """The tangent at `start` that leads to `end`, as long as the angle between them."""
+    across = end - (start @ end) * start
+    length = float(np.linalg.norm(across))
+    return math.atan2(length, float(start @ end)) / length * across if length else across
+
+
 def model_stock(deltas: Sequence[Delta], rank: int) -> Delta:
     flat = [delta.ravel() / np.linalg.norm(delta) for delta in deltas]
     cosine = max(0.0, float(np.mean([one @ other for one, other in combinations(flat, 2)])))
@@ -110,7 +132,8 @@ def thin(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 REFERENCES: dict[str, Callable[[Sequence[Delta], int], Delta]] = {
-    reference.__name__: reference for reference in (slerp, model_stock, iso_c, tsv, wudi_ridge, core_ties, knots_ties)
+    reference.__name__: reference
+    for reference in (slerp, karcher, model_stock, iso_c, tsv, wudi_ridge, core_ties, knots_ties)
 }
 
 

@@ -1,0 +1,65 @@
+"""Corner cases of single methods, on deltas small enough to be written out; their formulas are held in tests/oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+
+import numpy as np
+import pytest
+
+from adapterctl.registry.merging.grams import Block, Grams
+from adapterctl.registry.merging.method import find_method
+
+
+def on_grams(name: str, deltas: Sequence[np.ndarray], rank: int = 9, **options: object) -> np.ndarray:
+    """What a method on Grams makes of these deltas (d_out, d_in), each a parent of full rank at weight 1."""
+    a, b = np.concatenate([np.eye(deltas[0].shape[1])] * len(deltas)), np.concatenate(deltas, axis=1)
+    size = deltas[0].shape[1]
+    blocks = tuple(Block(i, size * i, size * (i + 1)) for i in range(len(deltas)))
+    maps = find_method(name).function(Grams(a @ a.T, b.T @ b, np.ones(len(a)), blocks), rank=rank, **options)
+    made: np.ndarray = b @ maps.b @ maps.a @ a
+    return made
+
+
+def on_a_circle(*degrees: float) -> list[np.ndarray]:
+    """Deltas of length 1 that lie in one plane."""
+    one, other = np.diag([1.0, 0.0, 0.0]), np.diag([0.0, 1.0, 0.0])
+    return [np.cos(angle) * one + np.sin(angle) * other for angle in np.radians(degrees)]
+
+
+@pytest.mark.parametrize("angle", [5.0, 90.0, 170.0])
+def test_the_karcher_mean_of_two_is_the_middle_of_slerp(angle: float):
+    first, second = on_a_circle(0, angle)
+
+    made = on_grams("karcher", [2 * first, second])
+
+    assert made == pytest.approx(on_grams("slerp", [2 * first, second]), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "mean"),
+    [((0, 30, 90), 40), ((0, 0, 0, 100), 25), ((-80, 80, 60), 20), ((0, 0, 0, 0, 175), 35), ((17,), 17), ((9, 9), 9)],
+)
+def test_the_karcher_mean_on_a_circle_is_the_mean_of_the_angles(degrees: Sequence[float], mean: float):
+    deltas, (expected,) = on_a_circle(*degrees), on_a_circle(mean)
+
+    assert all(on_grams("karcher", order) == pytest.approx(expected, abs=1e-7) for order in permutations(deltas))
+
+
+@pytest.mark.parametrize(
+    "degrees", [(0, 180), (0, 0, 180), (0, 120, 240), (0, 125, 235), (0, 90, 180, 270), (0, 179.5)]
+)
+def test_directions_that_balance_have_no_karcher_mean_and_are_averaged(degrees: Sequence[float]):
+    deltas = on_a_circle(*degrees)
+    expected = sum(deltas) / len(deltas)
+
+    assert all(on_grams("karcher", order) == pytest.approx(expected, abs=1e-7) for order in permutations(deltas))
+
+
+def test_a_parent_without_a_delta_does_not_draw_the_karcher_mean():
+    first, second = on_a_circle(10, 70)
+
+    made = on_grams("karcher", [first, np.zeros((3, 3)), second])
+
+    assert made == pytest.approx(on_grams("karcher", [first, second]), abs=1e-12)
