@@ -188,6 +188,17 @@ def test_progress_counts_every_module_once_and_in_the_calling_thread(parents: li
     assert seen == [(done, 4, threading.current_thread().name) for done in range(1, 5)]
 
 
+def test_the_largest_modules_begin_first_and_results_keep_the_order_of_the_plan(tmp_path: Path):
+    sizes = {"model.layers.0.q": (8, 8), "model.layers.0.up": (32, 8), "model.layers.1.q": (8, 8), "lm_head": (64, 8)}
+    parents = [write_tiny_adapter(tmp_path / f"p{i}", seed=i, linear=sizes) for i in range(2)]
+    plan, begun = plan_of(parents), []
+
+    results = engine.for_each_module(plan, lambda module: begun.append(module.name) or module.name)
+
+    assert begun == ["lm_head", "model.layers.0.up", "model.layers.0.q", "model.layers.1.q"]
+    assert list(results) == [module.name for module in plan.modules]
+
+
 def test_the_predicted_loss_is_the_loss(parents: list[Path], tmp_path: Path):
     predicted = engine.predict_loss(plan_of(parents, method="svd", rank=2), files_of(parents))
 
