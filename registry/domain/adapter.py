@@ -85,6 +85,8 @@ KEY_PREFIX = "base_model.model."
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
 MAX_MODULE_DEPTH = 64
 
+#: PEFT stores them along where the vocabulary has another size than that of the base (its `EMBEDDING_LAYER_NAMES`).
+_WHOLE_EMBEDDINGS = (".embed_tokens.weight", ".lm_head.weight")
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+?)\."
     r"(?:lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.(?P<what>weight|bias)"
@@ -171,6 +173,10 @@ def _add_unknown(entry: TensorEntry, findings: Findings) -> None:
     hint = "only lora_A, lora_B and lora_embedding tensors are accepted: others would change the base"
     if entry.key.endswith(".base_layer.weight"):
         hint = "PEFT stored the base's own embedding: save with save_pretrained(..., save_embedding_layers=False)"
+    elif entry.key.endswith(_WHOLE_EMBEDDINGS):
+        hint = "it is a whole embedding: where it is the base's own, save with save_embedding_layers=False"
+    elif not entry.key.startswith(KEY_PREFIX):
+        hint = f"tensors of PEFT begin with {KEY_PREFIX}: save the adapter with PEFT's save_pretrained"
     elif "lora_magnitude_vector" in entry.key:
         hint = "this is DoRA; train or convert it as plain LoRA"
     elif entry.key.endswith(".lora_velora_embed"):
@@ -197,9 +203,17 @@ def _module(name: str, found: _Found, settings: LoraConfig | None, findings: Fin
     rank = a.shape[0]
     if rank != settings.rank(name):
         expected = settings.rank(name)
-        findings.add("rank_mismatch", f"{name} has rank {rank} in the file, the config says {expected}")
+        findings.add(
+            "rank_mismatch",
+            f"{name} has rank {rank} in the file, the config says {expected}",
+            "correct r or rank_pattern: the scaling follows them",
+        )
     if not settings.is_targeted(name):
-        findings.add("not_targeted", f"{name} is adapted, but the config does not target it: PEFT would ignore it")
+        findings.add(
+            "not_targeted",
+            f"{name} is adapted, but the config does not target it: PEFT would ignore it",
+            "list the module in target_modules, and see exclude_modules and layers_to_transform",
+        )
     _check_bias(name, b, bias, settings, findings)
     return LoraModule(name, kind, rank, settings.scaling(name), a, b, bias)
 

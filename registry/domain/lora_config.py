@@ -56,6 +56,7 @@ FIELD_ROLES: Mapping[str, FieldRole] = {
     "corda_config": "training",
     "lora_ga_config": "training",
     "qalora_group_size": "training",  # read only under use_qalora, which is refused
+    "merge_weights": "training",  # of PEFT before 0.3: whether `eval()` adds the delta to the weights
     "peft_type": "refused",
     "init_lora_weights": "refused",
     "bias": "refused",

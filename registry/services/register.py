@@ -47,6 +47,8 @@ MAX_BYTES: Mapping[str, int] = {CONFIG_FILE: 2**20, WEIGHTS_FILE: 2**35, README_
 #: As many children as a page in MLflow may name, and some more, for of those removed it names none.
 NEWEST_CHILDREN = 40
 _COPY_BYTES = 2**20
+#: As `save_pretrained` of Transformers names them, where an adapter was added to a model without PEFT's wrapper.
+_SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./ -]{0,199}")
 _MAX_VALUE = 5000
 #: An SPDX identifier or expression, or an identifier of the hub's.
@@ -364,6 +366,12 @@ def check_folder(folder: Path) -> None:
             "where you trust it: load it with PEFT and save_pretrained(..., safe_serialization=True)",
         )
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in names]
+    if WEIGHTS_FILE in missing and (shards := sum(_SHARD.fullmatch(name) is not None for name in names)):
+        _refuse(
+            "sharded",
+            f"{folder} holds the weights in {shards} shards, which PEFT does not load",
+            "save again with a max_shard_size that is larger than the adapter",
+        )
     if missing:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))[:4]
         hint = f"it is in {' or '.join(inside)}" if inside else "give the folder that PEFT's save_pretrained wrote"

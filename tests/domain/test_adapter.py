@@ -401,6 +401,41 @@ def test_too_many_patterns_for_the_modules_are_refused_before_they_are_tried(tmp
         assert codes_of(folder) == {"too_many_patterns"}
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"enable_lora": None, "merge_weights": False, "lora_dropout": 0.05},
+        {"layers_pattern": None, "layers_to_transform": None, "init_lora_weights": True, "revision": None},
+    ],
+    ids=["PEFT 0.2", "PEFT 0.4"],
+)
+def test_configs_of_old_releases_lack_most_fields_and_are_read(tmp_path, fields):
+    folder = write_tiny_adapter(tmp_path)
+    old = {"base_model_name_or_path": "x", "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
+    old |= {"lora_alpha": 16, "modules_to_save": None, "peft_type": "LORA", "r": 4, "task_type": "CAUSAL_LM"}
+    old |= {"target_modules": ["q_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**old, **fields}))
+
+    assert facts_of(folder).scaling == dict.fromkeys(sorted(LINEAR), 4.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("base_model.model.model.embed_tokens.weight", "where it is the base's own, save with"),
+        ("base_model.model.lm_head.base_layer.weight", "save_embedding_layers=False"),
+        (f"{Q0}.lora_A.weight", "tensors of PEFT begin with base_model.model."),
+        (f"base_model.model.{Q0}.lora_magnitude_vector", "this is DoRA"),
+    ],
+)
+def test_a_tensor_that_is_not_lora_comes_with_what_to_do(tmp_path, key, hint):
+    with pytest.raises(InvalidAdapter) as caught:
+        facts_of(write_tiny_adapter(tmp_path, extra={key: np.zeros(16, np.float32)}))
+
+    [problem] = caught.value.problems
+    assert (problem.code, hint in problem.hint) == ("unknown_tensors", True)
+
+
 def test_every_field_of_the_installed_peft_has_a_role():
     peft = pytest.importorskip("peft")
 

@@ -23,7 +23,7 @@ from adapterctl.registry.merging.tensors import measure
 from adapterctl.registry.services.register import CONFIG_FILE, WEIGHTS_FILE, Registration, inspect, register
 from adapterctl.registry.stores.sql.ledger import SqlLedger
 
-FUZZED = 2_500
+FUZZED = 10_000
 PATIENCE_S = 5.0
 
 
@@ -48,6 +48,13 @@ def with_trailing_bytes(folder: Path) -> None:
 
 def only_pickle(folder: Path) -> None:
     (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
+
+
+def sharded(folder: Path) -> None:
+    """As Transformers saves an adapter that was added to its model, beyond `max_shard_size`."""
+    for place in (1, 2):
+        shutil.copy(folder / WEIGHTS_FILE, folder / f"adapter_model-0000{place}-of-00002.safetensors")
+    (folder / WEIGHTS_FILE).rename(folder / "model.safetensors.index.json")
 
 
 def weights_are_a_link(folder: Path) -> None:
@@ -109,6 +116,7 @@ BAD = {
     "zip by another name": (weights_are(b"PK\x03\x04" + bytes(100)), "archive"),
     "gzip by another name": (weights_are(b"\x1f\x8b" + bytes(100)), "archive"),
     "only adapter_model.bin": (only_pickle, "pickle"),
+    "shards": (sharded, "sharded"),
     "weights are a link": (weights_are_a_link, "not_a_file"),
     "weights are a pipe": (weights_are_a_pipe, "not_a_file"),
     "config links to a secret": (config_is_a_link_to_a_secret, "not_a_file"),
@@ -167,6 +175,7 @@ def test_a_bad_adapter_is_refused_by_name_at_once_and_leaves_nothing_behind(case
     assert time.perf_counter() - began < PATIENCE_S
     assert code in {problem.code for problem in caught.value.problems}
     assert caught.value.message
+    assert all(problem.message for problem in caught.value.problems)
     assert sql_ledger.adapter_names() == []
     assert sql_ledger.bases() == []
     assert sorted(path.name for path in home.iterdir() if path.name != "staging") == before

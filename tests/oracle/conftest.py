@@ -59,10 +59,15 @@ def _llama(**options: Any) -> nn.Module:
     )
 
 
+def _gpt2(**options: Any) -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, **options))
+
+
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "llama": _llama,
     "llama_bias": lambda: _llama(attention_bias=True, mlp_bias=True),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4)),
+    "gpt2": _gpt2,
+    "gpt2_untied": lambda: _gpt2(tie_word_embeddings=False),
     "conv1d": lambda: Convolutions(nn.Conv1d, 1),
     "conv2d": lambda: Convolutions(nn.Conv2d, 2),
     "conv3d": lambda: Convolutions(nn.Conv3d, 3),

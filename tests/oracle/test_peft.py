@@ -18,6 +18,9 @@ from tiny_merge import deltas, distance, exact_sum, facts_of, plan_of, run_merge
 from adapterctl.registry.domain.errors import InvalidAdapter, Refused
 from adapterctl.registry.merging.method import find_method
 
+# PEFT's own words about the flag of one of two kinds of layers
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+
 TOLERANCE = 1e-5
 ATTENTION = ["q_proj", "v_proj"]
 EVERY_RANK = 10_000
@@ -88,6 +91,14 @@ SETUPS = {
             {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "r": 2},
         ),
         base="gpt2",
+    ),
+    "fan_in_fan_out in one": Setup(
+        (
+            # PEFT stores the flag as the last layer has it: the head, which is linear
+            {"target_modules": ["c_attn", "lm_head"], "fan_in_fan_out": True},
+            {"target_modules": ["c_attn"], "fan_in_fan_out": True, "r": 2},
+        ),
+        base="gpt2_untied",
     ),
     "conv1d": Setup(({"target_modules": ["first", "second"]}, {"target_modules": ["first"], "r": 2}), base="conv1d"),
     "conv2d": Setup(({"target_modules": ["first", "second"]}, {"target_modules": ["second"], "r": 2}), base="conv2d"),
