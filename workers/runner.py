@@ -27,7 +27,7 @@ from ..registry.domain.digest import file_digest
 from ..registry.domain.errors import AdapterctlError, Corrupt, InvalidInput, LossTooHigh
 from ..registry.domain.header import read_header
 from ..registry.domain.plan import MergePlan
-from ..registry.wire import from_json, to_builtins
+from ..registry.wire import from_builtins, to_builtins
 
 #: Progress is told at most this often; the last step always is.
 PROGRESS_EVERY_S = 0.2
@@ -92,8 +92,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run(task: Mapping[str, Any], conversation: Conversation) -> Mapping[str, Any]:
-    """Do what the task says. Raises errors of ours only."""
+def run(task: dict[str, Any], conversation: Conversation) -> Mapping[str, Any]:
+    """Do what the task says, and use it up. Raises errors of ours only."""
     kind = task.get("kind")
     if kind == "merge":
         return run_merge(task, conversation)
@@ -113,13 +113,14 @@ def run(task: Mapping[str, Any], conversation: Conversation) -> Mapping[str, Any
     raise InvalidInput(f"task kind {kind!r} is unknown", hint="this child runs merge, eval and tune")
 
 
-def run_merge(task: Mapping[str, Any], conversation: Conversation) -> dict[str, Any]:
+def run_merge(task: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
     """Check the parents, merge, prove; the stage folder then holds the three files of the child."""
     # deferred: numpy, which an evaluation brings along itself and a usage error does not need
     from ..registry.merging.tensors import digest_of
     from . import engine, receipt
 
-    plan = from_json(json.dumps(task["plan"]), MergePlan)
+    # taken out of the task, where it would hold a kilobyte a module more than the plan itself needs
+    plan = from_builtins(task.pop("plan"), MergePlan)
     out, threads = Path(task["out"]), int(task["threads"])
     stop = conversation.should_stop
     conversation.stage = "check parents"
