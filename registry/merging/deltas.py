@@ -169,21 +169,58 @@ def keep_by_chance(density: float, seed: int) -> Prune:
     def prune(deltas: Deltas, place: int) -> Keep:
         if density >= 1:
             return _everything
-        name = f"{seed}/{deltas.names[place]}/BA"
-        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+        draw = _draws(deltas, place, seed)
 
         def keep(values: Rows, first: int) -> Rows:
-            # numpy promises the raw stream of a bit generator, not that of its distributions; a count of Philox gives
-            # 4 numbers of 64 bits, of which each element takes one of 32
-            raw = np.random.Philox(key=key, counter=first // 8).random_raw(-(-values.size // 2))
-            draws = raw.astype("<u8", copy=False).view("<u4")[: values.size].reshape(values.shape)
-            kept: Rows = values * (draws < density * 2.0**32)
+            kept: Rows = values * (draw(values.shape, first) < density * 2.0**32)
             kept /= values.dtype.type(density)
             return kept
 
         return keep
 
     return prune
+
+
+def keep_by_rank(density: float, spread: float, seed: int) -> Prune:
+    """Keep element r of the n in a row, the largest being 0, with the probability density + spread / 2 - r spread / n,
+    divided by it, so that the expected value stays (MAGPRUNE). Of equal sizes the first counts as the larger.
+    """
+
+    def prune(deltas: Deltas, place: int) -> Keep:
+        if density >= 1:
+            return _everything
+        draw, columns = _draws(deltas, place, seed), deltas.shape[1]
+        ladder = density + spread / 2 - np.arange(columns) * (spread / columns)
+
+        def keep(values: Rows, first: int) -> Rows:
+            chance = np.empty(values.shape)
+            np.put_along_axis(chance, np.argsort(-np.abs(values), axis=1, kind="stable"), ladder[None], axis=1)
+            kept: Rows = values * (draw(values.shape, first) < chance * 2.0**32)
+            kept /= chance.astype(values.dtype)
+            return kept
+
+        return keep
+
+    return prune
+
+
+def _draws(deltas: Deltas, place: int, seed: int) -> Callable[[tuple[int, ...], int], npt.NDArray[np.uint32]]:
+    """(shape of a band, number of its first element) to one number of 32 bits for each element, in any bands the same.
+
+    The stream is that of the parent's place in the recipe, the module and the seed.
+    """
+    name = f"{seed}/{deltas.names[place]}/BA"
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+
+    def draw(shape: tuple[int, ...], first: int) -> npt.NDArray[np.uint32]:
+        # numpy promises the raw stream of a bit generator, not that of its distributions; a count of Philox gives
+        # 4 numbers of 64 bits, of which each element takes one of 32
+        size = math.prod(shape)
+        raw = np.random.Philox(key=key, counter=first // 8).random_raw(-(-size // 2))
+        drawn: npt.NDArray[np.uint32] = raw.astype("<u8", copy=False).view("<u4")[:size].reshape(shape)
+        return drawn
+
+    return draw
 
 
 def _everything(values: Rows, first: int) -> Rows:

@@ -86,6 +86,12 @@ def add(values: Array, weights: Array) -> Array:
     return total
 
 
+def weighed(values: Array, weights: Array) -> Array:
+    """Each parent's elements at its weight."""
+    result: Array = values * weights.reshape(-1, *[1] * (values.ndim - 1))
+    return result
+
+
 def elect(majority: MajoritySign) -> Rule:
     """Average the weighted elements whose sign is the elected one; the election does not look at weights (TIES)."""
 

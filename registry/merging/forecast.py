@@ -47,7 +47,8 @@ def forecast(
     """
     energy = _no_energy(plan)
     others = _other_methods(plan, len(energy))
-    _check_work(plan, 1 + sum(find_method(name).form == "grams" for name in others), most_work)
+    on_grams = [method.work for method in map(find_method, others) if method.form == "grams"]
+    _check_work(plan, 1 + sum(on_grams), most_work)
     # only Grams are cheap: the other forms work through every element
     forms = {"grams": list(others), "elements": [plan.recipe.method], "deltas": [plan.recipe.method]}
     errors = {name: 0.0 for name in others if name in forms.get(find_method(name).form, ())}
@@ -87,7 +88,7 @@ def rank_for_energy(plan: MergePlan, files: Sequence[Path], share: float, *, mos
     return int(np.searchsorted(held, share * (1 - 1e-12) * held[-1])) + 1 if held[-1] > 0 else 1
 
 
-def _check_work(plan: MergePlan, methods_on_grams: int, most_work: float) -> None:
+def _check_work(plan: MergePlan, methods_on_grams: float, most_work: float) -> None:
     """Raises `Refused` where Grams, signs and so many methods take more multiplications.
 
     An estimate to refuse by, as is `_work_on_deltas`. Their factors were measured at a width of 4096, R from 32 to 1024
@@ -108,9 +109,10 @@ def _check_work(plan: MergePlan, methods_on_grams: int, most_work: float) -> Non
 
 def _work_on_deltas(plan: MergePlan) -> float:
     """Multiplications for the rule on deltas that was asked for, if one was: its passes, and the cut to a rank."""
-    if find_method(plan.recipe.method).form != "deltas":
+    method = find_method(plan.recipe.method)
+    if method.form != "deltas":
         return 0.0
-    return sum(
+    return method.work * sum(
         module.b_shape[0]
         * math.prod(module.a_shape[1:])
         * (100.0 * len(module.parts) + 10.0 * sum(part.rank for part in module.parts))

@@ -52,6 +52,8 @@ LAWS = (
 )
 
 Form = Literal["factors", "grams", "elements", "deltas", "choice"]
+#: Options, each of which fits by itself, to what is wrong with them together, or to None.
+Check = Callable[[Mapping[str, OptionValue]], Problem | None]
 #: An option from 0 to 1.
 Share = Annotated[float, (0.0, 1.0)]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -114,6 +116,8 @@ class MethodSpec:
     max_parents: int | None
     equal_ranks: bool
     coarse_grams: bool
+    work: float
+    check: Check | None
 
 
 _registered: dict[str, MethodSpec] = {}
@@ -133,6 +137,8 @@ def merge_method(
     max_parents: int | None = None,
     equal_ranks: bool = False,
     coarse_grams: bool = False,
+    work: float = 1.0,
+    check: Check | None = None,
 ) -> Callable[[Method], Method]:
     """Register the decorated function as merge method `name`; its docstring's first line becomes the summary.
 
@@ -146,6 +152,8 @@ def merge_method(
         equal_ranks: True when it works on the factors themselves: parents need one rank, which the output has too.
         coarse_grams: True when a small error of the Grams reaches the output's error squared: for an output narrower
             than float32 they are then computed in float32, in half the time.
+        work: how many times the work of most methods of its form it takes, by which a server bounds its forecasts.
+        check: of options that depend on each other.
     """
     unknown = sorted(set(breaks) - set(LAWS))
     if unknown:
@@ -173,6 +181,8 @@ def merge_method(
             max_parents=max_parents,
             equal_ranks=equal_ranks,
             coarse_grams=coarse_grams,
+            work=work,
+            check=check,
         )
         return function
 
@@ -256,7 +266,7 @@ def resolve(request: MergeRequest, facts: Sequence[AdapterFacts], digests: Seque
         rank=min(rank, full_rank),
         dtype=dtype,
         seed=(request.seed or 0) if spec.seeded else None,
-        options={option.name: _typed(option, request.options) for option in spec.options},
+        options=_resolved(spec, request),
         layers=request.layers,
     )
 
@@ -357,6 +367,8 @@ def _option_problems(spec: MethodSpec, request: MergeRequest) -> list[Problem]:
             problems.append(
                 Problem("bad_option", f"option {name} is {value!r}, expected {known[name].expected}", takes)
             )
+    together = None if problems or spec.check is None else spec.check(_resolved(spec, request))
+    problems += [together] if together else []
     if request.seed is not None and not spec.seeded:
         problems.append(Problem("no_seed", f"{spec.name} is not random and takes no seed", "leave --seed out"))
     return problems
@@ -370,6 +382,10 @@ def _dtype(asked: str | None, facts: Sequence[AdapterFacts], problems: list[Prob
         problems.append(Problem("bad_dtype", f"dtype {asked!r} is unknown", "use bf16, f16, f32 or f64"))
         return ""
     return dtype
+
+
+def _resolved(spec: MethodSpec, request: MergeRequest) -> dict[str, OptionValue]:
+    return {option.name: _typed(option, request.options) for option in spec.options}
 
 
 def _typed(option: OptionSpec, given: Mapping[str, OptionValue]) -> OptionValue:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from adapterctl.registry.merging import deltas as module
-from adapterctl.registry.merging.deltas import Deltas, Prune, keep_by_chance, keep_largest
+from adapterctl.registry.merging.deltas import Deltas, Prune, keep_by_chance, keep_by_rank, keep_largest
 from adapterctl.registry.merging.elements import Rule, add, elect
 from adapterctl.registry.merging.grams import Block
 from adapterctl.registry.merging.stack import Stack
@@ -57,14 +57,36 @@ def test_a_sample_that_misleads_costs_time_only(made: Deltas, monkeypatch: pytes
     assert np.array_equal(keep_largest(0.3)(made, 1)(rows, 0), expected)
 
 
-def test_no_band_changes_what_is_drawn(made: Deltas):
-    rows, keep = made.rows(0, slice(0, 16)), keep_by_chance(0.4, 7)(made, 0)
+@pytest.mark.parametrize("prune", [keep_by_chance(0.4, 7), keep_by_rank(0.4, 0.6, 7)], ids=["chance", "rank"])
+def test_no_band_changes_what_is_drawn(made: Deltas, prune: Prune):
+    rows, keep = made.rows(0, slice(0, 16)), prune(made, 0)
 
     halves = np.concatenate([keep(rows[:8], 0), keep(rows[8:], 8 * D_IN)])
 
     assert np.array_equal(keep(rows, 0), halves)
     assert np.mean(halves != 0) == pytest.approx(0.4, abs=5 * math.sqrt(0.24 / rows.size))
-    assert halves[halves != 0] == pytest.approx(rows[halves != 0] / 0.4)
+
+
+def test_what_is_kept_by_chance_is_divided_by_the_chance(made: Deltas):
+    rows = made.rows(0, slice(0, 16))
+
+    kept = keep_by_chance(0.4, 7)(made, 0)(rows, 0)
+
+    assert kept[kept != 0] == pytest.approx(rows[kept != 0] / 0.4)
+
+
+def test_the_larger_an_element_of_its_row_the_likelier_it_stays_and_the_mean_is_left_as_it_is(made: Deltas):
+    rows = made.rows(0, slice(0, 16))
+    order, draws = np.argsort(-np.abs(rows), axis=1), 400
+
+    kept = [keep_by_rank(0.4, 0.6, seed)(made, 0)(rows, 0) for seed in range(draws)]
+
+    by_rank = np.take_along_axis(np.mean([one != 0 for one in kept], axis=0), order, axis=1).mean(axis=0)
+    chances = 0.7 - 0.6 * np.arange(D_IN) / D_IN
+    assert by_rank == pytest.approx(chances, abs=5 * math.sqrt(0.25 / (draws * len(rows))))
+    expected = np.take_along_axis(rows, order, axis=1)
+    noise = np.abs(expected) * np.sqrt((1 / chances - 1) / draws)
+    assert (np.abs(np.take_along_axis(np.mean(kept, axis=0), order, axis=1) - expected) <= 6 * noise).all()
 
 
 @pytest.mark.parametrize(
@@ -73,9 +95,10 @@ def test_no_band_changes_what_is_drawn(made: Deltas):
         (keep_largest(0.3), elect("total")),
         (keep_by_chance(0.05, 1), add),
         (keep_by_chance(0.5, 2), elect("frequency")),
+        (keep_by_rank(0.5, 0.14, 3), elect("total")),
         (keep_largest(1.0), add),
     ],
-    ids=["ties, a flat tail", "dare, noise above all else", "dare with elected signs", "the sum, of low rank"],
+    ids=["ties, a flat tail", "dare, noise above all else", "dare with elected signs", "della", "the sum, of low rank"],
 )
 def test_the_iteration_loses_what_lapack_loses(made: Deltas, prune: Prune, rule: Rule):
     """The bound of `Merged.factors`."""

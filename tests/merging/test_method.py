@@ -207,6 +207,20 @@ def test_a_share_is_from_0_to_1(resolved: Any, value: float, fits: bool):
         resolved(method="slerp", options={"t": value})
 
 
+@pytest.mark.parametrize(
+    ("density", "epsilon", "fits"),
+    [(0.5, 1.0, True), (1.0, 0.0, True), (0.07, 0.14, True), (0.05, 0.14, False), (0.95, 0.14, False)],
+)
+def test_options_that_depend_on_each_other_are_held_together(resolved: Any, density: float, epsilon: float, fits: bool):
+    options = {"density": density, "epsilon": epsilon}
+    if fits:
+        assert resolved(method="della", options=options).options["epsilon"] == epsilon
+        return
+    with pytest.raises(InvalidInput, match=f"density {density} and epsilon 0.14 keep .*, expected 0 to 1") as caught:
+        resolved(method="della", options=options)
+    assert [problem.hint for problem in caught.value.problems] == ["with this density epsilon is at most 0.1"]
+
+
 def test_rules_on_factors_need_parents_of_one_rank_and_keep_it(resolved: Any):
     with pytest.raises(InvalidInput, match=r"the ranks of .* are 4 and 6"):
         resolved(method="ties")

@@ -8,8 +8,10 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from adapterctl.registry.merging.deltas import Deltas
 from adapterctl.registry.merging.grams import Block, Grams
 from adapterctl.registry.merging.method import find_method
+from adapterctl.registry.merging.stack import Stack
 
 
 def on_grams(name: str, deltas: Sequence[np.ndarray], rank: int = 9, **options: object) -> np.ndarray:
@@ -63,3 +65,26 @@ def test_a_parent_without_a_delta_does_not_draw_the_karcher_mean():
     made = on_grams("karcher", [first, np.zeros((3, 3)), second])
 
     assert made == pytest.approx(on_grams("karcher", [first, second]), abs=1e-12)
+
+
+def test_the_scale_of_della_does_what_weights_do():
+    random = np.random.default_rng(3)
+    a, b = random.normal(size=(4, 12)), random.normal(size=(9, 4))
+    blocks, names = (Block(0, 0, 2), Block(1, 2, 4)), ("0/m", "1/m")
+    stack = Stack(a, b, np.ones(4), blocks)
+
+    scaled = find_method("della").function(Deltas(stack, np.ones(2), np.ones(2), names), rank=4, seed=0, scale=3.0)
+    weighted = find_method("della").function(Deltas(stack, np.ones(2), np.full(2, 3.0), names), rank=4, seed=0)
+
+    assert scaled[1] @ scaled[0] == pytest.approx(weighted[1] @ weighted[0])
+
+
+def test_an_element_at_which_della_finds_no_sign_comes_out_as_zero():
+    """Kept whole, a delta and its opposite cancel everywhere; TIES would take the positive half."""
+    a, b = np.ones((2, 12)), np.concatenate([np.ones((9, 1)), -np.ones((9, 1))], axis=1)
+    stack = Stack(a, b, np.ones(2), (Block(0, 0, 1), Block(1, 1, 2)))
+    deltas = Deltas(stack, np.ones(2), np.ones(2), ("0/m", "1/m"))
+
+    made_a, made_b = find_method("della").function(deltas, rank=2, seed=0, density=1.0, epsilon=0.0)
+
+    assert not (made_b @ made_a).any()

@@ -5,6 +5,7 @@ The references share no code with the methods: each forms the d x d deltas and u
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -188,3 +189,45 @@ def test_ties_of_mergekit_is_its_formula_element_by_element():
         )
 
         assert made_b @ made_a == pytest.approx(expected.reshape(9, 11), abs=1e-9), f"case {case}"
+
+
+def test_della_is_its_formula_element_by_element():
+    random = np.random.default_rng(2)
+    for case in range(CASES):
+        parents, d_out, d_in = (int(n) for n in random.integers((1, 2, 2), (4, 9, 12)))
+        a, b = random.normal(size=(2 * parents, d_in)), random.normal(size=(d_out, 2 * parents))
+        blocks = tuple(Block(i, 2 * i, 2 * i + 2) for i in range(parents))
+        weights, scaling = random.choice((0.3, 1.0, -0.5), size=parents), random.uniform(0.5, 2, size=parents)
+        density, epsilon, scale = random.choice(((0.5, 0.14, 1.0), (0.3, 0.6, 1.1), (0.9, 0.2, 0.4), (1.0, 0.0, 1.0)))
+        deltas = [s * b[:, x.start : x.stop] @ a[x.start : x.stop] for s, x in zip(scaling, blocks, strict=True)]
+        left = [magprune(delta, 1 - density, epsilon, f"7/{i}/m/BA") for i, delta in enumerate(deltas)]
+        expected = np.zeros((d_out, d_in))
+        for place in np.ndindex(d_out, d_in):
+            column = [weight * one[place] for weight, one in zip(weights, left, strict=True)]
+            agreeing = [value for value in column if value * sum(column) > 0]
+            expected[place] = scale * sum(agreeing) / len(agreeing) if agreeing else 0
+
+        stack = Stack(a, b, np.repeat(weights * scaling, 2), blocks)
+        made_a, made_b = find_method("della").function(
+            Deltas(stack, scaling, weights, tuple(f"{i}/m" for i in range(parents))),
+            rank=d_out,
+            seed=7,
+            density=density,
+            epsilon=epsilon,
+            scale=scale,
+        )
+
+        assert made_b @ made_a == pytest.approx(expected, abs=1e-9), f"case {case}"
+
+
+def magprune(delta: Delta, p: float, epsilon: float, stream: str) -> Delta:
+    """Drop each element by a Bernoulli draw at p - ε/2 + r ε/n, r of the n in its row being larger, else rescale it."""
+    key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:16], "little")
+    raw = [int(word) for word in np.random.Philox(key=key).random_raw(delta.size)]
+    left = np.zeros(delta.shape)
+    for number, (i, j) in enumerate(np.ndindex(*delta.shape)):
+        larger = sum(abs(other) > abs(delta[i, j]) for other in delta[i])
+        drop = p - epsilon / 2 + epsilon / delta.shape[1] * larger
+        draw = (raw[number // 2] >> 32 * (number % 2)) % 2**32 / 2**32
+        left[i, j] = delta[i, j] / (1 - drop) if draw < 1 - drop else 0
+    return left

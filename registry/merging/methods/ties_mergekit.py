@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..deltas import Deltas, keep_largest
-from ..elements import Density, MajoritySign, Rule, add
+from ..elements import Density, MajoritySign, Rule, add, weighed
 from ..grams import Array
 from ..method import merge_method
 
@@ -41,7 +41,7 @@ def ties_mergekit(
 
 def _weighted_election(majority: MajoritySign) -> Rule:
     def rule(values: Array, weights: Array) -> Array:
-        weighted = values * weights.reshape(-1, *[1] * (values.ndim - 1))
+        weighted = weighed(values, weights)
         votes = weighted if majority == "total" else np.sign(weighted)
         elected = ((weighted > 0) == (votes.sum(axis=0) >= 0)) & (weighted != 0)
         divisor = add(elected.astype(values.dtype), weights)
