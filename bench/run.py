@@ -123,6 +123,10 @@ def _page(figures: dict[str, dict[str, object]]) -> str:
             f"| `{key}` | {row['what']} | {row['goal']} | {_number(row['value'])}{row['unit']} | {verdict}"
             f" | {row['detail']} | {row['load']} |"
         )
+    missed = [key for key, row in figures.items() if not row["met"] and BENCHMARKS[key].limit]
+    if missed:
+        lines += ["", "What keeps those that missed their goal from it:", ""]
+        lines += [f"* `{key}`: {BENCHMARKS[key].limit}" for key in missed]
     lines += ["", "Machine and versions:", "", *(f"* {name}: {value}" for name, value in machine.items()), ""]
     return "\n".join(lines)
 
