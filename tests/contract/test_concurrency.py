@@ -7,12 +7,13 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from sqlalchemy import update
 
-from adapterctl.registry.domain.errors import Refused, Unavailable
+from adapterctl.registry.domain.errors import AdapterctlError, Conflict, Refused, Unavailable
 from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.domain.stage import verify_chain
 from adapterctl.registry.domain.version import AdapterVersion
@@ -113,3 +114,28 @@ def test_a_thread_waits_for_its_turn_to_write_but_not_for_ever(sql_ledger: SqlLe
         sql_ledger.submit(new)
 
     assert sql_ledger.submit(new)[1]
+
+
+def test_many_who_queue_the_same_jobs_while_others_end_them_all_get_them(ledger: Ledger):
+    """Whose job ended while it was joined is inserted late, out of the order that keeps two from waiting in a ring."""
+    new = [NewJob("merge", f"key-{number}", "title", {}, "ada") for number in range(3)]
+    failed: list[AdapterctlError] = []
+
+    def work(number: int) -> None:
+        for turn in range(30):
+            wanted = new[(number + turn) % 3 :] + new[: (number + turn) % 3]
+            try:
+                for job, _ in ledger.submit_all(wanted):
+                    with suppress(Conflict):  # another thread was first
+                        ledger.request_cancel(job.id)
+            except AdapterctlError as error:
+                failed.append(error)
+                return
+
+    threads = [threading.Thread(target=work, args=[number]) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert failed == []

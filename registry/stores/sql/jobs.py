@@ -54,7 +54,8 @@ WORKER_LOST = {
     "message": "its worker stopped without a result, as often as a job may be tried",
     "hint": "see `adapterctl jobs logs`, then `adapterctl jobs retry`",
 }
-
+#: Transactions in which jobs are queued, until one meets no other that queues or ends the same ones.
+TRIES = 20
 
 _JOB = [job.c[name] for name in Job.__dataclass_fields__]  # in the order in which `_job` reads them
 
@@ -69,8 +70,14 @@ class JobRows:
         return self.submit_all([new])[0]
 
     def submit_all(self, new: Sequence[NewJob]) -> list[tuple[Job, bool]]:
-        with self._db.write() as connection:
-            return queue_jobs(connection, new)
+        for attempt in range(1, TRIES + 1):
+            try:
+                with self._db.write() as connection:
+                    return queue_jobs(connection, new)
+            except Conflict:
+                if attempt == TRIES:
+                    raise
+        raise AssertionError("unreachable")
 
     def job(self, job_id: str) -> Job | None:
         with self._db.read() as connection:
@@ -288,7 +295,10 @@ _UNHELD: Mapping[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_un
 
 
 def queue_jobs(connection: Connection, new: Sequence[NewJob]) -> list[tuple[Job, bool]]:
-    """Insert queued jobs, or find the live ones with their keys."""
+    """Insert queued jobs, or find the live ones with their keys.
+
+    Raises `Conflict` where one of several ended while it was joined: only a new transaction has them all in order.
+    """
     ids = [str(uuid6.uuid7()) for _ in new]
     specs = [wire.to_json(each.spec) for each in new]
     given = [
@@ -300,7 +310,9 @@ def queue_jobs(connection: Connection, new: Sequence[NewJob]) -> list[tuple[Job,
     times = {job_id: at for job_id, *at in rows(connection, _QUEUED_AT, these(ids))}
     rows(connection, _FIRST_EVENTS, these(times))
     return [
-        (_queued(job_id, each, spec, *times[job_id]), True) if job_id in times else _join(connection, each)
+        (_queued(job_id, each, spec, *times[job_id]), True)
+        if job_id in times
+        else _join(connection, each, alone=len(new) == 1)
         for job_id, each, spec in zip(ids, new, specs, strict=True)
     ]
 
@@ -322,11 +334,14 @@ def _queued(job_id: str, new: NewJob, spec: str, created_at: float, updated_at: 
     )
 
 
-def _join(connection: Connection, new: NewJob) -> tuple[Job, bool]:
+def _join(connection: Connection, new: NewJob, *, alone: bool) -> tuple[Job, bool]:
     found = rows(connection, _LIVE_WITH_KEY, {"kind": new.kind, "key": new.key})
-    if not found:  # the one that was in the way ended just now
+    if found:
+        return _job(found[0]), False
+    # the one that was in the way ended just now
+    if alone:
         return queue_jobs(connection, [new])[0]
-    return _job(found[0]), False
+    raise Conflict(f"the job that does {new.title!r} ended at this moment", hint="try again")
 
 
 # Built once: every submit runs them, and to build them takes as long as to run them.
