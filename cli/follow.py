@@ -5,7 +5,6 @@ The work happens in another process; nothing that happens here can harm it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from sys import stderr
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..registry.domain.errors import NotFound, Unavailable
+from ..registry.domain.errors import NotFound
 from ..registry.domain.refs import parse_ref
 from .connect import Session
 from .output import INTERRUPTED, Output, is_terminal, printable
@@ -21,10 +20,6 @@ from .output import INTERRUPTED, Output, is_terminal, printable
 if TYPE_CHECKING:
     from ..registry.api import RegistryAPI, VersionView
     from ..registry.domain.job import Job
-
-
-#: A database or a server that is started again is back within this time.
-PATIENCE_S, _PAUSE_S = 120.0, 1.0
 
 
 def follow(session: Session, registry: RegistryAPI, job_id: str, *, timeout_s: float | None = None) -> Job:
@@ -42,37 +37,13 @@ def follow(session: Session, registry: RegistryAPI, job_id: str, *, timeout_s: f
     )
     try:
         with show as update:
-            for job in looks(session.out, registry, job_id, timeout_s=timeout_s):
+            for job in registry.follow(job_id, timeout_s=timeout_s, tell=session.out.warn):
                 update(job)
     except KeyboardInterrupt:
         session.out.say(f"left; the job goes on. Come back with: adapterctl jobs wait {job_id}")
         raise typer.Exit(INTERRUPTED) from None
     raise_for(job)
     return job
-
-
-def looks(out: Output, registry: RegistryAPI, job_id: str, *, timeout_s: float | None = None) -> Iterator[Job]:
-    """`registry.follow`, taken up again where the database or the server is gone for less than `PATIENCE_S`.
-
-    For those whom the registry has answered before: an address that is wrong deserves no patience.
-    """
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    left, gone_since = timeout_s, None
-    while True:
-        try:
-            for job in registry.follow(job_id, timeout_s=left):
-                gone_since = None
-                yield job
-            return
-        except Unavailable as error:
-            now = time.monotonic()
-            if (gone_since and now - gone_since >= PATIENCE_S) or (deadline and now >= deadline):
-                raise
-            if gone_since is None:
-                gone_since = now
-                out.warn(f"{error.message}; the job goes on, asking again for {PATIENCE_S:g} s")
-        time.sleep(_PAUSE_S)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def version_of(registry: RegistryAPI, name: str, job: Job) -> VersionView:

@@ -8,7 +8,7 @@ Every verb raises errors of `domain/errors.py` only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -633,8 +633,13 @@ class RegistryAPI(Protocol):
         """What the job's attempts wrote, after that piece."""
         ...
 
-    def follow(self, job_id: str, *, timeout_s: float | None = None) -> Iterator[Job]:
-        """Yield the job whenever it changes, the ended one last. Raises `WaitTimedOut`; stopping cancels nothing."""
+    def follow(
+        self, job_id: str, *, timeout_s: float | None = None, tell: Callable[[str], None] | None = None
+    ) -> Iterator[Job]:
+        """Yield the job whenever it changes, the ended one last. Raises `WaitTimedOut`; stopping cancels nothing.
+
+        Goes on for two minutes where the database or the server is gone, and `tell`s so; then raises `Unavailable`.
+        """
         ...
 
     def cancel(self, job_id: str) -> Job: ...

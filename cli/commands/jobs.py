@@ -10,7 +10,7 @@ from ...registry.domain.errors import JobCancelled, JobFailed, Refused, Unavaila
 from .. import parse, views
 from ..complete import complete_jobs
 from ..connect import Session, add_verbs
-from ..follow import follow, looks
+from ..follow import follow
 from ..output import INTERRUPTED, printable
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def logs(
         return
     seen, written = _print_events(session, events, 0), 0
     try:
-        for job in looks(session.out, registry, job_id):
+        for job in registry.follow(job_id, tell=session.out.warn):
             try:
                 seen = _print_events(session, registry.job_events(job_id, after=seen), seen)
                 written = _print_log(session, registry.job_log(job_id, after=written), written)

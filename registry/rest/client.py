@@ -53,6 +53,7 @@ from ..domain.suite import Suite
 from ..domain.tuning import TuneRequest
 from ..domain.verdict import Decision
 from ..domain.version import Base, FileRecord
+from ..patience import patiently
 from .problems import from_problem
 from .transport import Answer, Http, Transport
 
@@ -88,6 +89,7 @@ class RemoteRegistry:
         self._token = token
         self._own = own
         self._transport: Transport = transport or Http(server)
+        self._answered = False
 
     def whoami(self) -> Caller:
         """Who the token belongs to, and what it may do."""
@@ -258,7 +260,12 @@ class RemoteRegistry:
         """What the job's attempts wrote, after that piece."""
         return self._get(f"/v1/jobs/{_quoted(job_id)}/log", list[LogPiece], {"after": after})
 
-    def follow(self, job_id: str, *, timeout_s: float | None = None) -> Iterator[Job]:
+    def follow(
+        self, job_id: str, *, timeout_s: float | None = None, tell: Callable[[str], None] | None = None
+    ) -> Iterator[Job]:
+        return patiently(lambda left: self._follow(job_id, left), timeout_s=timeout_s, known=self._answered, tell=tell)
+
+    def _follow(self, job_id: str, timeout_s: float | None) -> Iterator[Job]:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         job = self.job(job_id)
         yield job
@@ -484,7 +491,9 @@ class RemoteRegistry:
         for attempt in range(1, TRIES + 1):
             try:
                 answer = self._transport.send(method, _target(path, query), headers, content, TIMEOUT_S)
-                return _checked(answer)
+                checked = _checked(answer)
+                self._answered = True
+                return checked
             except (OSError, http.client.HTTPException) as error:
                 if attempt == TRIES or isinstance(error, TimeoutError):
                     raise self._unreachable(error) from error

@@ -56,6 +56,7 @@ from ..domain.tuning import TuneRequest
 from ..domain.verdict import Decision
 from ..domain.version import Base
 from ..domain.worker import Worker
+from ..patience import patiently
 from ..ports import Access, Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
 from . import (
@@ -382,8 +383,16 @@ class LocalRegistry:
     def wake(self, job_id: str) -> None:
         self.bell.ring(job_id)
 
-    def follow(self, job_id: str, *, timeout_s: float | None = None) -> Iterator[Job]:
-        return schedule.follow(self.ledger, self.bell, self.job(job_id).id, timeout_s=timeout_s)
+    def follow(
+        self, job_id: str, *, timeout_s: float | None = None, tell: Callable[[str], None] | None = None
+    ) -> Iterator[Job]:
+        found = self.job(job_id).id
+        return patiently(
+            lambda left: schedule.follow(self.ledger, self.bell, found, timeout_s=left),
+            timeout_s=timeout_s,
+            known=True,
+            tell=tell,
+        )
 
     def cancel(self, job_id: str) -> Job:
         return self.ledger.request_cancel(self.job(job_id).id)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -19,10 +20,11 @@ from postgres import postgres_server
 from adapterctl.bootstrap import connect, remote
 from adapterctl.registry.domain.access import Scope
 from adapterctl.registry.domain.errors import Unavailable
-from adapterctl.registry.domain.job import NewJob
+from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.rest.app import create_app, listen
 from adapterctl.registry.rest.door import Rules
 from adapterctl.registry.settings import Settings
+from adapterctl.registry.stores.spawn_bell import only_one
 
 
 def test_following_outlasts_a_database_that_is_gone_and_its_address_stays_inside(
@@ -66,6 +68,40 @@ def test_following_outlasts_a_database_that_is_gone_and_its_address_stays_inside
     assert str(met.value) == "the ledger cannot be used now"
     assert str(database.port) not in warned + said + met.value.hint
     assert f"127.0.0.1:{database.port}" in caplog.text
+
+
+def test_following_from_python_outlasts_a_server_that_is_started_again(
+    home: Path, tmp_path: Path, server_process: Callable[..., Any]
+):
+    registry = connect(Settings(home=home, actor="ada"))
+    secret = registry.create_token("ada", scope=Scope.ADMIN).secret
+    job, _ = registry.ledger.submit(NewJob(kind="merge", key="k", title="merge a b", spec={}, created_by="ada"))
+    started, gone, told = threading.Event(), threading.Event(), []
+    seen: list[JobState] = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        gone.set()
+
+    def follow(url: str) -> None:
+        for each in remote(url, secret).follow(job.id, tell=tell):
+            seen.append(each.state)
+            started.set()
+
+    with closing(registry.ledger), only_one(home):  # nobody works on it
+        with server_process(home, tmp_path / "first.log") as url:
+            following = threading.Thread(target=follow, args=[url])
+            following.start()
+            assert started.wait(60)
+        assert gone.wait(60)
+        with server_process(home, tmp_path / "second.log", "--port", url.rpartition(":")[2]):
+            registry.cancel(job.id)
+            following.join(60)
+        with pytest.raises(Unavailable):
+            next(iter(remote(url, secret).follow(job.id)))
+
+    assert seen == [JobState.QUEUED, JobState.CANCELLED]
+    assert ["the job goes on" in text for text in told] == [True]
 
 
 def until_it_answers(ask: Callable[[], object]) -> None:
