@@ -149,21 +149,23 @@ class OwnFiles:
 def application(registry: LocalRegistry, *, hosts: Sequence[str], loopback: bool) -> Door:
     """What `adapterctl serve` serves: our verbs, and MLflow's own pages and API behind the same door.
 
-    Without any token, everyone who can reach the server may do everything; so that is done on a loopback address only.
+    Where no token was ever made, everyone who can reach the server may do everything. So that is done on a loopback
+    address only, and not where the settings name others who are led there; nor again once every token has ended.
     """
     from . import __version__
-    from .registry.rest.app import create_app
+    from .registry.rest.app import LOOPBACK, create_app
     from .registry.rest.door import Rules, everyone
     from .registry.stores.mlflow_server import application as mlflow_application
 
     settings = registry.settings
-    store = registry.version_store  # opens MLflow, and makes its tables where there are none
-    is_open = loopback and not registry.access.has_tokens()
+    is_open = loopback and set(settings.allowed_hosts) <= {*LOOPBACK} and not registry.access.tokens()
     if not is_open and not registry.access.has_tokens():
         raise Misconfigured(
-            "a server that others can reach needs a token first", hint="adapterctl tokens create NAME --scope admin"
+            "a server that others can reach, or that had a token, needs a valid token first",
+            hint="adapterctl tokens create NAME --scope admin",
         )
     _log.info("tokens are %s", "not asked for: this machine only, and none was made" if is_open else "asked for")
+    store = registry.version_store  # opens MLflow, and makes its tables where there are none
     rules = Rules(
         hosts=(*hosts, *settings.allowed_hosts),
         upload_bytes=settings.max_upload_mb << 20,

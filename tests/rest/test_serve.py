@@ -27,11 +27,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from tiny import write_tiny_adapter
 from typer.testing import CliRunner
 
-from adapterctl.bootstrap import connect, mlflow_app
+from adapterctl.bootstrap import application, connect, mlflow_app
 from adapterctl.cli.main import app
 from adapterctl.registry.domain.access import Scope
 from adapterctl.registry.domain.errors import Misconfigured, Unavailable
-from adapterctl.registry.rest.app import listen
+from adapterctl.registry.rest.app import LOOPBACK, listen
 from adapterctl.registry.settings import Settings
 from adapterctl.registry.stores.mlflow_server import SWITCHED_OFF
 
@@ -245,6 +245,23 @@ def test_an_address_for_others_needs_a_token_first(home: Path):
 
     assert done.returncode == 2
     assert "tokens create" in done.stderr
+
+
+@pytest.mark.parametrize("why", ["revoked", "expired", "a name for others"])
+def test_a_loopback_address_is_open_only_where_no_token_was_ever_made_and_nobody_is_led_there(
+    new_home: Callable[[str], Path], why: str
+):
+    hosts = ("registry.example.org",) if why == "a name for others" else ()
+    registry = connect(Settings(home=new_home("once-closed"), allowed_hosts=hosts))
+
+    with closing(registry.ledger):
+        if why == "revoked":
+            registry.revoke_token(registry.create_token("root", scope=Scope.ADMIN).token.id)
+        elif why == "expired":
+            registry.create_token("root", scope=Scope.ADMIN, valid_s=1e-6)
+
+        with pytest.raises(Misconfigured, match="needs a valid token first"):
+            application(registry, hosts=LOOPBACK, loopback=True)
 
 
 # the socket
@@ -489,7 +506,7 @@ def test_mlflows_own_command_serves_us_where_a_token_was_made(
     url = f"http://127.0.0.1:{port}"
 
     monkeypatch.setenv("ADAPTERCTL_HOME", str(home))
-    with pytest.raises(Misconfigured, match="needs a token first"):  # nobody tells us on which address it listens
+    with pytest.raises(Misconfigured, match="needs a valid token first"):  # nobody tells us on which address it listens
         mlflow_app()
     secret = connect(Settings(home=home, actor="ada")).create_token("ada", scope=Scope.READ).secret
     with subprocess.Popen(
