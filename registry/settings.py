@@ -89,6 +89,12 @@ def load_settings(
         value = getattr(settings, name)
         if value not in known:
             raise Misconfigured(f"{name} is {value!r}, expected {', '.join(known)}", hint="see docs/settings.md")
+    # bytes that are not UTF-8 come out of the environment as half characters, which no ledger keeps
+    if not settings.actor.isprintable():
+        raise Misconfigured(
+            f"actor is {settings.actor!r}, expected printable text in UTF-8",
+            hint="set ADAPTERCTL_ACTOR to such a name; where it is not set, USER counts",
+        )
     return settings
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +46,19 @@ def test_errors_of_usage_are_objects_where_json_is_asked_for(words: list[str], m
     assert (done.returncode, done.stdout, said["exit_code"]) == (2, "", 2)
     assert message in said["error"]["message"]
     assert (said["error"]["code"], said["error"]["hint"]) == ("invalid_input", path)
+
+
+@pytest.mark.parametrize("variable", ["ADAPTERCTL_ACTOR", "USER"])
+@pytest.mark.parametrize("name", ["ren\udce9", "ada\neve"], ids=["not UTF-8", "two lines"])
+def test_who_cannot_be_written_down_is_refused_before_anything_is(home: Path, variable: str, name: str):
+    others = {key: value for key, value in os.environ.items() if key != "ADAPTERCTL_ACTOR"}
+
+    done = run("base", "add", "tiny", env=others | {variable: name})
+
+    assert done.returncode == 2
+    assert f"actor is {name!r}" in done.stderr
+    assert variable in done.stderr
+    assert not (home / "registry.db").exists()
 
 
 @pytest.mark.parametrize("words", [["--version"], ["methods"]])
