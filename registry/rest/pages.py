@@ -1,4 +1,4 @@
-"""Lineage for browsers: pages at `/adapters/NAME` and `/adapters/NAME/VERSION`, and a picture below each.
+"""Lineage for browsers: pages at `/adapters/NAME` and `/adapters/NAME/VERSION`, a picture below each, and their list.
 
 MLflow's own pages show the pictures inside descriptions and lead to the pages, which lead back. Each is asked for again
 at every visit and answered with 304 while it is the same: a description is written once, and what it shows is fresh.
@@ -15,7 +15,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from ..api import Direction, Drawing, Look
+from ..api import AdapterView, Direction, Drawing, Look
 from ..domain.errors import AdapterctlError
 from ..domain.refs import Ref, check_name
 from .routes import Call, Read, version_ref
@@ -30,6 +30,15 @@ _STYLE = (
     'font:16px/1.5 ui-sans-serif,system-ui,"DejaVu Sans",sans-serif}h1{font-size:1.3em}'
 )
 _STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+
+
+@router.api_route("", methods=["GET", "HEAD"])
+@router.api_route("/", methods=["GET", "HEAD"])
+def list_page(request: Request, call: Read) -> Response:
+    """The adapters, each with its newest version and what serves its stages."""
+    folder = "" if request.url.path.endswith("/") else "adapters/"
+    items = "\n".join(_item(folder, each) for each in call.registry.adapters())
+    return _plain("Adapters", f"<ul>\n{items}\n</ul>" if items else "<p>None is registered yet.</p>", 200)
 
 
 @router.api_route("/{name}/lineage.svg", methods=["GET", "HEAD"])
@@ -74,7 +83,7 @@ def version_page(
 
 def wants_a_page(request: Request) -> bool:
     """Whether a browser asks for one of these pages: then an error is told in a page too, not as a problem."""
-    return request.url.path.startswith(f"{router.prefix}/") and "text/html" in request.headers.get("accept", "")
+    return f"{request.url.path}/".startswith(f"{router.prefix}/") and "text/html" in request.headers.get("accept", "")
 
 
 def problem_page(error: AdapterctlError, status: int) -> Response:
@@ -82,12 +91,23 @@ def problem_page(error: AdapterctlError, status: int) -> Response:
     title = error.code.replace("_", " ").capitalize()
     lines = [error.abroad, *(problem.message for problem in error.problems), error.hint]
     told = "\n".join(_CODE.sub(r"<code>\1</code>", f"<p>{html.escape(line)}</p>") for line in lines if line)
+    return _plain(title, told, status)
+
+
+def _plain(title: str, body: str, status: int) -> Response:
+    """A page of text alone; both are HTML."""
     text = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n{told}\n</main>\n</body>\n</html>"
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n{body}\n</main>\n</body>\n</html>"
     )
     allowed = f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; frame-ancestors 'none'"
     return Response(text, status, {"content-security-policy": allowed}, "text/html; charset=utf-8")
+
+
+def _item(folder: str, adapter: AdapterView) -> str:
+    serves = "".join(f", {stage} {version}" for stage, version in sorted(adapter.stages.items()))
+    name = html.escape(adapter.name)
+    return f'<li><a href="{folder}{name}">{name}</a>: {html.escape(f"{adapter.latest}{serves}")}</li>'
 
 
 def _look(direction: Direction = "both", depth: str = "", metric: str = "") -> Look:

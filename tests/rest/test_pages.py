@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
 from tiny import write_tiny_adapter
@@ -74,6 +75,19 @@ def test_a_metric_colours_the_versions_from_lowest_to_highest(get: Callable):
     heats = re.findall(r'class="node[^"]*?(heat\d)[^>]*data-ref="([^"]+)"', page)
     assert sorted(heats) == [("heat0", "one:v1"), ("heat3", "two:v1"), ("heat6", "three:v1")]
     assert "bleu: 40" in page
+
+
+@pytest.mark.parametrize(("path", "below"), [("/adapters", "adapters/"), ("/adapters/", "")])
+def test_the_adapters_are_listed_and_lead_to_their_pages(served: Any, get: Callable, path: str, below: str):
+    served.registry.promote(Ref("two"), to="production")
+
+    answer = get(path)
+
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert f'<a href="{below}one">one</a>' in answer.text
+    assert f'<a href="{below}two">two</a>: v1, production v1</li>' in answer.text
+    assert get(urljoin(path, f"{below}two")).status_code == 200
+    assert served.client.get(path).status_code == 401
 
 
 @pytest.mark.parametrize("query", ["direction=sideways", "depth=-1", "depth=x", f"metric={'m' * 400}"])

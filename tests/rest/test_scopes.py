@@ -20,10 +20,14 @@ from adapterctl.registry.rest.routes import router
 #: Every route with the least scope that it takes. A new route has to be entered here.
 NEEDED = {
     "read": [
+        "GET /adapters",
+        "GET /adapters/",
         "GET /adapters/{name}",
         "GET /adapters/{name}/lineage.svg",
         "GET /adapters/{name}/{version}",
         "GET /adapters/{name}/{version}/lineage.svg",
+        "HEAD /adapters",
+        "HEAD /adapters/",
         "HEAD /adapters/{name}",
         "HEAD /adapters/{name}/lineage.svg",
         "HEAD /adapters/{name}/{version}",
