@@ -79,7 +79,12 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
         except AdapterctlError as error:  # it is done and answered: only the note is missing
             _log.warning("%s by %s is not noted: %s", deed, caller.name, error.message)
 
-    door = Door(app, rules, access.caller, metrics, areas | {"/v1/openapi.json"}, witness)
+    def lookup(secret: str) -> Caller | None:
+        if secret:
+            return access.caller(secret)
+        return None if access.tokens() else rules.anyone  # whoever made a token wants to be asked for it
+
+    door = Door(app, rules, lookup, metrics, areas | {"/v1/openapi.json"}, witness)
     app.state.acting, app.state.access, app.state.door = acting, access, door
     app.state.desk, app.state.turns = Desk(registry), Turns()
     app.state.upload_bytes = rules.upload_bytes

@@ -35,6 +35,8 @@ JSON_BYTES = 1 << 20
 #: A suite comes with its rows, a report with its samples.
 LARGE_JSON_BYTES = 32 << 20
 OPEN_PATHS = ("/healthz", "/readyz")
+#: Where one of them is, a proxy passed the request on: who asks may be anywhere, though the connection is from here.
+FORWARDED = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip")
 #: How long a caller that was looked up is believed; a token that another server revoked works that much longer.
 REMEMBERED_S = 2.0
 _UNSAFE = ("POST", "PUT", "PATCH", "DELETE")
@@ -49,7 +51,10 @@ _errors = logging.getLogger("adapterctl.rest")
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """`hosts` are names without a port, `*.` means all below a name. `anyone` is every caller who brings no token."""
+    """`hosts` are names without a port, `*.` means all below a name.
+
+    `anyone` is every caller who brings no token, as long as none was made and no proxy passes the request on.
+    """
 
     hosts: tuple[str, ...]
     upload_bytes: int
@@ -80,7 +85,7 @@ class Metrics:
 
 
 class Door:
-    """ASGI middleware. `lookup` finds the caller of a secret in the ledger."""
+    """ASGI middleware. `lookup` finds the caller of a secret in the ledger; of the empty one, who brings none."""
 
     def __init__(
         self,
@@ -137,7 +142,7 @@ class Door:
             self._note(visit, answer)
 
     def forget_callers(self) -> None:
-        """A token was revoked here: look everyone up again."""
+        """A token was made or revoked here: look everyone up again."""
         self._callers.forget()
 
     def _check(self, visit: _Visit) -> int:
@@ -174,14 +179,19 @@ class Door:
         if visit.path in OPEN_PATHS:
             return None
         secret = _secret(visit.header(b"authorization"))
+        said = "no token was given" if secret is None else "this token is not valid"
         if secret is None and self._rules.anyone is not None:
-            return self._rules.anyone
+            if not any(map(visit.header, FORWARDED)):
+                if anyone := await self._callers.find(""):
+                    return anyone
+            else:
+                said += ", and a proxy passed this on: only this machine itself needs none"
         if wait_s := self._failures.wait(visit.address, 0):
             raise _TooMany(wait_s)
         caller = await self._callers.find(secret) if secret else None
         if caller is None:
             self._failures.take(visit.address)
-            raise _Unknown("no token was given" if secret is None else "this token is not valid")
+            raise _Unknown(said)
         if wait_s := self._uses.take(caller.token_id):
             raise _TooMany(wait_s)
         return caller

@@ -734,10 +734,11 @@ def tokens(call: Admin) -> Response:
 
 
 @router.post("/tokens", status_code=201, response_model=NewToken)
-def create_token(body: bodies.TokenBody, call: Admin) -> Response:
+def create_token(request: Request, body: bodies.TokenBody, call: Admin) -> Response:
     """Make a token; its secret is shown here and never again."""
     call.caller.check_change()
     made = call.registry.create_token(body.name, scope=body.scope, names=body.names, valid_s=body.valid_s)
+    request.app.state.door.forget_callers()
     return _reply(made, status=201)
 
 

@@ -20,8 +20,9 @@ from adapterctl.registry.domain import errors
 from adapterctl.registry.domain.access import Scope
 from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.rest.app import create_app
-from adapterctl.registry.rest.door import JSON_BYTES, Rules
+from adapterctl.registry.rest.door import JSON_BYTES, Rules, everyone
 from adapterctl.registry.rest.problems import STATUS, from_problem, to_problem
+from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.settings import Settings
 
 UPLOAD_BYTES = 1 << 20
@@ -77,6 +78,39 @@ def test_what_is_no_token_opens_nothing(served: Any, header: str, monkeypatch: p
     monkeypatch.setattr(served.door._failures, "_size", 1e9)
 
     assert served.client.get("/v1/adapters", headers={"Authorization": header}).status_code == 401
+
+
+@pytest.fixture
+def tokenless(new_home: Callable[[str], Path]) -> Iterator[tuple[TestClient, LocalRegistry]]:
+    """A server on a loopback address, for which no token was made yet, and its registry."""
+    registry = connect(Settings(home=new_home("tokenless"), actor="ada"))
+    rules = Rules(hosts=("localhost",), upload_bytes=1, anyone=everyone("ada"))
+    door = create_app(registry, registry.access, rules, version="1.2.3")
+    with closing(registry.ledger), TestClient(door, base_url="http://localhost") as client:
+        yield client, registry
+
+
+@pytest.mark.parametrize("where", ["over REST", "on the machine, and is no longer valid"])
+def test_a_server_asks_for_tokens_from_the_first_one_on(tokenless: Any, where: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("adapterctl.registry.rest.door.REMEMBERED_S", 0.0 if where != "over REST" else 60.0)
+    client, registry = tokenless
+    before = client.get("/v1/adapters").status_code
+
+    if where == "over REST":
+        client.post("/v1/tokens", json={"name": "root", "scope": "admin"})
+    else:
+        made = registry.create_token("root", scope=Scope.ADMIN)
+        registry.revoke_token(made.token.id)
+
+    assert (before, client.get("/v1/adapters").status_code) == (200, 401)
+
+
+@pytest.mark.parametrize("header", ["Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"])
+def test_what_a_proxy_passes_on_needs_a_token_though_none_was_made(tokenless: Any, header: str):
+    answer = tokenless[0].get("/v1/adapters", headers={header: "192.0.2.7"})
+
+    assert answer.status_code == 401
+    assert "a proxy passed this on" in answer.json()["detail"]
 
 
 def test_who_fails_too_often_waits(new_home: Callable[[str], Path], serving_with: Any):
