@@ -290,6 +290,11 @@ def test_every_law_has_a_test():
     assert tuple(LAW_TESTS) == LAWS
 
 
+def test_every_law_can_be_broken():
+    """By a method that declares it, and is seen to: no law holds for whatever is computed."""
+    assert set().union(*(method.breaks for method in methods().values())) == set(LAWS)
+
+
 @pytest.mark.parametrize(("name", "law"), kept(list(methods())))
 @settings(max_examples=25)
 @given(case=cases())
