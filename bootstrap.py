@@ -200,6 +200,7 @@ def made_on_demand() -> Mapping[str, str]:
 
 def _establish(ledger: SqlLedger, settings: Settings) -> None:
     """Tie a new registry to its MLflow. Ledger and MLflow are both in the home, or both shared: one truth."""
+    from .registry.services.doctor import check_in_place
     from .registry.stores.mlflow_server import embedded_uri, without_password
 
     uri = settings.mlflow_uri or ("" if settings.database_url else embedded_uri(settings.home))
@@ -216,6 +217,8 @@ def _establish(ledger: SqlLedger, settings: Settings) -> None:
         )
     stored = without_password(uri)
     ledger.establish(stored)
+    if not settings.database_url:
+        check_in_place(settings.home, ledger.mlflow_uri)
     if not settings.mlflow_uri or stored == ledger.mlflow_uri:
         return
     if settings.database_url:

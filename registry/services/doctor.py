@@ -6,6 +6,7 @@ Reads only, unless it is to accept what was done in MLflow (`reconcile.py`).
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..api import Check
-from ..domain.errors import AdapterctlError, NotFound, Unavailable
+from ..domain.errors import AdapterctlError, Misconfigured, NotFound, Unavailable
 from ..domain.job import JobState
 from ..domain.worker import QUEUES, Worker, served
 from ..ports import Doorbell, Ledger, VersionStore
@@ -53,6 +54,27 @@ def examine(
 def examine_home(home: Path) -> list[Check]:
     """The checks that need no ledger: it cannot be read where the disk is full."""
     return [_home(home), _filesystem(home), space(shutil.disk_usage(_standing(home)).free)]
+
+
+def check_in_place(home: Path, mlflow_uri: str) -> None:
+    """Raise `Misconfigured` where a home was copied or moved: MLflow's database and the versions' files are elsewhere.
+
+    MLflow writes whole paths down, and the ledger keeps its address. What a copy wrote would be in the first home's
+    MLflow and among its files, and known to the ledger of the copy alone.
+    """
+    theirs, own = Path(mlflow_uri.removeprefix("sqlite:///")), home / MLFLOW_DATABASE
+    if not mlflow_uri.startswith("sqlite:") or theirs.name != MLFLOW_DATABASE or not own.exists():
+        return
+    if not theirs.exists():
+        raise Misconfigured(
+            f"the registry in {home} was made in {theirs.parent}, where its MLflow and its files are expected",
+            hint=f"move it back, or link it there: ln -s {shlex.quote(str(home))} {shlex.quote(str(theirs.parent))}",
+        )
+    if not theirs.samefile(own):
+        raise Misconfigured(
+            f"{home} is a copy of the registry in {theirs.parent}: its versions are in the MLflow there",
+            hint=f"use --home {shlex.quote(str(theirs.parent))}; `adapterctl export` and `import` make a second one",
+        )
 
 
 def space(free_bytes: int) -> Check:
@@ -107,6 +129,8 @@ def _mlflow(
         yield Check("mlflow", "ok", f"mlflow {version('mlflow')}; its database is made with the first version")
         return
     try:
+        if settings.database_url is None:
+            check_in_place(settings.home, ledger.mlflow_uri)
         store = open_versions()
         check_not_emptied(ledger, store)  # a server opened it long ago
     except AdapterctlError as error:

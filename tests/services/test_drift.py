@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapterctl.bootstrap import connect
+from adapterctl.registry.domain.errors import Misconfigured
 from adapterctl.registry.domain.refs import parse_ref
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.settings import Settings
@@ -24,6 +25,38 @@ def told(registry: LocalRegistry) -> list[tuple[str, str]]:
 @pytest.fixture
 def client(two_parents: LocalRegistry):
     return two_parents.version_store._client
+
+
+def test_a_copied_home_does_not_write_into_the_first_ones_mlflow(two_parents: LocalRegistry, tmp_path: Path):
+    home = two_parents.settings.home
+    copied, named = tmp_path / "copied", tmp_path / "named"
+    shutil.copytree(home, copied)
+    named.symlink_to(home)
+    before = (home / "mlflow.db").read_bytes()
+
+    with pytest.raises(Misconfigured, match=f"{copied} is a copy of the registry in {home}"):
+        connect(Settings(home=copied))
+    reader = connect(Settings(home=copied), readonly=True)
+    with closing(reader.ledger):
+        (told,) = [check for check in reader.doctor() if check.name == "mlflow"]
+    connect(Settings(home=named)).ledger.close()  # the same folder by another name
+
+    assert (told.status, told.hint.split(";")[0]) == ("error", f"use --home {home}")
+    assert (home / "mlflow.db").read_bytes() == before
+
+
+def test_a_moved_home_says_where_it_was_and_makes_nothing_there(two_parents: LocalRegistry, tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    shutil.copy(two_parents.settings.home / "mlflow.db", first)
+    connect(Settings(home=first)).ledger.close()
+    first.rename(second)
+
+    with pytest.raises(Misconfigured, match=f"was made in {first}") as refused:
+        connect(Settings(home=second))
+
+    assert refused.value.hint.endswith(f"ln -s {second} {first}")
+    assert not first.exists()
 
 
 def test_every_deed_behind_our_back_is_seen(two_parents: LocalRegistry, client):
