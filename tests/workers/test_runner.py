@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from adapterctl.registry.domain.digest import file_digest
 from adapterctl.registry.domain.header import read_header
 from adapterctl.registry.merging.tensors import measure
 from adapterctl.registry.wire import from_json, to_builtins
+from adapterctl.workers.receipt import ROUNDING
 
 MANY = {f"model.layers.{layer}.mlp.{name}_proj": (64, 64) for layer in range(200) for name in ("up", "down")}
 COMMAND = [sys.executable, "-m", "adapterctl.workers.runner"]
@@ -177,6 +180,34 @@ def test_a_recipe_that_is_run_again_is_held_against_the_stored_file(
     assert found["distance"] == (distance if distance is None else pytest.approx(distance, rel=0.1))
     assert len(found["details"]) >= len(details)
     assert all(line.startswith(start) for line, start in zip(found["details"], details, strict=False))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernel is one of OpenBLAS for x86-64")
+@pytest.mark.parametrize(("method", "dtype"), [("svd", "f64"), ("svd", "bf16"), ("tsv", "f64"), ("ties_svd", "f64")])
+def test_another_blas_kernel_is_told_and_gives_the_same_delta_within_the_bound(
+    make_task: Callable[..., Path], tmp_path: Path, method: str, dtype: str
+):
+    task = make_task(linear={f"layers.{i}.q_proj": (96, 160) for i in range(3)}, method=method, rank=3, dtype=dtype)
+    receipt = run(task)[1][-1]["result"]["receipt"]
+    stored = tmp_path / "stored"
+    (tmp_path / "out").rename(stored)
+    compare = {"folder": str(stored), "fingerprint": receipt["fingerprint"]}
+    task.write_text(json.dumps({**json.loads(task.read_text(encoding="utf-8")), "compare": compare}), encoding="utf-8")
+    found = {}
+
+    for kernel in ({}, {"OPENBLAS_CORETYPE": "Nehalem"}):
+        (tmp_path / "out").mkdir()
+        result = run(task, **kernel)[1][-1]["result"]
+        shutil.rmtree(tmp_path / "out")
+        found[result["receipt"]["fingerprint"]["blas_kernel"]] = result["comparison"]
+
+    here = receipt["fingerprint"]["blas_kernel"]
+    assert len(found) == 2, "this processor has no other kernel by default: no test"
+    assert found[here] == {"verdict": "identical", "distance": 0.0, "details": []}
+    assert found["Nehalem"]["verdict"] in {"identical", "equal within bound"}
+    assert found["Nehalem"]["distance"] <= 1e-6 + 2 * ROUNDING[dtype.upper()][0]
+    if dtype == "f64":  # a narrower type rounds the difference away, mostly
+        assert found["Nehalem"]["verdict"] == "equal within bound", "both kernels give the same bits: no test"
 
 
 def rewrite(path: Path, scaled: Mapping[str, float], metadata: Mapping[str, str]) -> None:
