@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from ..registry.domain.version import Base
 
 #: Layers of a plan that are shown without being asked for.
+SHOWN_PAIRS = 20
 SHOWN_LAYERS = 5
 #: Modules that `diff --layers` shows without being asked for more.
 SHOWN_MODULES = 10
@@ -189,10 +190,12 @@ def plan_text(view: PlanView, out: Output) -> str:
             [f"{p.first} / {p.second}", str(p.shared_modules)]
             + [f"{x:.3f}" for x in (p.cosine, p.row_overlap, p.column_overlap, p.norm_ratio)]
             + [f"{conflicts[p.first, p.second]:.3f}" if (p.first, p.second) in conflicts else "-"]
-            for p in view.pairs
+            for p in sorted(view.pairs, key=lambda pair: -abs(pair.cosine))[:SHOWN_PAIRS]
         ]
         header = ["PARENTS", "SHARED MODULES", "COSINE", "ROW OVERLAP", "COLUMN OVERLAP", "NORM RATIO", "SIGN CONFLICT"]
         lines += ["", out.table(header, pairs, right=range(1, 7))]
+        if len(view.pairs) > SHOWN_PAIRS:
+            lines.append(f"{len(view.pairs) - SHOWN_PAIRS:,} more pairs with -o json")
     layers = [each for each in view.interference if each.layer != "all"]
     if layers:
         lines += ["", _layers_text(layers, out)]

@@ -53,6 +53,8 @@ ROUNDING: Mapping[str, tuple[float, float]] = {
     "F32": (2.0**-24, 2.0**-150),
     "F64": (2.0**-53, 0.0),
 }
+#: Two of 64 parents can be chosen in 2,016 ways, which would take half a megabyte of the ledger.
+MOST_PAIRS = 64
 #: Share of the sum that values below the smallest normal number may cost: as much as rounding both factors to bfloat16
 #: may cost at most where it adds up in quadrature. That type has the range of float32, and is closer beyond this.
 MOST_UNDERFLOW = 2.0**-7
@@ -570,9 +572,14 @@ def _parents(plan: MergePlan, proofs: Sequence[Proof], norm: float) -> list[dict
 
 
 def _pairs(plan: MergePlan, proofs: Sequence[Proof]) -> list[dict[str, Any]]:
-    """`Pair` of every two parents as JSON, each called by its digest."""
+    """`Pair` of every two parents as JSON, each called by its digest; of many the `MOST_PAIRS` of the largest
+    cosines, of either sign.
+    """
     digests = [parent.digest for parent in plan.recipe.parents]
-    rows = [asdict(pair) for pair in pairs([proof.meeting for proof in proofs], digests)]
+    found = pairs([proof.meeting for proof in proofs], digests)
+    if len(found) > MOST_PAIRS:
+        found = tuple(sorted(found, key=lambda pair: -abs(pair.cosine))[:MOST_PAIRS])
+    rows = [asdict(pair) for pair in found]
     return [{key: _short(v) if isinstance(v, float) else v for key, v in row.items()} for row in rows]
 
 

@@ -69,12 +69,16 @@ class Source:
 
 def check_name(name: str) -> str:
     """Return `name` or raise `InvalidInput`: MLflow itself accepts NUL, newlines and bidirectional marks."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise InvalidInput(
             f"adapter name {name!r} is not allowed",
             hint="use lower-case letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit",
         )
     return name
+
+
+def is_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
 
 
 def check_alias(alias: str) -> str:

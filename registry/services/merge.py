@@ -33,7 +33,7 @@ from ..domain.job import Job, NewJob
 from ..domain.plan import MergePlan, build_plan, check_parents, parent_warnings
 from ..domain.prompts import prompt_warnings, tokenizer_warnings
 from ..domain.recipe import RESIZE, MergeRequest, Recipe, recipe_from_json
-from ..domain.refs import check_name
+from ..domain.refs import check_name, is_name
 from ..domain.suite import Suite
 from ..domain.version import AdapterVersion, NewVersion
 from ..ports import Doorbell, Folders, Ledger, Parent, VersionStore
@@ -447,6 +447,11 @@ def _target(request: MergeRequest) -> str:
         raise InvalidInput(
             f"all parents are versions of {name}, so the merge needs a name",
             hint=f"--into {name}-merged, or --into {name} to make it the newest version there",
+        )
+    if not request.into and not is_name(name):
+        raise InvalidInput(
+            f"the names of {len(request.parents)} parents, joined, are no name of an adapter: {len(name)} characters",
+            hint="name the merge with --into NAME",
         )
     return check_name(name)
 

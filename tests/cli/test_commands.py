@@ -17,6 +17,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from tiny_merge import WEIGHTS, deltas, distance, facts_of
 
 from adapterctl.migrations import VERSION_TABLE
 
@@ -136,6 +137,52 @@ def test_a_result_is_named_by_the_word_that_register_has_too(read: Run, words: s
     assert read(*words.split(), "--name", "mine", "-q").stdout == "mine\n"
     assert "two names" in read(*words.split(), "--name", "mine", "--into", "other", code=2).stderr
     assert "--name" not in read(words.split()[0], "--help").stdout
+
+
+def test_a_merge_weighs_a_layer_a_kind_of_module_and_a_group_of_layers_apart(run: Run, pair: Path, tmp_path: Path):
+    by_layer = ["layers.0=0,2", "q_proj=1,-1", "layers.0-15=3,0.25"]
+
+    run(
+        "merge",
+        "translate=0.5",
+        "chat",
+        "--into",
+        "mix",
+        *(word for one in by_layer for word in ("--layer-weights", one)),
+    )
+
+    run("pull", "mix", str(tmp_path / "mix"))
+    first, second = deltas(tmp_path / "translate"), deltas(tmp_path / "chat")
+    weights = {name: (0, 2) if "layers.0" in name else (1, -1) if "q_proj" in name else (3, 0.25) for name in first}
+    assert len(set(weights.values())) == 3
+    expected = {name: one * first[name] + other * second[name] for name, (one, other) in weights.items()}
+    assert distance(deltas(tmp_path / "mix"), expected) <= 1e-6
+
+
+def test_parents_whose_names_are_too_long_together_ask_for_a_name(run: Run, pair: Path, tmp_path: Path):
+    run("register", str(tmp_path / "chat"), "--name", "c" * 125)
+
+    told = run("plan", "translate", "c" * 125, code=2).stderr
+
+    assert "the names of 2 parents, joined, are no name of an adapter: 135 characters" in told
+    assert "--into NAME" in told
+
+
+def test_an_adapter_is_resized_to_a_rank_to_a_share_of_its_energy_and_to_a_size(run: Run, pair: Path, tmp_path: Path):
+    exact, made = deltas(tmp_path / "translate"), {}
+
+    for words in ("--rank 1", "--energy 0.6", "--size 3kB"):
+        label = run("resize", "translate:v1", *words.split(), "-q").stdout.strip()
+        run("pull", label, str(tmp_path / label))
+        made[words] = tmp_path / label
+
+    kept = {words: 1 - distance(deltas(folder), exact) ** 2 for words, folder in made.items()}
+    ranks = {words: facts_of(folder).max_rank for words, folder in made.items()}
+    assert (ranks["--rank 1"], ranks["--energy 0.6"]) == (1, 2)
+    assert kept["--rank 1"] < 0.6 <= kept["--energy 0.6"]
+    weights = made["--size 3kB"] / WEIGHTS
+    more = weights.stat().st_size // (ranks["--size 3kB"] + 1)
+    assert 3000 - more < weights.stat().st_size <= 3000
 
 
 def test_an_import_into_a_home_that_is_none_yet_can_be_planned_and_leaves_none_where_it_is_refused(

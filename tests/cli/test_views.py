@@ -9,9 +9,18 @@ import pytest
 
 from adapterctl.cli import views
 from adapterctl.cli.output import Output
-from adapterctl.registry.api import DiffView, LayerDiff, RecallImpact, RetentionRow, RetentionView, VersionView
+from adapterctl.registry.api import (
+    DiffView,
+    LayerDiff,
+    PlanView,
+    RecallImpact,
+    RetentionRow,
+    RetentionView,
+    VersionView,
+)
 from adapterctl.registry.domain.evals import Interval
 from adapterctl.registry.domain.job import Job, JobState, Progress
+from adapterctl.registry.domain.plan import Pair
 
 JOB = Job(
     id="j1", kind="merge", key="k", title="merge a b", spec={}, state=JobState.RUNNING, attempt=1, max_attempts=3,
@@ -121,6 +130,17 @@ def test_layers_of_two_merges_are_told_with_what_changed():
     assert "  cosine of the deltas 0.5000, distance 100.00%" in lines
     assert sum("B - A (pp)" in line for line in lines) == 2
     assert lines[-1] == "1 more modules with --top 3 or -o json"
+
+
+def test_a_plan_of_many_parents_names_the_pairs_that_have_most_to_do_with_each_other():
+    pairs = tuple(Pair(f"a{i}", "b", 1, (-1) ** i * i / 50, 0, 0, 1) for i in range(50))
+    plan = PlanView("m", "0" * 64, "svd", 4, "F32", 1000, "base", (), (), pairs, ())
+
+    text = views.plan_text(plan, Output())
+
+    assert [f"a{i} / b" in text for i in (29, 30, 49)] == [False, True, True]
+    assert text.index("a49 / b") < text.index("a30 / b")
+    assert text.endswith("30 more pairs with -o json")
 
 
 def test_layers_that_are_equal_are_no_table():

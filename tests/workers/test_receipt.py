@@ -120,6 +120,19 @@ def test_the_receipt_of_a_large_adapter_stays_small(tmp_path: Path):
     assert len(json.dumps(proof, separators=(",", ":"))) <= 64 * 1024
 
 
+def test_the_receipt_of_many_parents_stays_small_and_keeps_the_pairs_that_have_most_to_do_with_each_other(
+    tmp_path: Path,
+):
+    folders = [write_tiny_adapter(tmp_path / f"p{i}", seed=i // 2, rank=1) for i in range(64)]  # each of them twice
+
+    proof = run_merge(folders, tmp_path / "out", method="svd").receipt
+
+    assert len(proof["parents"]) == 64
+    assert [abs(pair["cosine"]) for pair in proof["pairs"][:32]] == [1.0] * 32
+    assert len(proof["pairs"]) == 64
+    assert len(json.dumps(proof, separators=(",", ":"))) <= 64 * 1024
+
+
 def test_a_proof_holds_less_than_its_factors_in_float64(tmp_path: Path):
     """Modules of 16 bits do not need eight bytes a value, or those of a 70B model do not fit into a small worker."""
     width, rank = 8192, 24
