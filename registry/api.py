@@ -153,6 +153,17 @@ class Carried:
 
 
 @dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A version that was exported alone: `name` is that of its folder, at `path`; `base` what its config calls it."""
+
+    ref: str
+    name: str
+    path: str
+    base: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class PlanView:
     into: str
     recipe_digest: str

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from ...registry.domain.errors import InvalidInput
 from ...registry.domain.refs import parse_ref
 from .. import views
 from ..complete import complete_refs
@@ -20,21 +21,48 @@ def add_to(app: typer.Typer) -> None:
 def export(
     session: Session,
     refs: Annotated[list[str], typer.Argument(metavar="REF...", help="Versions.", autocompletion=complete_refs)],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where NAME/vN is written for each of them.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where a folder is written for each of them.")],
+    layout: Annotated[
+        Literal["family", "peft", "vllm", "hub"],
+        typer.Option(metavar="LAYOUT", help="family, with all they are made of; or alone: peft, vllm, hub."),
+    ] = "family",
+    max_lora_rank: Annotated[
+        int | None, typer.Option(metavar="R", min=1, help="Of the vLLM that serves them.  [default: 16, as vLLM's]")
+    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="NAME", help="What that vLLM calls the base.")] = None,
 ) -> None:
     """Write versions and all that they are made of to folders.
 
-    `adapterctl import` makes the same versions and edges of them in another registry.
+    `adapterctl import` makes the same versions and edges of them in another registry. --layout
+    vllm gives folders to serve from, with names that never mean other bytes; hub a repository.
 
     Example: adapterctl export translate-chat@production ./family
     """
-    from ...registry.services.carry import export as export_family  # deferred: help needs no service
+    if layout != "vllm" and (max_lora_rank or base):
+        raise InvalidInput("--max-lora-rank and --base go with --layout vllm", hint="leave them out, or add it")
+    registry, asked = session.registry(readonly=True), [parse_ref(ref) for ref in refs]
+    if layout == "family":
+        from ...registry.services.carry import export as export_family  # deferred: help needs no service
 
-    written = export_family(session.registry(readonly=True), [parse_ref(ref) for ref in refs], folder)
-    session.out.say(f"{len(written)} versions are in {folder}")
-    session.out.data(
-        written, text=lambda: views.versions_table(written, session.out), names=[version.ref for version in written]
-    )
+        versions = export_family(registry, asked, folder)
+        session.out.say(f"{len(versions)} versions are in {folder}")
+        session.out.data(
+            versions,
+            text=lambda: views.versions_table(versions, session.out),
+            names=[version.ref for version in versions],
+        )
+        return
+    from ...registry.services.layouts import VLLM_RANK, lay_out, next_steps  # deferred, too
+
+    written = lay_out(registry, asked, folder, layout, max_lora_rank=max_lora_rank or VLLM_RANK, served_base=base)
+    for step in next_steps(written, layout):
+        session.out.say(step)
+
+    def text() -> str:
+        rows = [[each.ref, each.name, each.base, str(each.rank)] for each in written]
+        return session.out.table(["version", "folder", "base", "rank"], rows, right=[3])
+
+    session.out.data(written, text=text, names=[each.name for each in written])
 
 
 def import_(

@@ -115,6 +115,17 @@ def test_a_name_that_is_not_allowed_is_a_usage_error_and_is_shown_escaped(name: 
     assert "Traceback" not in ran.stderr
 
 
+def test_a_version_is_exported_for_vllm_and_the_command_that_serves_it_is_said(read: Run, tmp_path: Path):
+    ran = read("export", "translate-chat:v1", str(tmp_path / "serving"), "--layout", "vllm", "-o", "json")
+
+    [written] = ran.data
+    assert written["name"].startswith("translate-chat.v1.")
+    assert (tmp_path / "serving" / written["name"] / "adapter_model.safetensors").is_file()
+    assert f"--max-lora-rank 8 --lora-modules {written['name']}={written['path']}" in ran.stderr
+    said = read("export", "translate-chat", str(tmp_path), "--max-lora-rank", "64", code=2).stderr
+    assert "go with --layout vllm" in said
+
+
 def test_a_family_is_exported_and_told_to_be_here_already(read: Run, tmp_path: Path):
     folder = str(tmp_path / "family")
 

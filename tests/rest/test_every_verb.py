@@ -36,6 +36,7 @@ from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.domain.stage import Head
 from adapterctl.registry.domain.tuning import TuneRequest
 from adapterctl.registry.services.carry import LISTING, export, read_family, take_in
+from adapterctl.registry.services.layouts import lay_out
 from adapterctl.registry.services.pull import damage
 from adapterctl.registry.wire import to_json
 
@@ -229,6 +230,15 @@ def test_files_are_not_pulled_over_others(registry: RegistryAPI, add: Add, tmp_p
 
     with pytest.raises(Conflict, match="not an empty folder"):
         registry.pull(ref(add()), tmp_path / "target")
+
+
+def test_a_version_is_laid_out_for_vllm(registry: RegistryAPI, add: Add, tmp_path: Path):
+    asked = add()
+
+    [written] = lay_out(registry, [ref(asked)], tmp_path, "vllm")
+
+    assert written.ref == asked.ref
+    assert {path.name for path in Path(written.path).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_bases_are_pinned_aliased_and_merged(registry: RegistryAPI, tmp_path: Path):

@@ -1,0 +1,247 @@
+"""Versions as folders in the form that others read: PEFT's own, what vLLM serves from, a repository of the hub.
+
+Unlike `carry`, which takes a family with its lineage to another registry, each version stands alone here, and nothing
+leads back but its name and digest. Written over `RegistryAPI`: it works with the registry of this machine and with a
+server alike.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ..api import LaidOut, RegistryAPI, VersionView
+from ..domain.errors import Conflict, InvalidInput, Problem, Recalled, Refused, Unavailable, raise_all
+from ..domain.refs import Ref
+from .register import CONFIG_FILE, README_FILE, WEIGHTS_FILE
+
+#: `peft` is what `pull` gives, at NAME/vN; `vllm` a folder to serve from; `hub` a repository with a model card.
+Layout = Literal["peft", "vllm", "hub"]
+#: What vLLM's --max-lora-rank may be, and is where nobody says. Source: vllm/config/lora.py, MaxLoRARanks.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANK = 16
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_FRONT_MATTER = re.compile(r"---\r?\n(.*?\r?\n)---\r?\n", re.DOTALL)
+
+
+def lay_out(
+    registry: RegistryAPI,
+    refs: Sequence[Ref],
+    folder: Path,
+    layout: Layout,
+    *,
+    max_lora_rank: int = VLLM_RANK,
+    served_base: str | None = None,
+) -> list[LaidOut]:
+    """Write the verified files of each version to a folder of its own below `folder`: all of them, or none.
+
+    Args:
+        max_lora_rank: of the vLLM that will serve them.
+        served_base: what that vLLM calls the base, where the adapters spell it otherwise.
+
+    A folder that is there already, with the same files, is left as it is. Raises `Conflict` where other files are,
+    `Recalled` for what is not to be used, `Refused` with everything that keeps the versions from the layout.
+    """
+    versions = _versions(registry, refs)
+    places = {_place(version, layout): version for version in versions}
+    if len(places) < len(versions):
+        raise InvalidInput(
+            f"several versions of one adapter do not fit into one {layout} layout", hint="export them one by one"
+        )
+    if served_base is not None:
+        _check_spelling(registry, versions, served_base)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as room:
+            problems = []
+            for place, version in places.items():
+                registry.pull(Ref(version.name, number=version.number), Path(room, place))
+                if layout == "vllm":
+                    problems += _for_vllm(version, Path(room, place), max_lora_rank, served_base)
+                elif layout == "hub":
+                    problems += _for_hub(version, Path(room, place))
+            raise_all(Refused, f"not everything fits the {layout} layout; nothing was written:", problems)
+            bases = {place: _config(Path(room, place))["base_model_name_or_path"] for place in places}
+            _move_in(places, Path(room), folder)
+    except OSError as error:
+        raise Unavailable(f"{folder} cannot be written: {error.strerror}", hint="give another folder") from error
+    return [
+        LaidOut(version.ref, place, str(folder / place), bases[place], version.rank)
+        for place, version in places.items()
+    ]
+
+
+def next_steps(written: Sequence[LaidOut], layout: Layout) -> list[str]:
+    """The commands that take it from there, one a line."""
+    if layout == "hub":
+        return [f"hf upload ORGANISATION/{each.name} {shlex.quote(each.path)}" for each in written]
+    if layout == "peft":
+        return []
+    steps = []
+    for base in dict.fromkeys(each.base for each in written):
+        here = [each for each in written if each.base == base]
+        modules = shlex.join(f"{each.name}={each.path}" for each in here)
+        rank = vllm_rank(max(each.rank for each in here))
+        steps.append(f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {modules}")
+    return steps
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The smallest --max-lora-rank that serves an adapter of this rank, or None."""
+    return next((each for each in VLLM_RANKS if each >= rank), None)
+
+
+def _versions(registry: RegistryAPI, refs: Sequence[Ref]) -> list[VersionView]:
+    versions = {version.ref: version for version in map(registry.version, refs)}
+    for version in versions.values():
+        if version.recall is not None:
+            raise Recalled.of(version.ref, version.recall.ref, version.recall.reason, "export another version")
+    return list(versions.values())
+
+
+def _move_in(places: Mapping[str, VersionView], room: Path, folder: Path) -> None:
+    """Give every folder its name; before that nothing is seen, and what is there already has to be the same."""
+    new = []
+    for place, version in places.items():
+        target = folder / place
+        if not target.exists():
+            new.append(place)
+        elif not _same_files(room / place, target):
+            raise Conflict(
+                f"{target} is there, with other files than those of {version.ref}", hint="give another folder"
+            )
+    for place in new:
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (room / place).replace(folder / place)
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    if not other.is_dir() or names != sorted(path.name for path in other.iterdir()):
+        return False
+    return not any(filecmp.cmpfiles(one, other, names, shallow=False)[1:])
+
+
+def _place(version: VersionView, layout: Layout) -> str:
+    if layout == "vllm":
+        # a name that never means other bytes: vLLM keeps what it computed under the name of an adapter
+        return f"{version.name}.v{version.number}.{version.content_digest[:8]}"
+    return version.name if layout == "hub" else f"{version.name}/v{version.number}"
+
+
+def _for_vllm(version: VersionView, files: Path, max_lora_rank: int, base: str | None) -> list[Problem]:
+    """Config and weights alone, with the base under the name that vLLM serves it by.
+
+    vLLM reads r, lora_alpha and use_rslora of a config and ignores patterns (vllm/lora/peft_helper.py), so that an
+    adapter with some would be served at wrong sizes; one above --max-lora-rank is refused when it is asked for.
+    """
+    config, problems = _config(files), []
+    if version.rank > max_lora_rank:
+        enough = vllm_rank(version.rank)
+        larger = f"serve with --max-lora-rank {enough} and say so here, or " if enough else ""
+        problems.append(
+            Problem(
+                "rank_too_large",
+                f"{version.ref} has rank {version.rank}, vLLM is to take ranks up to {max_lora_rank}",
+                f"{larger}`adapterctl resize {version.ref} --rank {max_lora_rank}`",
+            )
+        )
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        problems.append(
+            Problem(
+                "patterns",
+                f"{version.ref} has a rank_pattern or an alpha_pattern, which vLLM ignores",
+                f"`adapterctl resize {version.ref} --rank {version.rank}` makes it uniform, without loss",
+            )
+        )
+    if config.get("lora_bias"):
+        problems.append(Problem("lora_bias", f"{version.ref} has biases (lora_bias), which vLLM does not add"))
+    if base is not None:
+        config["base_model_name_or_path"] = base
+        (files / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _keep(files, CONFIG_FILE, WEIGHTS_FILE)
+    return problems
+
+
+def _for_hub(version: VersionView, files: Path) -> list[Problem]:
+    """Config, weights and a model card whose front matter says what the registry knows.
+
+    Source of the fields: https://huggingface.co/docs/hub/model-cards.
+    """
+    import yaml  # deferred: as in `carry`
+
+    card = files / README_FILE
+    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+    found = _FRONT_MATTER.match(text)
+    try:
+        known = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        known = None
+    if not isinstance(known, dict):
+        problem = f"the README of {version.ref} begins with something that is no YAML mapping"
+        return [Problem("bad_card", problem, "mend it where the adapter came from, and register it again")]
+    body = text[found.end() :] if found else text
+    front = yaml.safe_dump({**known, **_front_matter(version, known)}, sort_keys=False, allow_unicode=True)
+    card.write_text(f"---\n{front}---\n{body or _card(version)}", encoding="utf-8")
+    _keep(files, CONFIG_FILE, WEIGHTS_FILE, README_FILE)
+    return []
+
+
+def _front_matter(version: VersionView, known: Mapping[str, Any]) -> dict[str, Any]:
+    tags = known.get("tags")
+    front: dict[str, Any] = {
+        "library_name": "peft",
+        "base_model_relation": "adapter",
+        "tags": list(dict.fromkeys([*(tags if isinstance(tags, list) else []), "lora", "adapterctl"])),
+    }
+    if _HUB_ID.fullmatch(version.base):
+        front["base_model"] = version.base
+    if version.license:
+        front["license"] = version.license
+    results = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": suite or "not named", "type": suite or "unknown"},
+            "metrics": [{"type": metric, "name": key, "value": value}],
+        }
+        for key, value in sorted(version.metrics.items())
+        for suite, _, metric in [key.rpartition("/")]
+    ]
+    if results:
+        front["model-index"] = [{"name": version.name, "results": results}]
+    return front
+
+
+def _card(version: VersionView) -> str:
+    rows = {"version": version.ref, "content": f"sha256:{version.content_digest}", "base": version.base}
+    rows |= {"rank": str(version.rank), "dtype": version.dtype, "trained on": version.dataset or "not said"}
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return f"\n# {version.name}\n\nA LoRA adapter, as adapterctl keeps it.\n\n| | |\n|---|---|\n{table}"
+
+
+def _check_spelling(registry: RegistryAPI, versions: Sequence[VersionView], spelling: str) -> None:
+    """Raises `Refused` where `spelling` is not known to mean the base of every version."""
+    meant = {base.id for base, spellings in registry.bases() if spelling in (base.name, *spellings)}
+    for version in versions:
+        if version.base_id not in meant:
+            raise Refused(
+                f"{version.ref} is on {version.base}, which is not known to be {spelling}",
+                hint=f"if it is: adapterctl base alias {spelling} {version.base}",
+            )
+
+
+def _config(files: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((files / CONFIG_FILE).read_bytes())
+    return config
+
+
+def _keep(files: Path, *names: str) -> None:
+    for path in files.iterdir():
+        if path.name not in names:
+            path.unlink()
