@@ -85,6 +85,11 @@ SILENT = (
         ({"use_rslora": True, "r": 8}, {}),
     ),
     Fault(
+        "`use_rslora` in all of them",
+        "the same √r once more",
+        ({"use_rslora": True, "r": 8}, {"use_rslora": True, "r": 8}),
+    ),
+    Fault(
         "`layers_to_transform` in the first parent",
         "the result inherits the first parent's layers; those of the others are dropped",
         ({"layers_to_transform": [0]}, {"layers_to_transform": [1]}),
