@@ -682,10 +682,13 @@ class RegistryAPI(Protocol):
         """Take in evaluation reports that came as files (`examples/results`); returns how many fit this registry."""
         ...
 
-    def import_results(self, ref: Ref, *, source: str, metrics: Mapping[str, float] | None = None) -> VersionView:
+    def import_results(
+        self, ref: Ref, *, source: str, metrics: Mapping[str, float] | None = None, replace: bool = False
+    ) -> VersionView:
         """Take in metrics that were measured elsewhere, marked by their source.
 
-        Without `metrics` the source is `runs:/ID`, a run of the registry's own MLflow, whose metrics are read.
+        Without `metrics` the source is `runs:/ID`, a run of the registry's own MLflow, whose metrics are read. Raises
+        `Refused` where the version has other values of them, unless they are to `replace` those.
         """
         ...
 

@@ -96,6 +96,7 @@ def import_(
     session: Session,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file, or runs:/ID of the registry's MLflow.")],
     ref: Annotated[str, typer.Option(metavar="REF", help="What was measured.", autocompletion=complete_refs)],
+    replace: Annotated[bool, typer.Option("--replace", help="Other values that the version has of them.")] = False,
 ) -> None:
     """Take in results that were made elsewhere.
 
@@ -108,7 +109,7 @@ def import_(
 
     wanted = parse_ref(ref)
     told, metrics = (source, None) if source.startswith("runs:/") else read_results(Path(source).expanduser())
-    found = session.registry().import_results(wanted, source=told, metrics=metrics)
+    found = session.registry().import_results(wanted, source=told, metrics=metrics, replace=replace)
     session.out.data(found, text=lambda: views.version_text(found, session.out), names=[found.ref])
 
 

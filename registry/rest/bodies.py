@@ -215,6 +215,7 @@ class ResultsBody(Body):
 
     source: Annotated[str, Field(min_length=1, max_length=512)]
     metrics: Annotated[dict[Short, Finite], Field(max_length=1000)] | None = None
+    replace: Annotated[bool, Field(description="Other values that the version has of them.")] = False
 
 
 class BaseBody(Body):

@@ -339,8 +339,12 @@ class RemoteRegistry:
     def import_reports(self, folder: Path) -> int:
         return int(self._post("/v1/reports", self._own.read_reports(folder), dict[str, int])["taken"])
 
-    def import_results(self, ref: Ref, *, source: str, metrics: Mapping[str, float] | None = None) -> VersionView:
-        return self._post(f"{_path(ref)}/results", {"source": source, "metrics": metrics}, VersionView)
+    def import_results(
+        self, ref: Ref, *, source: str, metrics: Mapping[str, float] | None = None, replace: bool = False
+    ) -> VersionView:
+        return self._post(
+            f"{_path(ref)}/results", {"source": source, "metrics": metrics, "replace": replace}, VersionView
+        )
 
     # stages
 

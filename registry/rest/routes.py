@@ -625,7 +625,9 @@ def tuned(job_id: str, call: Read) -> Response:
 def import_results(name: str, version: str, body: bodies.ResultsBody, call: Merge) -> Response:
     """Take in metrics that were measured elsewhere, marked by their source."""
     call.caller.check_change(name)
-    return _reply(call.registry.import_results(version_ref(name, version), source=body.source, metrics=body.metrics))
+    ref = version_ref(name, version)
+    shown = call.registry.import_results(ref, source=body.source, metrics=body.metrics, replace=body.replace)
+    return _reply(shown)
 
 
 @router.get("/suites", response_model=list[SuiteView])

@@ -323,9 +323,8 @@ def _carry(registry: RegistryAPI, each: _Folder, planned: Carried, assume_conver
         done = _register(registry, each, planned, assume_converted)
     if each.listed.metrics and done.action != "found":
         # measured elsewhere, and shown as such; what is known here already stays
-        here = registry.version(parse_ref(done.ref))
-        own = here.metrics.keys() - here.imported.keys()
-        told = {key: value for key, value in each.listed.metrics.items() if key not in own}
+        here = registry.version(parse_ref(done.ref)).metrics
+        told = {key: value for key, value in each.listed.metrics.items() if key not in here}
         if told:
             registry.import_results(parse_ref(done.ref), source=LISTING, metrics=told)
     return done

@@ -46,12 +46,14 @@ def import_results(
     *,
     source: str,
     metrics: Mapping[str, float] | None,
+    replace: bool = False,
     open_versions: Callable[[], VersionStore],
 ) -> None:
     """Put the metrics on the version. Without any, the source is a run of MLflow. Equal ones are not put there twice.
 
     Raises `NotFound` for a run that is not there, `InvalidInput` for one without metrics, or another source, and
-    `Refused` where this registry measured one of them itself: that figure has samples behind it.
+    `Refused`, without taking any, where the version has one of them with another value, unless that may be `replace`d;
+    and in any case where this registry measured one of them itself: that figure has samples behind it.
     """
     if metrics is None:
         run = _RUN.fullmatch(source)
@@ -67,7 +69,14 @@ def import_results(
             f"this registry measured itself, on {version.label}: {', '.join(measured)[:500]}",
             hint="leave these out, or import them under other names; nothing was taken",
         )
-    fresh = {key: value for key, value in found.items() if (current.get(key), sources.get(key)) != (value, told)}
+    other = [key for key, value in found.items() if current.get(key, value) != value]
+    if other and not replace:
+        values = ", ".join(f"{key} {current[key]:g} ({sources[key]}), now {found[key]:g}" for key in other)
+        raise Refused(
+            f"{version.label} has other values already: {values[:1000]}",
+            hint="to replace them: adapterctl eval import --replace; nothing was taken",
+        )
+    fresh = {key: value for key, value in found.items() if key not in current or key in other}
     if fresh:
         ledger.set_metrics(version.id, fresh, source=told)
 

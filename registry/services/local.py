@@ -437,10 +437,17 @@ class LocalRegistry:
     def take_reports(self, reports: Sequence[EvalReport]) -> int:
         return evaluate.import_reports(self.ledger, reports)
 
-    def import_results(self, ref: Ref, *, source: str, metrics: Mapping[str, float] | None = None) -> VersionView:
+    def import_results(
+        self, ref: Ref, *, source: str, metrics: Mapping[str, float] | None = None, replace: bool = False
+    ) -> VersionView:
         version = resolve(self.ledger, ref)
         import_results.import_results(
-            self.ledger, version, source=source, metrics=metrics, open_versions=lambda: self.version_store
+            self.ledger,
+            version,
+            source=source,
+            metrics=metrics,
+            replace=replace,
+            open_versions=lambda: self.version_store,
         )
         return views.version_view(self.ledger, version)
 

@@ -271,6 +271,34 @@ def test_results_from_elsewhere_never_replace_what_was_measured_here(family: Fam
     assert (family.ledger.metrics([family.child.id]), family.ledger.metric_sources(family.child.id)) == before
 
 
+def test_results_from_elsewhere_replace_others_only_where_that_is_said(family: Family):
+    family.evaluate(source="committed result")
+    committed = family.ledger.metrics([family.child.id])[family.child.id]["chat/nll"]
+
+    def take(source: str, *, replace: bool = False, **metrics: float) -> dict[str, tuple[float, str]]:
+        import_results(
+            family.ledger, family.child, source=source, metrics=metrics, replace=replace, open_versions=no_mlflow
+        )
+        return told()
+
+    def told() -> dict[str, tuple[float, str]]:
+        values, sources = family.ledger.metrics([family.child.id])[family.child.id], family.ledger.metric_sources
+        return {key: (value, sources(family.child.id)[key]) for key, value in values.items()}
+
+    first = take("a", bleu=0.3)
+    with pytest.raises(Refused, match=r"other values already: bleu 0.3 \(imported from a\), now 0.4$"):
+        take("b", bleu=0.4, chrf=40)
+    with pytest.raises(Refused, match=r"chat/nll .* \(committed result\), now 0.5$"):
+        take("b", **{"chat/nll": 0.5})
+    refused = told()
+    same = take("b", bleu=0.3, chrf=40, **{"chat/nll": committed})
+    replaced = take("b", replace=True, bleu=0.4)
+
+    assert refused == first
+    assert same == {**first, "chrf": (40, "imported from b")}
+    assert replaced == {**same, "bleu": (0.4, "imported from b")}
+
+
 @pytest.mark.parametrize(
     "metrics", [{}, {"a": float("nan")}, {"a": True}, {"a": "1"}, {"a\nb": 1.0}, {str(i): 1 for i in range(1001)}]
 )

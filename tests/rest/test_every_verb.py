@@ -586,6 +586,9 @@ def test_results_from_elsewhere_are_marked_by_their_source(registry: RegistryAPI
     assert shown.metrics == {"bleu": 0.2, "wmt/chrf": 44.0}
     assert shown.imported == {"wmt/chrf": "imported from lm-eval r.json"}
     assert registry.version(ref(version)).imported == shown.imported
+    with pytest.raises(Refused, match=r"bleu 0.2 \(register\), now 0.9"):
+        registry.import_results(ref(version), source="r", metrics={"bleu": 0.9})
+    assert registry.import_results(ref(version), source="r", metrics={"bleu": 0.9}, replace=True).metrics["bleu"] == 0.9
     with pytest.raises(InvalidInput, match="cannot be taken"):
         registry.import_results(ref(version), source="x", metrics={})
     with pytest.raises(InvalidInput, match="neither a file nor runs:/ID"):
