@@ -852,6 +852,10 @@ class ServedRegistry(RegistryAPI, Protocol):
     def jobs(
         self, *, state: str | None = None, kind: str | None = None, limit: int = 100, before: str | None = None
     ) -> list[Job]: ...
+    def doctor(self, *, adopt: bool = False, force: Sequence[str] = (), abroad: bool = False) -> list[Check]:
+        """As ever; `abroad` leaves out addresses and folders of the server."""
+        ...
+
     def workers(self) -> list[Worker]: ...
     def queue_depths(self) -> list[QueueDepth]:
         """The live jobs, counted by queue and state."""

@@ -705,8 +705,8 @@ def merge_bases(body: bodies.BaseMergeBody, call: Admin) -> Response:
 
 @router.get("/doctor", response_model=list[Check])
 def doctor(call: Read) -> Response:
-    """What is configured, reachable and out of step."""
-    return _reply(call.registry.doctor())
+    """What is configured, reachable and out of step; where, with the scope `admin`."""
+    return _reply(call.registry.doctor(abroad=not call.caller.scope.covers(Scope.ADMIN)))
 
 
 @router.post("/doctor", response_model=list[Check])

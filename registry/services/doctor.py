@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,8 +36,28 @@ def examine(
     open_versions: Callable[[], VersionStore],
     rules: Rules,
     adoption: Callable[[], Adoption] | None = None,
+    *,
+    abroad: bool = False,
 ) -> list[Check]:
-    """Every check, in the order in which a fault would matter. With `adoption`, what it can accept is accepted."""
+    """Every check, in the order in which a fault would matter. With `adoption`, what it can accept is accepted.
+
+    `abroad` leaves out addresses and folders of ours, for callers on other machines.
+    """
+    checks = _examine(settings, ledger, bell, open_versions, rules, adoption, abroad=abroad)
+    home = str(settings.home)
+    return [replace(each, detail=each.detail.replace(home, "the home")) for each in checks] if abroad else checks
+
+
+def _examine(
+    settings: Settings,
+    ledger: Ledger,
+    bell: Doorbell,
+    open_versions: Callable[[], VersionStore],
+    rules: Rules,
+    adoption: Callable[[], Adoption] | None,
+    *,
+    abroad: bool,
+) -> list[Check]:
     try:
         registry_id = ledger.registry_id
     except NotFound as error:
@@ -44,9 +65,9 @@ def examine(
     return [
         *examine_home(settings.home),
         Check("ledger", "ok", f"registry {registry_id}, {len(ledger.versions())} versions"),
-        *_mlflow(settings, ledger, open_versions, rules, adoption),
+        *_mlflow(settings, ledger, open_versions, rules, adoption, abroad=abroad),
         *_jobs(ledger),
-        *(_fleet(settings, ledger, bell) if settings.broker_url else ()),
+        *(_fleet(settings, ledger, bell, abroad=abroad) if settings.broker_url else ()),
         _evaluation(),
     ]
 
@@ -123,6 +144,8 @@ def _mlflow(
     open_versions: Callable[[], VersionStore],
     rules: Rules,
     adoption: Callable[[], Adoption] | None,
+    *,
+    abroad: bool,
 ) -> Iterator[Check]:
     if settings.database_url is None and not ledger.has_versions() and not (settings.home / MLFLOW_DATABASE).exists():
         # to open it would make it, and looking makes nothing
@@ -134,7 +157,7 @@ def _mlflow(
         store = open_versions()
         check_not_emptied(ledger, store)  # a server opened it long ago
     except AdapterctlError as error:
-        yield Check("mlflow", "error", error.message, error.hint)
+        yield Check("mlflow", "error", error.abroad if abroad else error.message, error.hint)
         return
     yield Check("mlflow", "ok", f"mlflow {version('mlflow')}")
     if adoption is not None:
@@ -157,13 +180,13 @@ def _jobs(ledger: Ledger) -> Iterator[Check]:
         yield Check("jobs", "ok", f"{len(waiting)} queued or running")
 
 
-def _fleet(settings: Settings, ledger: Ledger, bell: Doorbell) -> Iterator[Check]:
+def _fleet(settings: Settings, ledger: Ledger, bell: Doorbell, *, abroad: bool) -> Iterator[Check]:
     """Whether the broker answers, who works, and what waits for a worker that is not there."""
     try:
         bell.check()
         yield Check("broker", "ok", "answers")
     except Unavailable as error:
-        yield Check("broker", "error", error.message, error.hint)
+        yield Check("broker", "error", error.abroad if abroad else error.message, error.hint)
     workers = ledger.workers()
     yield from silent_workers(workers)
     yield Check("workers", "ok", f"{sum(worker.alive for worker in workers)} alive")

@@ -48,9 +48,10 @@ def check_not_emptied(ledger: Ledger, store: VersionStore) -> None:
         return
     count = len(ledger.versions())
     if count:
+        said = f"has no experiment 'adapters', the ledger has {count} versions: it is another store, or was emptied"
         raise Misconfigured(
-            f"the MLflow at {ledger.mlflow_uri} has no experiment 'adapters', the ledger has {count} versions:"
-            " it is another store, or was emptied",
+            f"the MLflow at {ledger.mlflow_uri} {said}",
+            abroad=f"the MLflow of this registry {said}",
             hint="restore MLflow's database from a backup, or correct its address",
         )
 

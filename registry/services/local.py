@@ -529,13 +529,19 @@ class LocalRegistry:
 
     # the registry itself
 
-    def doctor(self, *, adopt: bool = False, force: Sequence[str] = ()) -> list[Check]:
+    def doctor(self, *, adopt: bool = False, force: Sequence[str] = (), abroad: bool = False) -> list[Check]:
         if force and not adopt:
             raise InvalidInput("force without adopt", hint="adapterctl doctor --adopt --force NAME")
         forced = [known_adapter(self.ledger, name) for name in force]
         adoption = partial(self._adoption, forced) if adopt else None
         return doctor.examine(
-            self.settings, self.ledger, self.bell, lambda: self.version_store, self._rules_changed, adoption
+            self.settings,
+            self.ledger,
+            self.bell,
+            lambda: self.version_store,
+            self._rules_changed,
+            adoption,
+            abroad=abroad,
         )
 
     def _rules_changed(self, former: str, name: str) -> list[str]:

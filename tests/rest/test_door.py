@@ -132,6 +132,18 @@ def test_who_asks_too_often_waits(serving_with: Any):
     assert other == 200
 
 
+def test_where_things_are_on_the_server_is_told_to_admins_alone(served: Any):
+    home = str(served.registry.settings.home)
+
+    told = {scope: served.client.get("/v1/doctor", headers=served.auth(scope)).json() for scope in Scope}
+
+    assert {scope for scope, checks in told.items() if home in json.dumps(checks)} == {Scope.ADMIN}
+    assert [check["detail"] for check in told[Scope.READ] if check["name"] == "home"] == ["the home"]
+    assert {tuple(check["name"] for check in checks) for checks in told.values()} == {
+        tuple(check["name"] for check in told[Scope.ADMIN])
+    }
+
+
 @pytest.mark.parametrize("announced", [True, False])
 def test_bodies_are_limited_whether_announced_or_not(served: Any, announced: bool):
     def body() -> Iterator[bytes]:

@@ -336,6 +336,8 @@ def test_an_emptied_mlflow_is_no_reason_to_remove_anything(two_parents, tmp_path
         assert told.status == "error"
         assert "has no experiment 'adapters', the ledger has 1 versions" in told.detail
         assert "restore MLflow's database" in told.hint
+        assert str(home) in told.detail
+        assert str(home) not in str(opened.doctor(abroad=True))
         with pytest.raises((Misconfigured, Unavailable)):
             add(opened, tmp_path, "another")
         assert opened.version(parse_ref(version)).state == "live"
