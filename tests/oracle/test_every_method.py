@@ -139,6 +139,14 @@ def elect_weighted(majority: str) -> Rule:
     return rule
 
 
+def mean_of_the_elected(values: Sequence[Array], weights: Sequence[float]) -> Array:
+    merged = []
+    for column in zip(*(weight * value.ravel() for weight, value in zip(weights, values, strict=True)), strict=True):
+        agreeing = [value for value in column if value * sum(column) > 0]
+        merged.append(sum(agreeing) / max(1, len(agreeing)))
+    return np.reshape(merged, values[0].shape)
+
+
 def agree(column: Sequence[float], votes: Sequence[float]) -> list[int]:
     sign = 1 if sum(votes) >= 0 else -1
     return [i for i, value in enumerate(column) if value * sign > 0]
@@ -154,18 +162,35 @@ def trimmed(density: float) -> Prune:
     return prune
 
 
-def dropped(density: float, seed: int, bits: int) -> Prune:
+def draws(name: str, seed: int, count: int, bits: int) -> list[float]:
     """Philox, keyed by the name of the matrix: 53 bits for an element of a factor, 32 for one of a delta."""
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
+    raw = [int(word) for word in np.random.Philox(key=key).random_raw(count)]
+    if bits == 53:
+        return [(word >> 11) / 2.0**53 for word in raw]
+    return [half / 2.0**32 for word in raw for half in (word & 0xFFFFFFFF, word >> 32)][:count]
 
+
+def dropped(density: float, seed: int, bits: int) -> Prune:
     def prune(values: Array, name: str) -> Array:
-        key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
-        raw = np.random.Philox(key=key).random_raw(values.size)
-        if bits == 53:
-            draws = [int(word) >> 11 for word in raw]
-        else:
-            draws = [half for word in raw for half in (int(word) & 0xFFFFFFFF, int(word) >> 32)]
-        left = [x / density if draws[i] < density * 2.0**bits else 0.0 for i, x in enumerate(values.ravel())]
+        chances = draws(name, seed, values.size, bits)
+        left = [x / density if chance < density else 0.0 for x, chance in zip(values.ravel(), chances, strict=True)]
         return np.reshape(left, values.shape)
+
+    return prune
+
+
+def dropped_by_rank(density: float, epsilon: float, seed: int) -> Prune:
+    def prune(values: Array, name: str) -> Array:
+        if density >= 1:
+            return values
+        chances, left = np.reshape(draws(name, seed, values.size, 32), values.shape), np.zeros(values.shape)
+        for i, row in enumerate(values):
+            order = sorted(range(len(row)), key=lambda j, row=row: (-abs(row[j]), j))
+            for place, j in enumerate(order):
+                stays = density + epsilon / 2 - place * epsilon / len(row)
+                left[i, j] = row[j] / stays if chances[i, j] < stays else 0.0
+        return left
 
     return prune
 
@@ -219,6 +244,9 @@ REFERENCES: dict[str, Reference] = {
     "dare_ties_svd": lambda shares, rank, density, majority_sign_method, seed: on_deltas(
         shares, rank, dropped(density, seed, 32), elect(majority_sign_method)
     ),
+    "della": lambda shares, rank, density, epsilon, scale, seed: (
+        scale * on_deltas(shares, rank, dropped_by_rank(density, epsilon, seed), mean_of_the_elected)
+    ),
     "ties_mergekit": lambda shares, rank, density, majority_sign_method: on_deltas(
         shares, rank, trimmed(density), elect_weighted(majority_sign_method)
     ),
@@ -246,7 +274,7 @@ def references() -> Mapping[str, Reference]:
 
 
 def test_every_method_has_a_reference(references: Mapping[str, Reference]):
-    assert methods().keys() - references.keys() == set()
+    assert methods().keys() - references.keys() == set(), "add it to those here, or to those of test_dense.py"
 
 
 @pytest.mark.parametrize("name", list(methods()))
@@ -343,6 +371,7 @@ def _options(random: np.random.Generator, method: MethodSpec, reference: Referen
     """Drawn where the reference takes them, else the default ones."""
     drawn = {"density": float(random.choice((0.3, 0.5, 0.8, 1.0)))}
     drawn |= {"majority_sign_method": str(random.choice(("total", "frequency")))}
+    drawn |= {"epsilon": float(random.choice((0.0, 0.14, 0.4))), "scale": float(random.choice((0.5, 1.0, 2.0)))}
     known = taken(reference)
     return {option.name: drawn[option.name] if option.name in known else option.default for option in method.options}
 
