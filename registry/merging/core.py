@@ -31,7 +31,7 @@ def truncate(grams: Grams, rank: int, middle: Array | None = None) -> Maps:
     inverse_a, inverse_b, unit_a, unit_b, c = _equilibrate(grams)
     core = np.diag(c)
     if middle is not None:
-        core = np.sqrt(np.diag(grams.b))[:, None] * middle * np.sqrt(np.diag(grams.a))
+        core = _norms(grams.b)[:, None] * middle * _norms(grams.a)
     x = core.T @ _root(unit_b)
     image = unit_a @ x
     energy, vectors = np.linalg.eigh(_symmetric(x.T @ image))
@@ -112,12 +112,18 @@ def spectrum(grams: Grams) -> Array:
 
 def _equilibrate(grams: Grams) -> tuple[Array, Array, Array, Array, Array]:
     """Inverse row norms of A and column norms of B, both Grams at unit diagonal, and c with the norms moved into it."""
-    norm_a, norm_b = np.sqrt(np.diag(grams.a)), np.sqrt(np.diag(grams.b))
+    norm_a, norm_b = _norms(grams.a), _norms(grams.b)
     inverse_a = np.divide(1.0, norm_a, out=np.zeros_like(norm_a), where=norm_a > 0)
     inverse_b = np.divide(1.0, norm_b, out=np.zeros_like(norm_b), where=norm_b > 0)
     unit_a = inverse_a[:, None] * grams.a * inverse_a
     unit_b = inverse_b[:, None] * grams.b * inverse_b
     return inverse_a, inverse_b, unit_a, unit_b, grams.c * norm_a * norm_b
+
+
+def _norms(square: Array) -> Array:
+    """Lengths of the vectors of a Gram matrix; 0 for one that is mere rounding, whose square may come out below 0."""
+    lengths: Array = np.sqrt(np.maximum(square.diagonal(), 0.0))
+    return lengths
 
 
 def _root(unit: Array) -> Array:

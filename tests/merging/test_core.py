@@ -162,3 +162,11 @@ def test_a_delta_is_retained_as_far_as_the_spaces_of_the_child_hold_it():
     q_row, q_column = np.linalg.qr(child_a.T)[0], np.linalg.qr(child_b)[0]
     dense = np.linalg.norm(q_column @ q_column.T @ (b @ a) @ q_row @ q_row.T) / np.linalg.norm(b @ a)
     assert retained(grams) == pytest.approx([dense])
+
+
+def test_a_vector_that_is_mere_rounding_counts_as_nothing():
+    """Far below the others a singular vector of a parent may come out with a squared length below 0."""
+    grams = Grams(np.eye(2), np.diag([4.0, -1e-9]), np.ones(2), (Block(0, 0, 1), Block(1, 1, 2)))
+
+    assert truncate(grams, 2).spectrum == pytest.approx([2, 0])
+    assert truncate(grams, 2, np.eye(2)).spectrum == pytest.approx([2, 0])
