@@ -62,6 +62,12 @@ class Canonical:
     def sigma(self) -> Array:
         return self.grams.c
 
+    def cores(self, left: Array, right: Array) -> Array:
+        """(parents, k, l): each parent's delta between orthonormal columns of B b left and rows of rightᵀ a A."""
+        seen_left, seen_right = left.T @ self.grams.b, right.T @ self.grams.a
+        places = (slice(block.start, block.stop) for block in self.grams.blocks)
+        return np.array([(seen_left[:, rows] * self.sigma[rows]) @ seen_right[:, rows].T for rows in places])
+
     def product(self, rank: int, middle: Array) -> Maps:
         """The best rank-`rank` approximation of (B b) middle (a A), as maps of the stacked factors."""
         maps = Maps(np.zeros((rank, self.a.shape[1])), np.zeros((self.b.shape[0], rank)))
@@ -99,6 +105,15 @@ def canonical(grams: Grams) -> Canonical:
     b = np.concatenate([np.zeros((grams.rank, 0)), *columns_b], axis=1)
     c = np.concatenate([np.zeros(0), *values])
     return Canonical(a, b, Grams(a @ grams.a @ a.T, b.T @ grams.b @ b, c, tuple(blocks)))
+
+
+def basis(gram: Array, sigma: Array) -> Array:
+    """X with V X an orthonormal basis of the vectors V with Vᵀ V = gram, each at the root of its singular value."""
+    root = np.sqrt(sigma)
+    values, vectors = np.linalg.eigh(root[:, None] * gram * root)
+    kept = values > SAME_DIRECTION * max(values[-1], 0.0)
+    found: Array = root[:, None] * vectors[:, kept] / np.sqrt(values[kept])
+    return found
 
 
 def spectrum(grams: Grams) -> Array:

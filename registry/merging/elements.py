@@ -9,6 +9,7 @@ so they are the same in any order of modules and for any number of threads.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -67,6 +68,13 @@ def largest(density: float) -> Prune:
         return np.where(kept.reshape(values.shape), values, 0.0)
 
     return prune
+
+
+def trimmed(values: Array, density: float) -> Array:
+    """Keep the ceil(density * size) elements of largest size, and those that equal the smallest of them."""
+    sizes = np.abs(values)
+    least = np.sort(sizes, axis=None)[-math.ceil(density * values.size)]
+    return np.where(sizes >= least, values, 0.0)
 
 
 def chance(density: float, seed: int) -> Prune:

@@ -28,7 +28,7 @@ Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 TOLERANCE = 1e-6
 #: Methods that give a parent's weakest direction as much say as its strongest. Where a gauge makes the factors 1e4
 #: times larger than their product, Gram matrices in float64 know the weak ones no more: left out for these.
-EVERY_DIRECTION = {"core_ties", "iso_c", "knots_ties", "tsv"}
+EVERY_DIRECTION = {"core_ties", "ctm", "iso_c", "knots_ties", "tsv"}
 #: Laws about several parents, of which a method for one knows nothing.
 SEVERAL = {"parent_order", "absent", "cancellation"}
 #: Thousands of small folders: in memory where there is such a place, else where temporary files go.

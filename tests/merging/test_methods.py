@@ -88,3 +88,28 @@ def test_an_element_at_which_della_finds_no_sign_comes_out_as_zero():
     made_a, made_b = find_method("della").function(deltas, rank=2, seed=0, density=1.0, epsilon=0.0)
 
     assert not (made_b @ made_a).any()
+
+
+@pytest.mark.parametrize(("beta", "kept"), [(1.0, [10, 9, 0]), (0.0, [10, 0, 0.1])])
+def test_ctm_leaves_a_weak_parent_its_share_of_the_rank_unless_sizes_count(beta: float, kept: Sequence[float]):
+    strong, weak = np.diag([10.0, 9.0, 0.0]), np.diag([0.0, 0.0, 0.1])
+
+    made = on_grams("ctm", [strong, weak], rank=2, beta=beta, rule="sum")
+
+    assert made == pytest.approx(np.diag(kept), abs=1e-12)
+
+
+def test_ctm_does_not_look_at_the_order_of_parents_nor_at_one_without_a_delta():
+    deltas = list(np.random.default_rng(4).normal(size=(3, 4, 4)))
+    made = on_grams("ctm", deltas, rank=2)
+
+    for order in permutations([*deltas, np.zeros((4, 4))]):
+        assert on_grams("ctm", order, rank=2) == pytest.approx(made, abs=1e-9)
+    assert np.linalg.matrix_rank(made) == 2
+
+
+def test_ctm_of_a_parent_with_itself_is_the_parent_cut_to_the_rank():
+    delta = np.random.default_rng(5).normal(size=(4, 4))
+    u, sigma, vt = np.linalg.svd(delta)
+
+    assert on_grams("ctm", [delta, delta], rank=2) == pytest.approx((u[:, :2] * sigma[:2]) @ vt[:2], abs=1e-9)

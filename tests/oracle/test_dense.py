@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +127,22 @@ def knots_ties(deltas: Sequence[Delta], rank: int) -> Delta:
     return best((u * sigma) @ ties(parts, parts[0].size // 2), rank)
 
 
+def ctm(deltas: Sequence[Delta], rank: int, beta: float = 0.25, density: float = 0.5, rule: str = "ties") -> Delta:
+    sizes = [float(np.linalg.norm(delta)) for delta in deltas]
+    scaled = [
+        (beta * size + (1 - beta) * np.mean(sizes)) / size * delta for size, delta in zip(sizes, deltas, strict=True)
+    ]
+    total, errors = sum(float(np.sum(x**2)) for x in scaled), [math.inf, 2.0]
+    v = thin(np.concatenate(scaled))[2][:rank].T
+    while len(errors) < 102 and errors[-2] - errors[-1] >= 1e-6:
+        u = thin(np.concatenate([x @ v for x in scaled], axis=1))[0][:, :rank]
+        v = thin(np.concatenate([x.T @ u for x in scaled], axis=1))[0][:, :rank]
+        errors.append(math.sqrt(max(0.0, 1 - sum(float(np.sum((u.T @ x @ v) ** 2)) for x in scaled) / total)))
+    cores = [u.T @ delta @ v for delta in deltas]
+    merged = sum(cores) if rule == "sum" else ties(cores, math.ceil(density * cores[0].size))
+    return u @ merged @ v.T
+
+
 def thin(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     u, sigma, vt = np.linalg.svd(matrix, full_matrices=False)
     kept = sigma > 1e-5 * sigma[0]
@@ -134,7 +151,7 @@ def thin(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 REFERENCES: dict[str, Callable[[Sequence[Delta], int], Delta]] = {
     reference.__name__: reference
-    for reference in (slerp, karcher, model_stock, iso_c, tsv, wudi_ridge, core_ties, knots_ties)
+    for reference in (slerp, karcher, model_stock, iso_c, tsv, wudi_ridge, core_ties, ctm, knots_ties)
 }
 
 
@@ -167,6 +184,21 @@ def test_the_small_matrices_give_what_the_dense_formula_gives(name: str):
         expected = REFERENCES[name](deltas, rank)
         size = max(float(np.linalg.norm(expected)), 1e-3 * sum(float(np.linalg.norm(delta)) for delta in deltas))
         assert np.linalg.norm(made - expected) <= TOLERANCE * size, f"case {case}"
+
+
+@pytest.mark.parametrize("options", [{"beta": 0.0, "density": 0.25}, {"beta": 1.0, "rule": "sum"}, {"rule": "sum"}])
+def test_ctm_is_its_formula_with_every_option(options: dict[str, Any]):
+    random = np.random.default_rng(3)
+    for case in range(CASES // 4):
+        a, b = random.normal(size=(9, 17)), random.normal(size=(21, 9))
+        c = np.repeat(random.choice((0.1, 1.0, -3.0), size=3), 3)
+        blocks = tuple(Block(i, 3 * i, 3 * i + 3) for i in range(3))
+        deltas = [(b * c)[:, x.start : x.stop] @ a[x.start : x.stop] for x in blocks]
+
+        maps = find_method("ctm").function(Grams(a @ a.T, b.T @ b, c, blocks), rank=4, **options)
+
+        expected = ctm(deltas, 4, **options)
+        assert b @ maps.b @ maps.a @ a == pytest.approx(expected, abs=TOLERANCE * np.linalg.norm(expected)), f"{case}"
 
 
 def test_ties_of_mergekit_is_its_formula_element_by_element():

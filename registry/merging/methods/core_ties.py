@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from ..core import SAME_DIRECTION, canonical
-from ..elements import Density, MajoritySign, elect
-from ..grams import Array, Grams, Maps
+from ..core import basis, canonical
+from ..elements import Density, MajoritySign, elect, trimmed
+from ..grams import Grams, Maps
 from ..method import merge_method
 
 
@@ -38,28 +36,7 @@ def core_ties(grams: Grams, *, rank: int, density: Density = 0.5, majority_sign_
     parents = canonical(grams)
     if not len(parents.sigma):
         return parents.product(rank, np.zeros((0, 0)))
-    left, right = _basis(parents.grams.b, parents.sigma), _basis(parents.grams.a, parents.sigma)
-    seen_left, seen_right = left.T @ parents.grams.b, right.T @ parents.grams.a
-    cores = np.array(
-        [
-            _trimmed((seen_left[:, rows] * parents.sigma[rows]) @ seen_right[:, rows].T, density)
-            for rows in (slice(block.start, block.stop) for block in parents.grams.blocks)
-        ]
-    )
+    left, right = basis(parents.grams.b, parents.sigma), basis(parents.grams.a, parents.sigma)
+    cores = np.array([trimmed(core, density) for core in parents.cores(left, right)])
     merged = elect(majority_sign_method)(cores, np.ones(len(cores)))
     return parents.product(rank, left @ merged @ right.T)
-
-
-def _basis(gram: Array, sigma: Array) -> Array:
-    """X with V X an orthonormal basis of the vectors V with Vᵀ V = gram, each at the root of its singular value."""
-    root = np.sqrt(sigma)
-    values, vectors = np.linalg.eigh(root[:, None] * gram * root)
-    kept = values > SAME_DIRECTION * max(values[-1], 0.0)
-    basis: Array = root[:, None] * vectors[:, kept] / np.sqrt(values[kept])
-    return basis
-
-
-def _trimmed(core: Array, density: float) -> Array:
-    sizes = np.abs(core)
-    least = np.sort(sizes, axis=None)[-math.ceil(density * core.size)]
-    return np.where(sizes >= least, core, 0.0)

@@ -33,7 +33,7 @@ def _chances_are_chances(options: Mapping[str, OptionValue]) -> Problem | None:
     rev=1,
     exact=False,
     when="tasks disturb each other and signs are to be elected among elements kept by chance, large ones the likelier",
-    cost="O(d_out d_in (R + n log d_in)); memory of one merged delta, 4 d_out d_in bytes, a worker",
+    cost="O(d_out d_in R), and a sort of each row of each delta; memory as the other rules on deltas",
     paper="DELLA-Merging, https://arxiv.org/abs/2406.11617",
     breaks=("identity", "parent_order", "cancellation", "monotone", "full_rank"),
     work=6.0,
