@@ -40,6 +40,7 @@ FORWARDED = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-
 #: How long a caller that was looked up is believed; a token that another server revoked works that much longer.
 REMEMBERED_S = 2.0
 _UNSAFE = ("POST", "PUT", "PATCH", "DELETE")
+_METHODS = frozenset({"GET", "HEAD", "OPTIONS", *_UNSAFE})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ARTIFACTS = re.compile(r"/(ajax-api|api)/\d\.\d/(mlflow-artifacts/|mlflow/upload-artifact)")
 _LARGE = ("/v1/suites", "/v1/reports")
@@ -96,7 +97,7 @@ class Door:
         areas: Container[str],
         witness: Callable[[Caller, str, Mapping[str, Any]], None] = lambda caller, deed, said: None,
     ) -> None:
-        """`areas` are the beginnings of our paths; a label of a metric must not be something a stranger made up.
+        """`areas` are the beginnings of our paths; no label of a metric is something a stranger made up.
 
         `witness` is told who changed what in MLflow, once it is done: the caller, the deed, the body of the request.
         """
@@ -201,7 +202,8 @@ class Door:
         status = answer.status or 499  # the client left before it was answered
         area = area_of(visit.path)
         area = area if area in self._areas else "mlflow"
-        self._metrics.requests.labels(visit.method, area, str(status)).inc()
+        method = visit.method if visit.method in _METHODS else "other"
+        self._metrics.requests.labels(method, area, str(status)).inc()
         self._metrics.seconds.labels(area).observe(seconds)
         line = {
             "request_id": visit.request_id,

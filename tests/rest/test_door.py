@@ -169,6 +169,15 @@ def test_a_request_leaves_one_line_that_holds_no_secret(served: Any, caplog: pyt
     assert secret not in caplog.text
 
 
+def test_a_method_that_a_stranger_made_up_becomes_no_figure_of_its_own(served: Any):
+    served.client.request("BREW", "/v1/jobs")
+
+    lines = served.client.get("/metrics", headers=served.auth("read")).text.splitlines()
+    counted = [line for line in lines if line.startswith('adapterctl_requests_total{area="/v1/jobs"')]
+    assert 'adapterctl_requests_total{area="/v1/jobs",method="other",status="401"} 1.0' in counted
+    assert "BREW" not in "".join(lines)
+
+
 def test_a_bad_request_id_is_replaced(served: Any):
     answer = served.client.get("/healthz", headers={"X-Request-Id": "a b\tc"})
 
