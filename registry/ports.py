@@ -103,7 +103,10 @@ class Ledger(Protocol):
     def base_aliases(self) -> dict[str, str]: ...
     def find_base(self, spelling: str) -> Base | None: ...
     def add_base(self, base: Base, spellings: Sequence[str]) -> Base:
-        """Store `base` unless a spelling is known already; then return the known one (pins are filled in, once)."""
+        """Store `base` unless a spelling is known already; then return the known one.
+
+        Pins that it lacked are filled in, once, and none where one of them is contrary to what it is pinned to.
+        """
         ...
 
     def alias_base(self, spelling: str, base_id: str) -> None: ...
@@ -172,7 +175,8 @@ class Ledger(Protocol):
 
         The job ends as succeeded with `version_id` in its result, and `jobs`: the ids of the jobs `then`, which are
         queued in the same transaction, so that no crash can lose them. Raises `Conflict` when the job is no longer
-        running under that attempt, or the live-unique key is taken.
+        running under that attempt, or the live-unique key is taken. A base that was merged into another one since is
+        that other one.
         """
         ...
 

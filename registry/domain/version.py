@@ -10,6 +10,8 @@ from .adapter import AdapterFacts
 
 VersionKind = Literal["import", "train", "merge"]
 EdgeKind = Literal["merge", "trained_from", "supersedes", "imported"]
+#: What a base may be pinned by.
+PINS = ("revision", "config_digest", "weights_digest", "tokenizer_digest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,14 @@ class Base:
     config_digest: str | None = None
     weights_digest: str | None = None
     tokenizer_digest: str | None = None
+
+    @property
+    def pins(self) -> dict[str, str]:
+        return {pin: value for pin in PINS if (value := getattr(self, pin))}
+
+    def contrary_pins(self, other: Base) -> list[str]:
+        """Those that both have, and have otherwise: then they are two models."""
+        return [pin for pin, value in self.pins.items() if other.pins.get(pin, value) != value]
 
 
 @dataclass(frozen=True, slots=True)

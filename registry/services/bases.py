@@ -36,7 +36,6 @@ TOKENIZER_FILES = (
 )
 #: Fields of config.json that tell where and by what it was saved, not what the model is.
 _INCIDENTAL_FIELDS = ("_name_or_path", "transformers_version")
-_PINS = ("revision", "config_digest", "weights_digest", "tokenizer_digest")
 
 
 def base_of(ledger: Ledger, facts: AdapterFacts, named: str | None) -> tuple[Base, bool]:
@@ -67,7 +66,9 @@ def add_base(ledger: Ledger, name: str, *, revision: str | None = None, pins: Ma
     if known is not None:
         _check_pins(known, new)
         new = replace(new, id=known.id, name=known.name)
-    return ledger.add_base(new, [spelling])
+    stored = ledger.add_base(new, [spelling])
+    _check_pins(stored, new)  # again: another process may have pinned it meanwhile
+    return stored
 
 
 def alias_base(ledger: Ledger, spelling: str, base: str) -> Base:
@@ -135,10 +136,7 @@ def _files_digest(paths: list[Path]) -> str:
 
 
 def _check_pins(known: Base, new: Base) -> None:
-    pairs: Mapping[str, tuple[str | None, str | None]] = {
-        pin: (getattr(known, pin), getattr(new, pin)) for pin in _PINS
-    }
-    contrary = [pin for pin, (old, fresh) in pairs.items() if old and fresh and old != fresh]
+    contrary = known.contrary_pins(new)
     if contrary:
         raise Refused(
             f"the base {known.name} is pinned otherwise: {', '.join(contrary).replace('_', ' ')} differ",

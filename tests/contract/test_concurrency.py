@@ -16,12 +16,12 @@ from sqlalchemy import update
 from adapterctl.registry.domain.errors import AdapterctlError, Conflict, Refused, Unavailable
 from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.domain.stage import verify_chain
-from adapterctl.registry.domain.version import AdapterVersion
+from adapterctl.registry.domain.version import AdapterVersion, Base
 from adapterctl.registry.ports import Ledger
 from adapterctl.registry.stores.sql import engine
 from adapterctl.registry.stores.sql.engine import Now
 from adapterctl.registry.stores.sql.ledger import SqlLedger
-from adapterctl.registry.stores.sql.tables import job, version
+from adapterctl.registry.stores.sql.tables import base, job, version
 
 PROCESSES, COMMANDS = 6, 200
 
@@ -57,6 +57,40 @@ def test_a_child_waits_for_a_removal_of_its_parent_and_is_refused(
     assert isinstance(answers[0], Refused)
     assert "removed meanwhile" in answers[0].message
     assert ledger.versions("child") == []
+
+
+def test_of_two_who_pin_a_base_at_once_the_second_fills_in_nothing(ledger: SqlLedger):
+    known, answers = ledger.add_base(Base("b1", "tiny"), ["tiny"]), []
+    other = Base("b1", "tiny", revision="two", weights_digest="w2")
+
+    second = threading.Thread(target=lambda: answers.append(ledger.add_base(other, ["tiny"])))
+    with ledger._db.write() as connection:
+        connection.execute(update(base).where(base.c.id == known.id).values(revision="one"))
+        second.start()
+        second.join(0.5)
+        waits = second.is_alive()
+    second.join()
+
+    assert waits
+    assert answers == [Base("b1", "tiny", revision="one")] == ledger.bases()
+
+
+def test_a_version_whose_base_is_being_merged_waits_and_belongs_to_the_base_that_is_left(
+    ledger: SqlLedger, add_version: Callable[..., AdapterVersion]
+):
+    keep, drop = ledger.add_base(Base("b1", "tiny"), ["tiny"]), ledger.add_base(Base("b2", "t"), ["t"])
+    answers = []
+
+    late = threading.Thread(target=lambda: answers.append(add_version(base=drop)))
+    with ledger._db.write() as connection:
+        connection.execute(update(base).where(base.c.id == drop.id).values(merged_into=keep.id))
+        late.start()
+        late.join(0.5)
+        waits = late.is_alive()
+    late.join()
+
+    assert waits
+    assert answers[0].spec.base == keep
 
 
 def test_a_job_that_is_given_back_at_that_moment_is_cancelled(ledger: SqlLedger):

@@ -147,9 +147,11 @@ class SqlLedger(JobRows, WorkerRows):
                 # where another writer was first, it is known now
                 insert_once(connection, insert(base).values(created_at=Now(), **_base_columns(new)))
                 known = _base(connection, new.id)
-            pins = {key: value for key, value in _base_columns(new).items() if getattr(known, key) is None}
-            if pins:
-                connection.execute(update(base).where(base.c.id == known.id).values(pins))
+            # one at a time: of two models, the second must not fill in what the first one left open
+            connection.execute(select(base.c.id).where(base.c.id == known.id).with_for_update())
+            known = _base(connection, known.id)
+            if new.pins.keys() - known.pins.keys() and not known.contrary_pins(new):
+                connection.execute(update(base).where(base.c.id == known.id).values(new.pins))
             for spelling in spellings:
                 insert_once(connection, insert(base_alias).values(spelling=spelling, base_id=known.id))
             return _base(connection, known.id)
@@ -737,6 +739,7 @@ def _insert_version(
     connection: Connection, version_id: str, adapter_id: str, spec: NewVersion, placement: Placement, created_by: str
 ) -> None:
     detail = VersionDetail(spec.facts, spec.norms, spec.recipe, spec.receipt)
+    base_id = _base_by_now(connection, spec.base.id)
     row = {
         "id": version_id,
         "adapter_id": adapter_id,
@@ -744,7 +747,7 @@ def _insert_version(
         "kind": spec.kind,
         "state": "live",
         "content_digest": spec.content_digest,
-        "base_id": spec.base.id,
+        "base_id": base_id,
         "recipe_digest": spec.recipe_digest,
         "created_at": Now(),
         "created_by": created_by,
@@ -764,8 +767,17 @@ def _insert_version(
             hint="run the command again: it will find that version",
         )
     connection.execute(insert(version_detail).values(version_id=version_id, body=wire.to_json(detail)))
-    assigned = {"version_id": version_id, "base_id": spec.base.id, "at": Now()}
+    assigned = {"version_id": version_id, "base_id": base_id, "at": Now()}
     connection.execute(insert(base_assignment).values(assigned))
+
+
+def _base_by_now(connection: Connection, base_id: str) -> str:
+    """The id of the base that this one was merged into since the version was planned; held until the version is in.
+
+    One that is not there is returned as it is: the foreign key says so.
+    """
+    merged = select(func.coalesce(base.c.merged_into, base.c.id)).where(base.c.id == base_id)
+    return connection.execute(merged.with_for_update(read=True)).scalar_one_or_none() or base_id
 
 
 def _check_references(connection: Connection, adapter_id: str, spec: NewVersion) -> None:
