@@ -93,6 +93,34 @@ def test_a_version_whose_base_is_being_merged_waits_and_belongs_to_the_base_that
     assert answers[0].spec.base == keep
 
 
+def test_who_finds_every_connection_in_use_is_told_to_try_again(ledger: SqlLedger, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine, "BUSY_TIMEOUT_S", 0.05)
+    ledger.close()  # the pool of before waits for longer
+    refused, ended = threading.Event(), threading.Event()
+    errors: list[Exception] = []
+
+    def read() -> None:
+        try:
+            with ledger.snapshot():
+                ended.wait(30)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is looked at below
+            errors.append(error)
+            refused.set()
+
+    readers = [threading.Thread(target=read) for _ in range(50)]
+    for reader in readers:
+        reader.start()
+    refused.wait(30)
+    ended.set()
+    for reader in readers:
+        reader.join()
+
+    assert errors
+    assert {type(error) for error in errors} == {Unavailable}
+    assert "in use" in str(errors[0])
+    ledger.bases()
+
+
 def test_a_job_that_is_given_back_at_that_moment_is_cancelled(ledger: SqlLedger):
     ledger.submit(NewJob("merge", "key", "title", {}, "ada"))
     claimed, answers = ledger.claim("me", 60.0), []

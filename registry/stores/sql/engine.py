@@ -45,6 +45,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoneFree
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import SyntaxExtension
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -231,6 +232,9 @@ class _Translated:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, DBAPIError) and not isinstance(error, IntegrityError):
             raise self._product.in_our_words(error) from error
+        if isinstance(error, NoneFree):
+            said = f"is busy: all connections to it were in use for {BUSY_TIMEOUT_S:g} s"
+            raise Unavailable(f"{self._product.label} {said}", hint="try again", abroad=f"the ledger {said}") from error
 
 
 def insert_once(connection: Connection, statement: Executable) -> bool:
@@ -465,7 +469,7 @@ class _Sqlite:
                 connection.execute("PRAGMA journal_mode = WAL")
             return connection
 
-        return create_engine("sqlite://", creator=connect, poolclass=QueuePool)
+        return create_engine("sqlite://", creator=connect, poolclass=QueuePool, pool_timeout=BUSY_TIMEOUT_S)
 
     def begin(self, connection: Connection, *, writes: bool) -> None:
         _run(connection, "BEGIN IMMEDIATE" if writes else "BEGIN", ())
@@ -553,7 +557,7 @@ class _Postgres:
 
     def engine(self) -> Engine:
         # a connection that the server dropped while it lay idle is replaced before it is used
-        return self._engine(pool_pre_ping=True, pool_size=10, max_overflow=30)
+        return self._engine(pool_pre_ping=True, pool_size=10, max_overflow=30, pool_timeout=BUSY_TIMEOUT_S)
 
     def begin(self, connection: Connection, *, writes: bool) -> None:
         """The driver begins with the first statement."""
