@@ -864,3 +864,7 @@ class ServedRegistry(RegistryAPI, Protocol):
     def wake(self, job_id: str) -> None:
         """Ring for a job once more: its worker, or the first ring, may be lost."""
         ...
+
+    def wake_for_unattended(self) -> None:
+        """Wake a worker where a job waits and nobody works: its worker was killed, or nobody was told of it."""
+        ...

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from asyncio import create_task, sleep
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -17,6 +18,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Match, Mount, Route
@@ -42,6 +44,8 @@ BACKLOG = 2048
 OFTEN = ("/v1/jobs/{job_id}", "/v1/merges")
 #: How long the ledger may take to be called ready.
 READY_S = 2.0
+#: Between two looks for jobs that nobody works on.
+WAKE_S = 10.0
 #: Names by which a server that only this machine can reach is asked for.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -54,6 +58,8 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            waking = create_task(_wake_again(registry))
+            stack.callback(waking.cancel)
             if mlflow_app is not None:  # a mounted application is not told of start and end by itself
                 await stack.enter_async_context(mlflow_app.router.lifespan_context(mlflow_app))
             yield
@@ -95,6 +101,16 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
     if mlflow_app is not None:
         app.routes.append(_Beside("/", mlflow_app))
     return door
+
+
+async def _wake_again(registry: ServedRegistry) -> None:
+    """Who asks over REST may look at a job only now and then, or never again: it is the server that stays."""
+    while True:
+        await sleep(WAKE_S)
+        try:
+            await run_in_threadpool(registry.wake_for_unattended)
+        except (AdapterctlError, OSError) as error:  # next time, perhaps
+            _log.warning("it is not known whether jobs wait for nobody: %s", error)
 
 
 class _Beside(Mount):

@@ -22,6 +22,7 @@ from ..ports import Doorbell, Ledger, VersionStore
 from ..settings import MLFLOW_DATABASE, Settings
 from .drift import Rules, check_not_emptied, differences
 from .reconcile import Adoption
+from .schedule import unattended
 
 EVAL_PACKAGES = ("torch", "transformers", "peft", "lm_eval", "sacrebleu", "gguf")
 NETWORK_FILESYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p"})
@@ -66,7 +67,7 @@ def _examine(
         *examine_home(settings.home),
         Check("ledger", "ok", f"registry {registry_id}, {len(ledger.versions())} versions"),
         *_mlflow(settings, ledger, open_versions, rules, adoption, abroad=abroad),
-        *_jobs(ledger),
+        *_jobs(settings, ledger),
         *(_fleet(settings, ledger, bell, abroad=abroad) if settings.broker_url else ()),
         _evaluation(),
     ]
@@ -166,7 +167,7 @@ def _mlflow(
         yield from (each.check for each in differences(ledger, store, settings.stages, rules))
 
 
-def _jobs(ledger: Ledger) -> Iterator[Check]:
+def _jobs(settings: Settings, ledger: Ledger) -> Iterator[Check]:
     failed = ledger.jobs(states=[JobState.FAILED])
     waiting = ledger.jobs(states=[JobState.QUEUED, JobState.RUNNING])
     if failed:
@@ -178,6 +179,14 @@ def _jobs(ledger: Ledger) -> Iterator[Check]:
         )
     else:
         yield Check("jobs", "ok", f"{len(waiting)} queued or running")
+    left = None if settings.broker_url else unattended(ledger, for_s=settings.ring_again_s)
+    if left is not None:
+        yield Check(
+            "unattended",
+            "warning",
+            f"nobody works on {left.title}: its worker was killed, or nobody was told of it",
+            f"adapterctl jobs wait {left.id} wakes one",
+        )
 
 
 def _fleet(settings: Settings, ledger: Ledger, bell: Doorbell, *, abroad: bool) -> Iterator[Check]:

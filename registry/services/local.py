@@ -383,6 +383,13 @@ class LocalRegistry:
     def wake(self, job_id: str) -> None:
         self.bell.ring(job_id)
 
+    def wake_for_unattended(self) -> None:
+        if self.settings.broker_url:
+            return  # its workers do so themselves, and messages for those that are busy would pile up
+        job = schedule.unattended(self.ledger, for_s=self.settings.ring_again_s)
+        if job is not None:
+            self.bell.ring(job.id)
+
     def follow(
         self, job_id: str, *, timeout_s: float | None = None, tell: Callable[[str], None] | None = None
     ) -> Iterator[Job]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from ..crashpoints import reached
 from ..domain.errors import Conflict, InvalidInput, JobCancelled, JobFailed, NotAllowed, NotFound, Refused, WaitTimedOut
 from ..domain.job import ENDED, LIVE, Job, JobState, NewJob
+from ..domain.worker import QUEUES
 from ..ports import Doorbell, Ledger
 
 # Between two looks at a followed row; a look costs 0.3 ms.
@@ -157,6 +158,18 @@ def follow(
             changed = now
         time.sleep(pause_s)
         pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
+
+
+def unattended(ledger: Ledger, *, for_s: float) -> Job | None:
+    """A job that its worker left, or that has been queued for so long, while nobody works; None where somebody does.
+
+    Who follows a job rings for it again. One that nobody follows would wait until the next is asked for.
+    """
+    now = ledger.now()
+    running = ledger.jobs(states=[JobState.RUNNING])
+    if any(job.lease_until is not None and job.lease_until > now for job in running):
+        return None
+    return next(iter([*running, *ledger.waiting(QUEUES, for_s=for_s)]), None)
 
 
 def _refusals() -> Iterator[type[Refused]]:

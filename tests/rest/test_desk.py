@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -13,6 +14,7 @@ import pytest
 from postgres import PostgresServer, postgres_server
 from sqlalchemy import Connection, event
 from sqlalchemy.engine import Engine
+from starlette.testclient import TestClient
 from tiny import write_tiny_adapter
 
 from adapterctl.bootstrap import connect
@@ -22,7 +24,10 @@ from adapterctl.registry.domain.errors import AdapterctlError, InvalidInput, Not
 from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import parse_parent
+from adapterctl.registry.rest import app
+from adapterctl.registry.rest.app import create_app
 from adapterctl.registry.rest.desk import Desk
+from adapterctl.registry.rest.door import Rules
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.settings import Settings
 from adapterctl.registry.stores.spawn_bell import only_one
@@ -253,3 +258,23 @@ def test_a_ring_that_fails_takes_no_answer_back(registry: LocalRegistry, tmp_pat
     (answer,) = ask(other, [("ada", request(7.1))])
 
     assert registry.job(answer.job.id).state is JobState.QUEUED
+
+
+def test_a_server_wakes_a_worker_for_a_job_that_nobody_follows(
+    new_home: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app, "WAKE_S", 0.1)
+    served = connect(Settings(home=new_home("unattended"), ring_again_s=0.5, idle_s=0.3))
+    fill(served, tmp_path)
+    (lost,) = served.merge_all([("ada", request(8.1))])  # and nobody is told of it
+    time.sleep(0.6)
+    told = [check for check in served.doctor() if check.name == "unattended"]
+
+    door = create_app(served, served.access, Rules(hosts=("localhost",), upload_bytes=1), version="1.2.3")
+    with closing(served.ledger), TestClient(door):
+        deadline = time.monotonic() + 60
+        while (job := served.job(lost.job.id)).state is not JobState.SUCCEEDED and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    assert [check.hint for check in told] == [f"adapterctl jobs wait {lost.job.id} wakes one"]
+    assert job.state is JobState.SUCCEEDED

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from adapterctl.registry.domain.errors import (
@@ -15,7 +17,16 @@ from adapterctl.registry.domain.errors import (
     WaitTimedOut,
 )
 from adapterctl.registry.domain.job import Job, JobState, NewJob, Progress
-from adapterctl.registry.services.schedule import ask, find_job, follow, parse_states, raise_for, retry, submit
+from adapterctl.registry.services.schedule import (
+    ask,
+    find_job,
+    follow,
+    parse_states,
+    raise_for,
+    retry,
+    submit,
+    unattended,
+)
 from adapterctl.registry.stores.sql.ledger import SqlLedger
 
 NEW = NewJob("merge", "k", "merge a b", {}, "ada")
@@ -103,6 +114,21 @@ def test_a_follower_of_a_silent_job_rings_again_and_gives_up_in_time(sql_ledger:
     assert len(bell.rings) >= 2
     assert f"jobs wait {job.id}" in caught.value.hint
     assert find_job(sql_ledger, job.id).state is JobState.QUEUED
+
+
+def test_a_job_is_unattended_where_its_worker_is_gone_and_nobody_else_works(sql_ledger: SqlLedger):
+    assert unattended(sql_ledger, for_s=0.0) is None
+    first, _ = sql_ledger.submit(NEW)
+
+    assert unattended(sql_ledger, for_s=60.0) is None  # it has only just been queued
+    assert unattended(sql_ledger, for_s=0.0) == find_job(sql_ledger, first.id)
+
+    sql_ledger.claim("w", 60)
+    sql_ledger.submit(replace(NEW, key="another"))
+    assert unattended(sql_ledger, for_s=0.0) is None  # the second waits for the one who works on the first
+
+    sql_ledger.renew(first.id, 1, -1)
+    assert unattended(sql_ledger, for_s=60.0) == find_job(sql_ledger, first.id)
 
 
 def test_an_unknown_job_is_not_found(sql_ledger: SqlLedger):
