@@ -20,6 +20,16 @@ from .domain.worker import GPU_QUEUE
 PROJECT_FILE = "adapterctl.toml"
 #: In the home of an embedded registry.
 MLFLOW_DATABASE = "mlflow.db"
+#: Below these, every job would lose its lease or its time before it began, or nothing could be sent.
+LEAST = {
+    "threads": 0,
+    "lease_s": 1,
+    "idle_s": 0,
+    "job_timeout_s": 1,
+    "job_memory_mb": 0,
+    "ring_again_s": 0,
+    "max_upload_mb": 1,
+}
 #: Settings that lead away from the registry in a home.
 ELSEWHERE = ("server", "token", "database_url", "broker_url")
 
@@ -76,7 +86,7 @@ def load_settings(
 ) -> Settings:
     """Merge the sources. Raises `Misconfigured` naming the file and the key for anything unknown or ill-typed."""
     env = os.environ if env is None else env
-    values: dict[str, Any] = {"home": Path("~/.adapterctl").expanduser(), "actor": _login(env)}
+    values: dict[str, Any] = {"home": "~/.adapterctl", "actor": _login(env)}
     values |= _from_file(user_file or user_config(env))
     values |= _from_file(_find_project_file(cwd or Path.cwd()))
     values |= _from_env(env)
@@ -85,6 +95,11 @@ def load_settings(
         values = {key: value for key, value in values.items() if key not in ELSEWHERE}
     values |= given
     settings = Settings(**{key: _convert(key, value, "settings") for key, value in values.items()})
+    for name, least in LEAST.items():
+        if not getattr(settings, name) >= least:  # not a number, for one, is not
+            raise Misconfigured(
+                f"{name} is {getattr(settings, name)}, expected {least} or more", hint="see docs/settings.md"
+            )
     for name, known in (("gpu_queue", GPU_QUEUE), ("eval_dtype", DTYPES)):
         value = getattr(settings, name)
         if value not in known:
@@ -101,7 +116,8 @@ def load_settings(
 def user_config(env: Mapping[str, str] | None = None) -> Path:
     """The file of this person's own settings, whether it is there or not."""
     env = os.environ if env is None else env
-    config_home = Path(env.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser())
+    # where nobody knows a home folder "~" stays, which is no file
+    config_home = Path(env.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
     return config_home / "adapterctl" / "config.toml"
 
 
@@ -115,16 +131,18 @@ def _login(env: Mapping[str, str]) -> str:
 
 def _find_project_file(folder: Path) -> Path:
     for place in (folder, *folder.parents):
-        if (place / PROJECT_FILE).is_file():
+        if os.path.isfile(place / PROJECT_FILE):  # and not `Path.is_file`, which raises in a folder closed to us
             return place / PROJECT_FILE
     return folder / PROJECT_FILE
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except OSError as error:  # not left out: it may say that commands go to a server
+        raise Misconfigured(
+            f"{path} cannot be read: {error.strerror}", hint="set HOME or XDG_CONFIG_HOME to a folder of yours"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Misconfigured(f"{path} is not valid TOML: {error}", hint="mend or move the file") from error
     return {key: _convert(key, value, str(path)) for key, value in values.items()}
@@ -150,7 +168,7 @@ def _convert(key: str, value: Any, origin: str) -> Any:
     kind = str(kinds[key])
     try:
         if kind == "Path":
-            return Path(value).expanduser().absolute()
+            return _folder(key, value, origin)
         if kind == "int":
             return int(value)
         if kind == "float":
@@ -161,4 +179,15 @@ def _convert(key: str, value: Any, origin: str) -> Any:
     except (TypeError, ValueError) as error:
         raise Misconfigured(
             f"{origin} sets {key} to {value!r}, expected {kind}", hint="see docs/settings.md"
+        ) from error
+
+
+def _folder(key: str, value: str | Path, origin: str) -> Path:
+    """Absolute, without `~`. Raises `Misconfigured` where that is nobody's."""
+    try:
+        return Path(value).expanduser().absolute()
+    except RuntimeError as error:  # no such user, or a user without an entry, as in a container, and no HOME
+        raise Misconfigured(
+            f"{origin} sets {key} to {str(value)!r}, and nobody knows where that is",
+            hint=f"set ADAPTERCTL_{key.upper()} to a whole path",
         ) from error

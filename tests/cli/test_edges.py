@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from adapterctl.registry.domain.errors import Misconfigured
+from adapterctl.registry.settings import load_settings
+
 PROGRAM = [sys.executable, "-m", "adapterctl"]
 INTERRUPTED = """
 import os, signal, sys
@@ -59,6 +62,39 @@ def test_who_cannot_be_written_down_is_refused_before_anything_is(home: Path, va
     assert f"actor is {name!r}" in done.stderr
     assert variable in done.stderr
     assert not (home / "registry.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("LEASE_S", "-1", "lease_s is -1.0, expected 1 or more"),
+        ("LEASE_S", "nan", "lease_s is nan, expected 1 or more"),
+        ("JOB_TIMEOUT_S", "0", "job_timeout_s is 0.0, expected 1 or more"),
+        ("THREADS", "-5", "threads is -5, expected 0 or more"),
+        ("MAX_UPLOAD_MB", "0", "max_upload_mb is 0, expected 1 or more"),
+        ("HOME", "~nobody-of-this-name/x", "sets home to '~nobody-of-this-name/x', and nobody knows where that is"),
+    ],
+)
+def test_a_setting_with_which_nothing_works_is_refused(variable: str, value: str, said: str):
+    done = run("merge", "a:v1", "b:v1", env=os.environ | {f"ADAPTERCTL_{variable}": value})
+
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_user_whom_the_machine_does_not_know_has_to_say_where_the_registry_is(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    assert load_settings({"home": home}).home == home
+    with pytest.raises(Misconfigured, match=r"home to .~/\.adapterctl., and nobody knows where that is"):
+        load_settings(env={})
 
 
 @pytest.mark.parametrize("words", [["--version"], ["methods"]])

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from adapterctl.migrations import migrate
-from adapterctl.registry.domain.errors import Corrupt, NotAllowed, NotFound
+from adapterctl.registry.domain.errors import Corrupt, Misconfigured, NotAllowed, NotFound
 from adapterctl.registry.domain.job import NewJob
 from adapterctl.registry.domain.version import AdapterVersion
 from adapterctl.registry.ports import Ledger
+from adapterctl.registry.settings import load_settings
 from adapterctl.registry.stores.sql.engine import Database, sqlite_url
 from adapterctl.registry.stores.sql.ledger import SqlLedger
 
@@ -84,6 +85,26 @@ def as_somebody_else(check: Callable[[], None]) -> str:
         said = stream.read()
     os.waitpid(pid, 0)
     return said
+
+
+def test_a_home_that_is_closed_to_us_is_said_to_be(home: Path):
+    (home / "closed").mkdir(mode=0o700)
+
+    def reads() -> None:
+        with pytest.raises(NotAllowed, match=f"{home / 'closed'} cannot be read: Permission denied"):
+            SqlLedger(Database(sqlite_url(home / "closed"))).versions()
+
+    assert as_somebody_else(reads) == ""
+
+
+def test_a_settings_file_of_somebody_else_is_not_passed_over(tmp_path: Path):
+    tmp_path.chmod(0o700)
+
+    def reads() -> None:
+        with pytest.raises(Misconfigured, match=r"config\.toml cannot be read: Permission denied"):
+            load_settings(env={"XDG_CONFIG_HOME": str(tmp_path)}, cwd=Path("/"))
+
+    assert as_somebody_else(reads) == ""
 
 
 def test_a_home_without_a_registry_is_said_to_be_empty(home: Path):

@@ -392,7 +392,13 @@ class _Sqlite:
 
     @property
     def exists(self) -> bool:
-        return self._path.exists()
+        try:
+            return self._path.exists()
+        except OSError as error:  # a folder above it is closed to us
+            raise NotAllowed(
+                f"{self._path.parent} cannot be read: {error.strerror}",
+                hint="use a home that is yours: --home or ADAPTERCTL_HOME",
+            ) from error
 
     def prepare(self) -> None:
         try:
