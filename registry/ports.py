@@ -443,13 +443,14 @@ class SeenVersion:
     """A model version as MLflow has it now.
 
     `version_id` is ours that it carries; `taken_as` that of the version which was made of it when a person had made
-    it; `described` whether its description still leads to our page of it; `parents` the labels that its tags name.
+    it; `described` whether its description still leads to our page of it; `parents` the labels that its `tags` name.
     """
 
     version_id: str | None
     taken_as: str | None
     described: bool
     parents: tuple[str, ...]
+    tags: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -570,10 +571,17 @@ class VersionStore(Protocol):
         """
         ...
 
-    def project_tags(self, version: AdapterVersion, keys: Sequence[str]) -> bool:
+    def other_tags(
+        self, version: AdapterVersion, found: SeenVersion, recalled: tuple[str, str] | None
+    ) -> tuple[str, ...]:
+        """The tags of which MLflow's version does not say what `version` does: its kind, the caller's, its recall."""
+        ...
+
+    def project_tags(self, version: AdapterVersion, keys: Sequence[str] | None) -> bool:
         """Let MLflow's version say of these tags what `version` says: their value, or that there is none.
 
-        False where MLflow has no such version: it was renamed or deleted there.
+        Without keys all that `version` has, and its kind. False where MLflow has no such version: it was renamed or
+        deleted there.
         """
         ...
 

@@ -1,5 +1,5 @@
 """What was done in MLflow behind the ledger's back: versions and models made, renamed or deleted, aliases moved, texts
-overwritten.
+and tags overwritten.
 
 Reads only. MLflow cannot keep anybody from it; each difference says what happened and the verb that mends it, or that
 `doctor --adopt` accepts it (`reconcile.py`). Nothing counts as gone that a second look finds.
@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..api import Check
+from ..api import Check, RecallView
 from ..domain.errors import Misconfigured
+from ..domain.job import LIVE
 from ..domain.refs import first_few
 from ..domain.version import AdapterVersion
-from ..ports import Double, Ledger, SeenModel, VersionStore
-from .views import iso_time
+from ..ports import Double, Ledger, SeenModel, SeenVersion, VersionStore
+from .views import cause, iso_time, recall_views
 
 _ADOPT = "adapterctl doctor --adopt"
 #: What is other for an adapter under another name, in words: former name, new name.
@@ -60,6 +61,7 @@ def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str], rule
     """By adapter; none where MLflow says what the ledger says. `stages` are the settings'."""
     # in this order: a version is in MLflow before it is in the ledger
     everything = ledger.versions(include_removed=True)
+    recalls, marking = recall_views(ledger), ledger.jobs(states=sorted(LIVE), kind="recall", limit=1)
     seen = store.seen()
     known = {version.id: version for version in everything}
     live = [version for version in everything if version.state == "live"]
@@ -89,6 +91,8 @@ def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str], rule
         yield from _versions(model, versions, known, doubled, holds, explained)
         yield from _stages(store, model, versions, known, holds, stages)
         yield from _descriptions(model, versions, parents)
+        if not marking:  # else a recall is on its way to MLflow
+            yield from _tags(store, model, versions, recalls)
     for adapter_id, tombstones in grouped(everything).items():
         model = ours.get(adapter_id)
         if model is not None and model.name != names[adapter_id]:
@@ -267,10 +271,8 @@ def _descriptions(
     """What does not lead to our pages, or names parents otherwise than the ledger, as a rename cut short leaves it."""
     bare = [
         version
-        for version in versions
-        if (found := model.versions.get(version.number)) is not None
-        and found.version_id == version.id
-        and not (found.described and found.parents == parents.get(version.id, ()))
+        for version, found in _found(model, versions)
+        if not (found.described and found.parents == parents.get(version.id, ()))
     ]
     if not bare and model.described:
         return
@@ -282,6 +284,34 @@ def _descriptions(
         f"{_ADOPT} puts ours below what is written there",
     )
     yield Difference(check=check, model=model, versions=tuple(bare))
+
+
+def _tags(
+    store: VersionStore, model: SeenModel, versions: Sequence[AdapterVersion], recalls: Mapping[str, RecallView]
+) -> Iterator[Difference]:
+    other = [
+        (version, names)
+        for version, found in _found(model, versions)
+        if (names := store.other_tags(version, found, cause(recalls.get(version.id))))
+    ]
+    if not other:
+        return
+    told = first_few([f"{version.label} ({', '.join(names)})" for version, names in other])
+    check = Check(
+        "tags",
+        "warning",
+        f"MLflow's tags are not what the ledger says: {told}",
+        f"{_ADOPT} writes ours again; `adapterctl tag` changes your own",
+    )
+    yield Difference(check=check, model=model, versions=tuple(version for version, _ in other))
+
+
+def _found(model: SeenModel, versions: Sequence[AdapterVersion]) -> Iterator[tuple[AdapterVersion, SeenVersion]]:
+    """The versions that MLflow has, with what it says of them."""
+    for version in versions:
+        found = model.versions.get(version.number)
+        if found is not None and found.version_id == version.id:
+            yield version, found
 
 
 def _strangers(seen: Sequence[SeenModel], left: Mapping[str, SeenModel], adapters: set[str]) -> Iterator[Difference]:

@@ -19,7 +19,10 @@ from ..domain.recall import Recall, RecallAction, check_reason
 from ..domain.version import AdapterVersion
 from ..ports import Doorbell, Ledger, VersionStore
 from .schedule import Done, Task
-from .views import iso_time, recall_views
+from .views import cause, iso_time, recall_views
+
+#: Held while recalls are written to MLflow: each writer reads the ledger first, so that the last one has the last word.
+MARKS_LOCK = "recall-marks"
 
 
 def recall(
@@ -53,7 +56,7 @@ def mark(ledger: Ledger, versions: VersionStore, version: AdapterVersion) -> Non
     """Let MLflow's page of a new version say that it is recalled, where it was born so."""
     hit = recall_views(ledger).get(version.id)
     if hit is not None:
-        versions.mark_recall(version, (hit.ref, hit.reason))
+        versions.mark_recall(version, cause(hit))
 
 
 class RecallHandler:
@@ -65,20 +68,22 @@ class RecallHandler:
 
     @contextmanager
     def begin(self, job: Job) -> Iterator[Task | Done]:
-        # one at a time, and each reads the ledger first: the last one writes the last word
-        with self._ledger.exclusive("recall-marks"):
-            recalls = recall_views(self._ledger)
+        with self._ledger.exclusive(MARKS_LOCK):
             hit = self._ledger.descendants([job.spec["version_id"]], copies=True)
             versions = self._ledger.versions_by_id(list(hit))
             live = [version for version in versions.values() if version.state == "live"]
-            for version in live:
-                by = recalls.get(version.id)
-                said = (by.ref, by.reason) if by is not None else None
-                self._open_versions().mark_recall(version, said)
+            write_marks(self._ledger, self._open_versions(), live)
         yield Done({"marked": len(live)})
 
     def finish(self, job: Job, task: Task, result: Mapping[str, Any]) -> Mapping[str, Any]:
         raise AssertionError("a recall has no task")
+
+
+def write_marks(ledger: Ledger, store: VersionStore, versions: Sequence[AdapterVersion]) -> None:
+    """Let MLflow's pages of these versions say what the ledger says. Under `MARKS_LOCK`."""
+    recalls = recall_views(ledger)
+    for version in versions:
+        store.mark_recall(version, cause(recalls.get(version.id)))
 
 
 def _marking(version: AdapterVersion, action: RecallAction, *, actor: str) -> NewJob:

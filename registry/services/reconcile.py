@@ -24,12 +24,14 @@ from ..domain.version import AdapterVersion, NewVersion, VersionSpec
 from ..ports import Ledger, Parent, VersionStore
 from .drift import Difference, Rules, differences, grouped
 from .promote import Stages
+from .recall import MARKS_LOCK, write_marks
 from .register import tell_parents
-from .views import recall_views
+from .tag import tags_lock
+from .views import cause, recall_views
 
 REASON = "done in MLflow, accepted by doctor"
 #: Names come first, for all else goes by them; versions before the stages that they are to hold; links come last.
-_ORDER = ("renamed", "lost", "deleted", "unknown", "stage", "description")
+_ORDER = ("renamed", "lost", "deleted", "unknown", "stage", "description", "tags")
 _ALL_JOBS = 1_000_000
 
 
@@ -177,10 +179,8 @@ class Adoption:
         near = self.ledger.versions_by_id(above) if above else {}
         tell_parents(self.ledger, self.versions, [version for version in near.values() if version.state == "live"])
         for version in difference.versions:
-            hit = recalls.get(version.id)
-            recalled = (hit.ref, hit.reason) if hit is not None else None
             spec, parents = self._as_registered(version)
-            if not self.versions.describe(version, spec, parents, recalled):
+            if not self.versions.describe(version, spec, parents, cause(recalls.get(version.id))):
                 full.append(version.label)
         tell_parents(self.ledger, self.versions, difference.versions)
         if not model.described:
@@ -189,6 +189,16 @@ class Adoption:
         if full:
             raise Refused(f"no room is left in {', '.join(full)}", hint="shorten what is written there, in MLflow")
         yield f"descriptions of {model.name} lead to their lineage again"
+
+    def _accept_tags(self, difference: Difference) -> Iterator[str]:
+        for version in difference.versions:
+            with self.ledger.exclusive(tags_lock(version.id)):
+                current = self.ledger.version(version.id)
+                if current is not None and current.state == "live":
+                    self.versions.project_tags(current, None)
+        with self.ledger.exclusive(MARKS_LOCK):
+            write_marks(self.ledger, self.versions, difference.versions)
+        yield f"the tags of {first_few([version.label for version in difference.versions])} are ours again"
 
     def _as_registered(self, version: AdapterVersion) -> tuple[NewVersion, Sequence[Parent]]:
         """What a version was placed with."""

@@ -33,7 +33,7 @@ def tag(
     _check(put, remove)
     if version.state != "live":
         raise Refused(f"{version.label} was removed", hint="choose another version")
-    with ledger.exclusive(f"tags-{version.id}"):  # of two at once, MLflow would else show what the first one says
+    with ledger.exclusive(tags_lock(version.id)):  # of two at once, MLflow would else show what the first one says
         tagged = ledger.set_tags(version.id, put, remove, actor=actor, reason=reason)
         try:
             is_there = versions.project_tags(tagged, [*put, *remove])
@@ -45,6 +45,11 @@ def tag(
             ) from error
     lost = f"MLflow has no {version.label}: the tags are recorded, but not written there; `adapterctl doctor` tells why"
     return Tagged(version_view(ledger, tagged), () if is_there else (lost,))
+
+
+def tags_lock(version_id: str) -> str:
+    """What is held while a version's tags are written to MLflow."""
+    return f"tags-{version_id}"
 
 
 def _check(put: Mapping[str, str], remove: Sequence[str]) -> None:

@@ -91,6 +91,11 @@ def recall_views(ledger: Ledger) -> dict[str, RecallView]:
     }
 
 
+def cause(recall: RecallView | None) -> tuple[str, str] | None:
+    """The recalled version and the reason, as MLflow's pages have them."""
+    return None if recall is None else (recall.ref, recall.reason)
+
+
 def parent_views(edges: Sequence[Edge], parents: Mapping[str, AdapterVersion]) -> tuple[ParentView, ...]:
     return tuple(ParentView(parents[edge.parent_id].label, edge.weight, edge.kind) for edge in edges)
 

@@ -254,14 +254,20 @@ class MlflowVersions:
             return
         self._set_alias(name, stage, number)
 
+    def other_tags(
+        self, version: AdapterVersion, found: SeenVersion, recalled: tuple[str, str] | None
+    ) -> tuple[str, ...]:
+        said = {**_said_tags(version), RECALLED: _said_of_recall(recalled)}
+        return tuple(name for name, value in said.items() if found.tags.get(name) != value)
+
     @in_our_words
-    def project_tags(self, version: AdapterVersion, keys: Sequence[str]) -> bool:
-        said, number, there = _their_tags(version.spec.tags), str(version.number), dict[str, str]()
+    def project_tags(self, version: AdapterVersion, keys: Sequence[str] | None) -> bool:
+        said, number, there = _said_tags(version), str(version.number), dict[str, str]()
         with missing_is_fine():
             there = self._client.get_model_version(version.name, number).tags
         if there.get(VERSION_ID) != version.id:
             return False
-        for name in dict.fromkeys(map(mlflow_key, keys)):
+        for name in said if keys is None else dict.fromkeys(map(mlflow_key, keys)):
             if name == BASE_TAG:  # ours, though it has no prefix
                 continue
             if name in said:
@@ -275,7 +281,7 @@ class MlflowVersions:
     def mark_recall(self, version: AdapterVersion, recalled: tuple[str, str] | None) -> None:
         with missing_is_fine():
             found = self._client.get_model_version(version.name, str(version.number))
-            said = ": ".join(recalled)[:5000] if recalled else None
+            said = _said_of_recall(recalled)
             if found.tags.get(VERSION_ID) != version.id or found.tags.get(RECALLED) == said:
                 return
             description = with_recall(found.description or "", recalled)
@@ -662,6 +668,7 @@ def _seen(models: Iterable[RegisteredModel], found: Iterable[ModelVersion]) -> l
             version.tags.get(TAKEN_AS),
             is_described(version.description or "", version.name, number),
             _named_parents(version.tags),
+            version.tags,
         )
     seen = (
         SeenModel(
@@ -689,6 +696,17 @@ def _is_used(version: ModelVersion, used: Mapping[int, str]) -> bool:
 def _their_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """The caller's tags as a model version has them; of several keys that are one to MLflow, the last one counts."""
     return {mlflow_key(key): value[:5000] for key, value in tags.items()}
+
+
+def _said_tags(version: AdapterVersion) -> dict[str, str]:
+    """The tags of a model version that change with its ledger row or never: the caller's, but for one of our name."""
+    theirs = _their_tags(version.spec.tags)
+    theirs.pop(BASE_TAG, None)
+    return {KIND: version.spec.kind, **theirs}
+
+
+def _said_of_recall(recalled: tuple[str, str] | None) -> str | None:
+    return ": ".join(recalled)[:5000] if recalled else None
 
 
 def _params(spec: NewVersion) -> dict[str, str]:

@@ -48,6 +48,7 @@ DRIFT = {
         "doubled",
         "stage",
         "description",
+        "tags",
     )
 }
 _seeds = itertools.count(100)
@@ -302,6 +303,33 @@ def test_our_description_comes_back_below_what_was_written(two_parents, client, 
     client.update_model_version(name, "1", description="x" * 4990)
     assert "no room is left" in dict(adopt(two_parents))["description"]
     client.update_model_version(name, "1", description=was)
+
+
+def test_tags_that_were_changed_or_removed_are_told_and_written_again(two_parents, client, tmp_path, name):
+    version = add(two_parents, tmp_path, name, tags={"team": "mt", "draft": "yes", "base_model": "mine"})
+    other = add(two_parents, tmp_path, name)
+    two_parents.recall(parse_ref(version), reason="leaks")
+    for job in two_parents.jobs(kind="recall"):
+        list(two_parents.follow(job.id, timeout_s=120))
+    was = {number: client.get_model_version(name, number).tags for number in "12"}
+    assert left(two_parents) == []
+
+    client.set_model_version_tag(name, "1", "team", "theirs")
+    client.set_model_version_tag(name, "1", "of a person", "stays")
+    for tag in ("draft", "adapterctl.recalled"):
+        client.delete_model_version_tag(name, "1", tag)
+    client.set_model_version_tag(name, "2", "adapterctl.kind", "merge")
+    client.set_model_version_tag(name, "2", "adapterctl.recalled", "x:v1: not so")
+    (told,) = left(two_parents)
+
+    assert (told.name, told.status) == ("tags", "warning")
+    assert (
+        f"{version} (team, draft, adapterctl.recalled), {other} (adapterctl.kind, adapterctl.recalled)" in told.detail
+    )
+    assert adopt(two_parents) == [("adopted", f"the tags of {version}, {other} are ours again")]
+    assert client.get_model_version(name, "1").tags == {**was["1"], "of a person": "stays"}
+    assert client.get_model_version(name, "2").tags == was["2"]
+    assert left(two_parents) == []
 
 
 def test_what_a_cut_short_removal_left_is_no_new_version(two_parents, client, tmp_path, name):
