@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .registry.domain.errors import Misconfigured
+from .registry.domain.errors import Misconfigured, NotFound
 from .registry.settings import Settings, load_settings
 
 # Everything else is imported where it is used: a command that goes to a server needs no SQLAlchemy and no services.
@@ -59,7 +59,8 @@ def connect(settings: Settings | None = None, *, readonly: bool = False) -> Loca
     as the list of merge methods, works all the same.
 
     Raises:
-        Misconfigured: the tables are those of a newer adapterctl, or MLflow belongs to another registry.
+        Misconfigured: the tables are those of a newer adapterctl, MLflow belongs to another registry, or it cannot
+            name a file in that home.
         NotAllowed: the home cannot be written.
         Unavailable: the database server cannot be reached.
     """
@@ -73,6 +74,9 @@ def connect(settings: Settings | None = None, *, readonly: bool = False) -> Loca
     settings = settings or load_settings()
     if settings.database_url and not is_shared(settings.database_url):
         raise Misconfigured("database_url is no postgresql:// address", hint="for a registry in files, set home")
+    if not settings.database_url and {"?", "%"} & set(str(settings.home)):
+        # MLflow takes an address, where the one begins options and the other a number, and makes folders beside ours
+        raise Misconfigured(f"the home {settings.home} has a '?' or a '%' in its path", hint="give another: --home DIR")
     url = settings.database_url or sqlite_url(settings.home)
     database = Database(url)
     if not readonly:
@@ -199,34 +203,37 @@ def made_on_demand() -> Mapping[str, str]:
 
 
 def _establish(ledger: SqlLedger, settings: Settings) -> None:
-    """Tie a new registry to its MLflow. Ledger and MLflow are both in the home, or both shared: one truth."""
-    from .registry.services.doctor import check_in_place
-    from .registry.stores.mlflow_server import embedded_uri, without_password
+    """Tie a new registry to its MLflow. Ledger and MLflow are both in the home, or both shared: one truth.
+
+    One that was made keeps its MLflow. In a home another address is ignored, for MLflow's own programs read it, too.
+    """
+    from .registry.stores.mlflow_server import embedded_uri, is_in_files, without_password
 
     uri = settings.mlflow_uri or ("" if settings.database_url else embedded_uri(settings.home))
-    in_files = uri.startswith("sqlite:")
-    if settings.database_url and (in_files or not uri):
+    if settings.database_url and is_in_files(uri):
         raise Misconfigured(
             "a shared ledger needs a shared MLflow",
             hint="set ADAPTERCTL_MLFLOW_URI to postgresql://… or to the address of a tracking server",
         )
-    if not settings.database_url and not in_files:
-        raise Misconfigured(
-            f"an embedded registry cannot keep its versions in {uri.partition(':')[0]} MLflow",
-            hint="unset MLFLOW_TRACKING_URI (and ADAPTERCTL_MLFLOW_URI), or set it to a sqlite:/// address",
-        )
     stored = without_password(uri)
-    ledger.establish(stored)
-    if not settings.database_url:
-        check_in_place(settings.home, ledger.mlflow_uri)
-    if not settings.mlflow_uri or stored == ledger.mlflow_uri:
+    try:
+        known = ledger.mlflow_uri
+    except NotFound:
+        if not settings.database_url and not uri.startswith("sqlite:"):
+            raise Misconfigured(
+                f"an embedded registry cannot keep its versions in {uri.partition(':')[0]} MLflow",
+                hint="unset MLFLOW_TRACKING_URI (and ADAPTERCTL_MLFLOW_URI), or set it to a sqlite:/// address",
+            ) from None
+        ledger.establish(stored)
+        known = ledger.mlflow_uri
+    if not settings.mlflow_uri or stored == known:
         return
     if settings.database_url:
         raise Misconfigured(
-            f"this registry belongs to the MLflow at {ledger.mlflow_uri}, not {stored}",
+            f"this registry belongs to the MLflow at {known}, not {stored}",
             hint="set ADAPTERCTL_MLFLOW_URI to that address",
         )
-    _log.warning("MLFLOW_TRACKING_URI is ignored: this registry belongs to %s", ledger.mlflow_uri)
+    _log.warning("MLFLOW_TRACKING_URI is ignored: this registry belongs to %s", known)
 
 
 def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ..settings import MLFLOW_DATABASE, Settings
 
@@ -52,10 +52,20 @@ def client_uri(uri: str) -> str:
 
 
 def without_password(uri: str) -> str:
-    """The address as it may be stored and shown."""
+    """The address as it may be stored and shown; a password may stand among its options, too."""
     parts = urlsplit(uri)
     user, _, host = parts.netloc.rpartition("@")
-    return parts._replace(netloc=f"{user.partition(':')[0]}@{host}" if user else host).geturl() if user else uri
+    options = [each for each in parts.query.split("&") if "password" not in unquote(each.partition("=")[0]).lower()]
+    if not user and "&".join(options) == parts.query:
+        return uri
+    netloc = f"{user.partition(':')[0]}@{host}" if user else host
+    return parts._replace(netloc=netloc, query="&".join(options)).geturl()
+
+
+def is_in_files(uri: str) -> bool:
+    """Whether an MLflow at this address, if it is one, is on this machine alone."""
+    scheme, separator, _ = uri.partition("://")
+    return not separator or scheme.partition("+")[0] in ("sqlite", "file")
 
 
 def hosts_of_command() -> tuple[str, ...]:

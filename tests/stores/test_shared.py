@@ -20,6 +20,7 @@ from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.settings import Settings
+from adapterctl.registry.stores.mlflow_server import without_password
 from adapterctl.registry.stores.sql.engine import Database
 
 
@@ -111,10 +112,12 @@ def test_settings_that_hold_a_password_do_not_show_it(shared: Settings):
     [
         ({"mlflow_uri": None}, "ADAPTERCTL_MLFLOW_URI"),
         ({"mlflow_uri": "sqlite:///mlflow.db"}, "ADAPTERCTL_MLFLOW_URI"),
+        ({"mlflow_uri": "./mlruns"}, "ADAPTERCTL_MLFLOW_URI"),
+        ({"mlflow_uri": "file:///srv/mlruns"}, "ADAPTERCTL_MLFLOW_URI"),
         ({"database_url": "mysql://ada:canary@host/name"}, "set home"),
         ({"database_url": None}, "unset MLFLOW_TRACKING_URI"),
     ],
-    ids=["no MLflow", "MLflow in files", "another product", "ledger in files"],
+    ids=["no MLflow", "MLflow in files", "folder", "folder by address", "another product", "ledger in files"],
 )
 def test_a_ledger_and_an_mlflow_that_do_not_belong_together_are_refused(
     shared: Settings, changes: dict[str, str | None], hint: str
@@ -131,3 +134,42 @@ def test_another_mlflow_is_refused(shared: Settings, registry: LocalRegistry):
         connect(replace(shared, mlflow_uri=f"postgresql://ada:{PASSWORD}@127.0.0.1:1/other"))
 
     assert PASSWORD not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "kept"),
+    [
+        ("postgresql://ada:canary@host:5432/name", "postgresql://ada@host:5432/name"),
+        ("postgresql://host/name?user=ada&password=canary", "postgresql://host/name?user=ada"),
+        ("postgresql://ada@host/name?sslmode=require&sslPassword=canary", "postgresql://ada@host/name?sslmode=require"),
+        ("postgresql://host/name?%70assword=canary", "postgresql://host/name"),
+        ("sqlite:////home/ada/a@b/mlflow.db", "sqlite:////home/ada/a@b/mlflow.db"),
+        ("https://mlflow.example.org/base?x=1", "https://mlflow.example.org/base?x=1"),
+    ],
+)
+def test_no_password_is_kept_of_an_address(address: str, kept: str):
+    assert without_password(address) == kept
+
+
+def test_a_registry_in_a_home_goes_on_whatever_address_mlflows_programs_are_given_later(
+    home: Path, ledger_schema: Path, caplog: pytest.LogCaptureFixture
+):
+    shutil.copy(ledger_schema, home / "registry.db")
+    elsewhere = Settings(home=home, mlflow_uri="http://mlflow.example.org")
+    with pytest.raises(Misconfigured, match="http MLflow"):
+        connect(elsewhere)
+    connect(Settings(home=home)).ledger.close()
+
+    registry = connect(elsewhere)
+
+    assert registry.ledger.mlflow_uri == f"sqlite:///{home}/mlflow.db"
+    assert f"this registry belongs to sqlite:///{home}/mlflow.db" in caplog.text
+    registry.ledger.close()
+
+
+@pytest.mark.parametrize("name", ["what?", "100%25"])
+def test_a_home_that_mlflow_cannot_name_is_refused_before_anything_is_made(tmp_path: Path, name: str):
+    with pytest.raises(Misconfigured, match="in its path"):
+        connect(Settings(home=tmp_path / name))
+
+    assert list(tmp_path.iterdir()) == []
