@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -308,7 +309,8 @@ def log_to_stderr(*names: str) -> None:
     class Lines(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
             said = record.getMessage()
-            line = {"at": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname, "log": record.name}
+            at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+            line = {"at": at.replace("+00:00", "Z"), "level": record.levelname, "log": record.name}
             if record.name == "adapterctl.http":  # an object itself: its fields follow ours
                 return f"{json.dumps(line)[:-1]}, {said[1:]}"
             line["message"] = said

@@ -31,7 +31,7 @@ from ..domain.job import JobState
 from ..domain.worker import QUEUES
 from ..ports import Access
 from .desk import Desk
-from .door import Door, Metrics, Rules, area_of, is_ours
+from .door import OPEN_PATHS, Door, Metrics, Rules, area_of, is_ours
 from .pages import problem_page, wants_a_page
 from .pages import router as pages
 from .problems import MEDIA_TYPE, status_of, to_problem
@@ -90,7 +90,8 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
             return access.caller(secret)
         return None if access.tokens() else rules.anyone  # whoever made a token wants to be asked for it
 
-    door = Door(app, rules, lookup, metrics, areas | {"/v1/openapi.json"}, witness)
+    areas |= {"/v1/openapi.json", "/metrics", *OPEN_PATHS}
+    door = Door(app, rules, lookup, metrics, areas, witness)
     app.state.acting, app.state.access, app.state.door = acting, access, door
     app.state.desk, app.state.turns = Desk(registry), Turns()
     app.state.upload_bytes = rules.upload_bytes
@@ -160,14 +161,14 @@ def _add_health(app: FastAPI, registry: ServedRegistry, metrics: Metrics) -> Non
     )
     workers = Gauge("adapterctl_workers", "Workers alive, by queue.", ["queue"], registry=metrics.registry)
 
-    @app.get("/healthz", include_in_schema=False)
+    @app.api_route("/healthz", methods=["GET", "HEAD"], include_in_schema=False)
     async def healthz() -> Response:
         """The process answers."""
         return PlainTextResponse("ok\n")
 
     ready = _Asked(registry.check)
 
-    @app.get("/readyz", include_in_schema=False)
+    @app.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
     def readyz() -> Response:
         """The ledger answers, and soon."""
         ready.wait(READY_S)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request
+from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.background import BackgroundTask
@@ -86,10 +87,26 @@ def needs(scope: Scope) -> Any:
     async def call(request: Request) -> Call:
         caller: Caller = request.state.caller
         caller.check(scope)
+        _check_query(request)
         return Call(caller, request.app.state.acting(caller.name))
 
     call.needed_scope = scope  # type: ignore[attr-defined]
     return Depends(call)
+
+
+def _check_query(request: Request) -> None:
+    """Raise `InvalidInput` for what the route does not read: `?stages=production` would list every version."""
+    if not request.query_params:
+        return
+    known = _query_names(request.scope["route"].dependant)
+    unknown = [name for name in dict.fromkeys(request.query_params) if name not in known]
+    if unknown:
+        said = ", ".join(repr(name[:80]) for name in unknown[:8])
+        raise InvalidInput(f"the query has {said}", hint=f"known here: {', '.join(sorted(known)) or 'nothing'}")
+
+
+def _query_names(route: Dependant) -> set[str]:
+    return {field.alias for field in route.query_params}.union(*map(_query_names, route.dependencies))
 
 
 Read = Annotated[Call, needs(Scope.READ)]

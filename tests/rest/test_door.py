@@ -286,6 +286,30 @@ def test_the_secret_of_a_new_token_is_not_kept_for_a_second_answer(served: Any):
     assert first.json()["secret"] != again.json()["secret"]
 
 
+# what is asked
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/v1/versions?name=x&stages=production", "stages"), ("/v1/jobs?State=live", "State"), ("/v1/whoami?x", "x")],
+)
+def test_a_query_that_is_not_read_is_refused(served: Any, path: str, name: str):
+    answer = served.client.get(path, headers=served.auth("read"))
+
+    assert answer.status_code == 400
+    assert answer.json()["detail"] == f"the query has {name!r}"
+    assert answer.json()["hint"].startswith("known here: ")
+
+
+def test_a_balancer_may_ask_with_head_and_is_counted_apart_from_mlflow(served: Any):
+    answers = [served.client.head(path) for path in ("/healthz", "/readyz")]
+    figures = served.client.get("/metrics", headers=served.auth("read")).text
+
+    assert [answer.status_code for answer in answers] == [200, 200]
+    for path in ("/healthz", "/readyz"):
+        assert f'adapterctl_requests_total{{area="{path}",method="HEAD",status="200"}} 1.0' in figures
+
+
 # pages
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -477,6 +478,8 @@ def test_every_line_of_the_servers_log_is_json(server: Server, ask: Callable):
         assert time.monotonic() < deadline
 
     assert all({"at", "level", "log"} <= set(line) for line in lines(server.log))
+    # RFC 3339, which collectors of logs read; a second holds many lines
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", str(line["at"])) for line in lines(server.log))
 
 
 def lines(log: Path) -> list[dict[str, object]]:
