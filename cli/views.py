@@ -182,8 +182,11 @@ def plan_text(view: PlanView, out: Output) -> str:
     ]
     lines = [title, *_fields(fields, out)]
     if view.forecasts:
-        rows = [[f.method, str(f.rank), size(f.size_bytes), loss(f.loss), f.note] for f in view.forecasts]
-        lines += ["", out.table(["METHOD", "RANK", "SIZE", "LOSS", "NOTE"], rows, right={1, 2, 3})]
+        rows = [
+            [f.method, str(f.rank), size(f.size_bytes), loss(f.loss), _cpu(f.cpu_s), size(f.memory_bytes), f.note]
+            for f in view.forecasts
+        ]
+        lines += ["", out.table(["METHOD", "RANK", "SIZE", "LOSS", "CPU", "MEMORY", "NOTE"], rows, right=range(1, 6))]
     if view.pairs:
         conflicts = {(each.first, each.second): each.sign_conflict for each in view.interference if each.layer == "all"}
         pairs = [
@@ -200,6 +203,12 @@ def plan_text(view: PlanView, out: Output) -> str:
     if layers:
         lines += ["", _layers_text(layers, out)]
     return "\n".join(lines)
+
+
+def _cpu(seconds: float) -> str:
+    if seconds < 0.1:
+        return "< 0.1 s"
+    return f"{seconds:.2g} s" if seconds < 99 else f"{seconds / 60:.0f} min"
 
 
 def _layers_text(layers: Sequence[Interference], out: Output) -> str:

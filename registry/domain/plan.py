@@ -68,13 +68,18 @@ class MergePlan:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a method would give for these parents: `loss` is ||merged - exact sum|| / ||exact sum||."""
+    """What a method would give for these parents: `loss` is ||merged - exact sum|| / ||exact sum||.
+
+    `cpu_s` and `memory_bytes` are estimates of what it takes: seconds of one core, and memory of one thread.
+    """
 
     method: str
     rank: int
     size_bytes: int
     loss: float | None
     note: str = ""
+    cpu_s: float = 0.0
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..domain.errors import Refused
 from ..domain.plan import Forecast, Interference, MergePlan, ModulePlan, Pair
 from ..domain.recipe import RESIZE, OptionValue
 from .core import spectrum
+from .cost import cost, work_on_delta
 from .grams import Array, Grams, error_squared
 from .make import arithmetic, promise
 from .method import find_method, methods
@@ -112,12 +114,7 @@ def _work_on_deltas(plan: MergePlan) -> float:
     method = find_method(plan.recipe.method)
     if method.form != "deltas":
         return 0.0
-    return method.work * sum(
-        module.b_shape[0]
-        * math.prod(module.a_shape[1:])
-        * (100.0 * len(module.parts) + 10.0 * sum(part.rank for part in module.parts))
-        for module in plan.modules
-    )
+    return sum(work_on_delta(module, method) for module in plan.modules)
 
 
 def _no_energy(plan: MergePlan) -> Array:
@@ -209,7 +206,12 @@ def _forecasts(
         )
         for name, rank in ranks.items()
     ]
-    return tuple(rows)
+    return tuple(_with_cost(row, plan) for row in rows)
+
+
+def _with_cost(row: Forecast, plan: MergePlan) -> Forecast:
+    taken = cost(plan.modules, find_method(row.method), row.rank, plan.recipe.dtype)
+    return replace(row, cpu_s=float(f"{taken.cpu_s:.2g}"), memory_bytes=taken.memory_bytes)
 
 
 def _losses(energy: Array) -> Array:
