@@ -5,10 +5,10 @@ The work happens in another process; nothing that happens here can harm it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from sys import stderr
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import typer
 
@@ -30,15 +30,14 @@ def follow(session: Session, registry: RegistryAPI, job_id: str, *, timeout_s: f
     """
     from ..registry.services.schedule import raise_for  # deferred: help waits for nothing
 
-    show = (
-        _progress_line(session.out)
-        if is_terminal(stderr) and session.out.format != "name"
-        else nullcontext(_show_nothing)
-    )
     try:
-        with show as update:
+        with progress_line(session.out) as update:
             for job in registry.follow(job_id, timeout_s=timeout_s, tell=session.out.warn):
-                update(job)
+                at = job.progress
+                if at is None:
+                    update(job.state.value)
+                else:
+                    update(at.stage, at.done, at.total, f"{at.done}/{at.total}" if at.total else "")
     except KeyboardInterrupt:
         session.out.say(f"left; the job goes on. Come back with: adapterctl jobs wait {job_id}")
         raise typer.Exit(INTERRUPTED) from None
@@ -55,12 +54,17 @@ def version_of(registry: RegistryAPI, name: str, job: Job) -> VersionView:
     return registry.version(parse_ref(found.ref))
 
 
-def _show_nothing(job: Job) -> None:
-    """Where nobody watches."""
+class Update(Protocol):
+    def __call__(self, stage: str, done: int = 0, total: int = 0, count: str = "") -> None:
+        """Show how far a stage is; without a total that it is going on."""
 
 
 @contextmanager
-def _progress_line(out: Output) -> Iterator[Callable[[Job], None]]:
+def progress_line(out: Output) -> Iterator[Update]:
+    """A line on stderr that is gone at the end; nothing where nobody watches."""
+    if not is_terminal(stderr) or out.format == "name":
+        yield _show_nothing
+        return
     # deferred: costs 0.1 s, and only waiting on a terminal needs it
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -75,14 +79,11 @@ def _progress_line(out: Output) -> Iterator[Callable[[Job], None]]:
     with Progress(*parts, console=Console(stderr=True, no_color=not out.color), transient=True) as progress:
         line = progress.add_task("queued", total=None, count="")
 
-        def update(job: Job) -> None:
-            at = job.progress
-            if at is None:
-                progress.update(line, description=job.state.value)
-                return
-            count = f"{at.done}/{at.total}" if at.total else ""
-            progress.update(
-                line, description=printable(at.stage), completed=at.done, total=at.total or None, count=count
-            )
+        def update(stage: str, done: int = 0, total: int = 0, count: str = "") -> None:
+            progress.update(line, description=printable(stage), completed=done, total=total or None, count=count)
 
         yield update
+
+
+def _show_nothing(stage: str, done: int = 0, total: int = 0, count: str = "") -> None:
+    """Where nobody watches."""

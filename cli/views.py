@@ -18,6 +18,7 @@ from .output import Output, printable
 if TYPE_CHECKING:
     from ..registry.api import (
         AdapterView,
+        BakedView,
         Both,
         Check,
         DiffView,
@@ -161,6 +162,19 @@ def version_line(view: VersionView, out: Output) -> str:
     passed = (view.receipt or {}).get("passed")
     about = f"loss {loss(view.loss)}, receipt {'passed' if passed else 'failed'}" if view.method else shape
     return f"{out.paint(printable(view.ref), 'bold')}  {printable(about)}"
+
+
+def baked_text(view: BakedView, out: Output) -> str:
+    """A full model that was written: what became of the base's tensors, and what rounding took of the delta."""
+    kinds = ((view.changed, "changed"), (view.converted, f"converted to {view.dtype}"), (view.copied, "copied"))
+    fields: list[tuple[str, Iterable[str]]] = [
+        ("made of", [f"{view.base} + {view.ref}"]),
+        ("tensors", [", ".join(f"{count} {kind}" for count, kind in kinds if count)]),
+        ("rounding", [f"{number(view.rounding)} of the delta"]),
+        ("untied", [f"{view.untied}, which was the embedding" if view.untied else ""]),
+        ("files", [f"{file.path}  {size(file.size_bytes)}  sha256:{file.sha256[:16]}" for file in view.files]),
+    ]
+    return "\n".join([f"{out.paint(printable(view.folder), 'bold')}  {size(view.size_bytes)}", *_fields(fields, out)])
 
 
 def submitted_text(view: Submitted) -> str:

@@ -164,6 +164,29 @@ class LaidOut:
 
 
 @dataclass(frozen=True, slots=True)
+class BakedView:
+    """A full model that was written into `folder`: the base with a version in it.
+
+    `dtype` is what all floating tensors were brought into, None where each kept its own. `rounding` is the norm of what
+    rounding did to the changed tensors, as a share of the norm of the delta that was added. `untied` names the tensor
+    that was split off where base and head had been one.
+    """
+
+    folder: str
+    ref: str
+    base: str
+    dtype: str | None
+    size_bytes: int
+    changed: int
+    converted: int
+    copied: int
+    rounding: float
+    untied: str | None = None
+    files: tuple[FileRecord, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PlanView:
     into: str
     recipe_digest: str

@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
 from ..registry.domain.errors import JobCancelled, Refused
 from ..registry.domain.plan import MergePlan, ModulePlan, header_metadata, output_tensors
 from ..registry.domain.recipe import RESIZE
+from ..registry.merging.blas import keep_freed_memory, one_thread
 from ..registry.merging.grams import Factors
 from ..registry.merging.make import Outcome, arithmetic, make, promise, wider
 from ..registry.merging.method import MethodSpec, find_method
@@ -141,9 +141,9 @@ def for_each_module(
 
     The largest modules begin first, so that no thread is left with a large one when the others have nothing left.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     results: dict[str, Result] = {}
-    with _libraries().limit(limits=1, user_api="blas"):
+    with one_thread():
         for done, (name, result) in enumerate(_as_they_come(_largest_first(plan.modules), work, threads), start=1):
             results[name] = result
             on_progress(done, len(plan.modules))
@@ -256,25 +256,10 @@ def _product(stored: NDArray[Any], dtype: str, scale: NDArray[np.float64], wante
     return encode(values, wanted)
 
 
-@cache
-def _libraries() -> ThreadpoolController:
-    """The BLAS that numpy computes with; looking for it among all loaded libraries costs more than a small merge."""
-    return ThreadpoolController()
-
-
 def _quietly(work: Callable[[ModulePlan], Result], module: ModulePlan) -> Result:
     """Overflow is no warning on stderr here: it becomes a value that is not finite, and the receipt fails."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         return work(module)
-
-
-def _keep_freed_memory() -> None:
-    """Let arrays that come and go with each module reuse memory instead of asking the kernel for it every time.
-
-    glibc adapts to the largest block that was freed (mallopt(3), M_MMAP_THRESHOLD): freeing one of 4 MiB halves the
-    CPU time of `cat`, which otherwise goes into 30,000 page faults. Elsewhere this line does nothing.
-    """
-    bytearray(4 << 20)
 
 
 def _largest_first(modules: Sequence[ModulePlan]) -> list[ModulePlan]:

@@ -10,7 +10,6 @@ one rounding to the output type, whatever the rank; and every tensor has to have
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -19,13 +18,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_info
 
 from .. import __version__
 from ..registry.domain.adapter import AdapterFacts, LoraModule, read_facts
 from ..registry.domain.errors import InvalidAdapter, Problem, ReceiptFailed, raise_all
 from ..registry.domain.header import Header, read_header, strict_json_object
 from ..registry.domain.plan import MergePlan, ModulePlan, Part, header_metadata, output_tensors
+from ..registry.merging.blas import computed_with
 from ..registry.merging.core import spectrum
 from ..registry.merging.grams import (
     GRAM_FLOOR,
@@ -133,16 +132,7 @@ def prove(
 
 def fingerprint() -> dict[str, Any]:
     """What decides the last bits of the output besides the recipe: equal fingerprints give equal bytes."""
-    blas: Mapping[str, Any] = next((entry for entry in threadpool_info() if entry.get("user_api") == "blas"), {})
-    return {
-        "adapterctl": __version__,
-        "numpy": np.__version__,
-        "blas": f"{blas.get('internal_api', 'unknown')} {blas.get('version', '')}".strip(),
-        "blas_kernel": blas.get("architecture", "unknown"),
-        "cpu": _cpu_model(),
-        "machine": platform.machine(),
-        "device": "cpu",
-    }
+    return {"adapterctl": __version__, **computed_with()}
 
 
 def _reread(plan: MergePlan, out_dir: Path) -> AdapterFacts:
@@ -619,11 +609,3 @@ def _short(value: float) -> float:
 def _brief(value: float) -> float:
     """Three digits: what the colour of one field of a heat map can show."""
     return float(f"{value:.3g}")
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,4 +1,4 @@
-"""For those who take a family of adapters to another registry, with its lineage: export, import."""
+"""For those who take adapters elsewhere: export and import with their lineage, bake into a full model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import typer
 
 from ...registry.domain.errors import InvalidInput
 from ...registry.domain.refs import parse_ref
-from .. import views
+from .. import parse, views
 from ..complete import complete_refs
 from ..connect import Session, add_verbs
+from ..follow import progress_line
+from ..output import printable
 
 
 def add_to(app: typer.Typer) -> None:
-    add_verbs(app, {"export": export, "import": import_}, group="Adapters")
+    add_verbs(app, {"export": export, "import": import_, "bake": bake}, group="Adapters")
 
 
 def export(
@@ -103,3 +105,46 @@ def import_(
         return session.out.table(["version", "action", "made of", "folder"], rows)
 
     session.out.data(done, text=text, names=[each.ref for each in done])
+
+
+def bake(
+    session: Session,
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A folder that is new or empty.")],
+    base: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of the base model.  [default: where evaluations find it]")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="bf16, f16, f32 or f64.  [default: the base's]")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Weights files are no larger.  [default: 5GB]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Take a base that is not the one it is pinned to.")] = False,
+) -> None:
+    """Write the full model of a base and a version.
+
+    It is computed on this machine from the files alone, in little memory, and needs no torch.
+
+    Example: adapterctl bake translate@production --base ./llama-2-7b --out ./llama-translate
+    """
+    from ...registry.services.bake import SHARD_BYTES  # deferred: help needs no service
+    from ...registry.services.bake import bake as bake_model
+
+    kind, shard_bytes = parse.dtype(dtype), parse.size_bytes(max_shard_size)
+    with progress_line(session.out) as update:
+        baked = bake_model(
+            session.registry(readonly=True),
+            parse_ref(ref),
+            out,
+            settings=session.settings(),
+            base=base,
+            dtype=kind,
+            shard_bytes=shard_bytes or SHARD_BYTES,
+            force=force,
+            on_progress=lambda done, total: update("baking", done, total, f"{views.size(done)} of {views.size(total)}"),
+        )
+    for warning in baked.warnings:
+        session.out.warn(warning)
+    session.out.say(f"{baked.ref} in {baked.base} is in {printable(out)}")
+    session.out.data(baked, text=lambda: views.baked_text(baked, session.out), names=[str(out)])

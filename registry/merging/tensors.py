@@ -70,13 +70,16 @@ class TensorReader:
         Raises `Corrupt` when the file ends before the tensor does.
         """
         size = entry.end - entry.begin
-        view = memoryview(self._buffer(size))[:size]
+        return self.fill(memoryview(self._buffer(size))[:size], entry)
+
+    def fill(self, view: memoryview, entry: TensorEntry, offset: int = 0) -> memoryview:
+        """`view`, filled with the tensor's bytes from byte `offset` on. Raises `Corrupt` as `raw` does."""
         done = 0
-        while done < size:
-            count = os.preadv(self._descriptor, [view[done:]], entry.begin + done)
+        while done < len(view):
+            count = os.preadv(self._descriptor, [view[done:]], entry.begin + offset + done)
             if count == 0:
                 raise Corrupt(
-                    f"{self.path.name} ends inside {entry.key}: byte {entry.begin + done} of {entry.end}",
+                    f"{self.path.name} ends inside {entry.key}: byte {entry.begin + offset + done} of {entry.end}",
                     hint="the file was cut short after it was checked; fetch it again",
                 )
             done += count

@@ -123,6 +123,11 @@ def fingerprints(folder: Path, *, weights: bool = True) -> dict[str, str]:
     return found
 
 
+def digest_of_files(digests: Mapping[str, str]) -> str:
+    """One digest of several files, by name to SHA-256."""
+    return json_digest([[name, digests[name]] for name in sorted(digests)])
+
+
 def _config_digest(path: Path) -> str:
     try:
         fields = json.loads(path.read_bytes())
@@ -132,7 +137,7 @@ def _config_digest(path: Path) -> str:
 
 
 def _files_digest(paths: list[Path]) -> str:
-    return json_digest([[path.name, file_digest(path)] for path in paths])
+    return digest_of_files({path.name: file_digest(path) for path in paths})
 
 
 def _check_pins(known: Base, new: Base) -> None:

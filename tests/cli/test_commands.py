@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from tiny import LINEAR, safetensors_bytes
 from tiny_merge import WEIGHTS, deltas, distance, facts_of
 
 from adapterctl.migrations import VERSION_TABLE
@@ -139,6 +141,24 @@ def test_a_family_is_exported_and_told_to_be_here_already(read: Run, tmp_path: P
     assert "0 would be new, 4 were here before" in told.stderr
     assert [each["folder"] for each in told.data] == ["chat/v1", "translate/v1", "translate/v2", "translate-chat/v1"]
     assert "no folder" in read("import", str(tmp_path / "none"), code=3).stderr
+
+
+def test_a_version_is_baked_into_its_base_and_told_what_became_of_it(read: Run, tmp_path: Path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    zeros = {f"{name}.weight": ("BF16", np.zeros(shape, np.uint16)) for name, shape in LINEAR.items()}
+    (base / "model.safetensors").write_bytes(safetensors_bytes({**zeros, "norm.weight": ("F32", np.ones(16, "<f4"))}))
+
+    told = read("bake", "translate", "--base", str(base), "--out", str(out), "--dtype", "bf16")
+    again = read("bake", "translate", "--base", str(base), "--out", str(out), "-o", "json", code=1)
+
+    for part in ("tiny/base + translate:v2", "4 changed, 1 converted to BF16", "of the delta", "model.safetensors"):
+        assert part in told.stdout
+    assert f"translate:v2 in tiny/base is in {out}" in told.stderr
+    assert json.loads(again.stderr)["error"]["code"] == "conflict"
+    assert "--base" in read("bake", "translate", "--out", f"{out}-2", code=1).stderr
+    assert read("bake", "translate", "--base", str(base), "--out", f"{out}-2", "-q").stdout == f"{out}-2\n"
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def _gpt2(**options: Any) -> nn.Module:
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "llama": _llama,
     "llama_bias": lambda: _llama(attention_bias=True, mlp_bias=True),
+    "llama_tied": lambda: _llama(tie_word_embeddings=True),
     "gpt2": _gpt2,
     "gpt2_untied": lambda: _gpt2(tie_word_embeddings=False),
     "conv1d": lambda: Convolutions(nn.Conv1d, 1),
@@ -92,6 +93,11 @@ class Bench:
         if name.startswith("conv"):
             return torch.randn(2, 3, *[9] * int(name[4]), generator=random)
         return torch.randint(0, VOCABULARY, (2, 11), generator=random)
+
+    def save_base(self, name: str, folder: Path, *, dtype: torch.dtype = torch.float32, shards: str = "5GB") -> Path:
+        """Write base `name` in `dtype` as transformers saves it."""
+        self.base(name).to(dtype).save_pretrained(folder, max_shard_size=shards)
+        return folder
 
     def save_adapter(
         self, name: str, folder: Path, *, seed: int, dtype: torch.dtype = torch.float32, **config: Any

@@ -10,8 +10,9 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny import write_tiny_adapter
+from tiny import LINEAR, safetensors_bytes, write_tiny_adapter
 
 from adapterctl.registry.api import RegistryAPI, VersionView
 from adapterctl.registry.domain.access import Scope
@@ -35,9 +36,11 @@ from adapterctl.registry.domain.recipe import LayerWeights, MergeRequest, Resize
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.domain.stage import Head
 from adapterctl.registry.domain.tuning import TuneRequest
+from adapterctl.registry.services.bake import bake
 from adapterctl.registry.services.carry import LISTING, export, read_family, take_in
 from adapterctl.registry.services.layouts import lay_out
 from adapterctl.registry.services.pull import damage
+from adapterctl.registry.settings import load_settings
 from adapterctl.registry.wire import to_json
 
 _seeds = itertools.count(1)
@@ -114,6 +117,18 @@ def test_a_family_that_was_exported_is_found_and_made_again_under_other_names(
     made = registry.version(parse_ref(f"new-{merged.name}:v1"))
     assert (done[made.ref].action, made.recipe_digest) == ("merge", merged.recipe_digest)
     assert [(p.ref, p.weight) for p in made.parents] == [(f"new-{p.ref}", p.weight) for p in merged.parents]
+
+
+def test_a_version_is_baked_on_this_machine_wherever_the_registry_is(registry: RegistryAPI, add: Add, tmp_path: Path):
+    weights = {f"{name}.weight": ("F32", np.ones(shape, np.float32)) for name, shape in LINEAR.items()}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "base" / "model.safetensors").write_bytes(safetensors_bytes(weights))
+
+    view = bake(registry, ref(add()), tmp_path / "out", base=tmp_path / "base", settings=load_settings())
+
+    assert (view.base, view.changed, view.copied) == ("tiny/base", 4, 0)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size >= sum(array.nbytes for _, array in weights.values())
 
 
 def test_an_adapter_trained_from_another_says_so(registry: RegistryAPI, add: Add):
