@@ -210,7 +210,7 @@ def methods() -> Mapping[str, MethodSpec]:
 
 def find_method(name: str) -> MethodSpec:
     """The method called `name`. Raises `Refused` for `linear`, `NotFound` with a suggestion for a name unknown."""
-    if name in _ours():  # the one file, not all twenty: they cost a cold `cat` a twentieth of its CPU time
+    if name in _ours():  # the one file, not all of them: they cost a cold `cat` a twentieth of its CPU time
         import_module(f"{__package__}.methods.{name}")
     if name in _registered:
         return _registered[name]
