@@ -175,7 +175,8 @@ def _convert(key: str, value: Any, origin: str) -> Any:
             return float(value)
         if kind.startswith("tuple"):
             return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
-        return None if value is None else str(value)
+        # a token that comes from a file, by way of the environment, has the end of its line
+        return None if value is None else str(value).strip() if key == "token" else str(value)
     except (TypeError, ValueError) as error:
         raise Misconfigured(
             f"{origin} sets {key} to {value!r}, expected {kind}", hint="see docs/settings.md"

@@ -21,6 +21,7 @@ EVERY_NAME = ("*",)
 MAX_GLOBS = 32
 MAX_VALID_S = 10 * 366 * 86400.0
 
+_SECRET = re.compile(r"[\x21-\x7e]{1,2000}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.@+-]{0,127}")
 _GLOB = re.compile(r"[a-z0-9._*?-]{1,128}")
 
@@ -97,6 +98,13 @@ def new_secret() -> str:
 def secret_digest(secret: str) -> str:
     """What the ledger keeps of it. 256 random bits need no slow hash: nobody can try them out."""
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def check_secret(secret: str) -> str:
+    """Return the secret; raise `InvalidInput`, without it, for what cannot be sent as one."""
+    if not _SECRET.fullmatch(secret):
+        raise InvalidInput("the token holds characters that none has", hint="copy it again: actl_ and what follows")
+    return secret
 
 
 def check_token(name: str, names: Sequence[str], valid_s: float | None) -> None:

@@ -43,7 +43,7 @@ from ..api import (
     Verification,
     VersionView,
 )
-from ..domain.access import EVERY_NAME, Caller, Scope, Token
+from ..domain.access import EVERY_NAME, Caller, Scope, Token, check_secret
 from ..domain.errors import InvalidInput, Unavailable, WaitTimedOut
 from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece
@@ -86,7 +86,7 @@ class RemoteRegistry:
 
     def __init__(self, server: str, token: str | None, own: OwnFiles, *, transport: Transport | None = None) -> None:
         self._server = server
-        self._token = token
+        self._token = check_secret(token) if token else None
         self._own = own
         self._transport: Transport = transport or Http(server)
         self._answered = False

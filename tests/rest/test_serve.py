@@ -174,6 +174,24 @@ def test_an_address_that_is_none_is_refused(address: str, monkeypatch: pytest.Mo
     assert CliRunner().invoke(app, ["ls"], prog_name="adapterctl", catch_exceptions=False).exit_code == 2
 
 
+def test_a_token_may_end_its_line_and_what_is_no_token_is_refused_unsaid(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    def listed(token: str) -> tuple[int, str]:
+        monkeypatch.setenv("ADAPTERCTL_TOKEN", token)
+        result = CliRunner().invoke(app, ["ls"], prog_name="adapterctl", catch_exceptions=False)
+        return result.exit_code, result.output
+
+    monkeypatch.setenv("ADAPTERCTL_SERVER", server.url)
+
+    assert listed(f"{server.secrets['read']}\n")[0] == 0
+    for wrong in ("can\nary", "canary€", "canary\x7f"):
+        code, said = listed(wrong)
+        assert code == 2
+        assert "characters that none has" in said
+        assert "anary" not in said
+
+
 def test_a_command_that_goes_to_a_server_loads_nothing_heavy(server: Server):
     code = (
         "import sys, atexit\natexit.register(lambda: print(*sorted({n.partition('.')[0] for n in sys.modules}),"
