@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 
 from ..domain.errors import NotAllowed
 from ..locks import locked_if_free
@@ -23,6 +24,7 @@ class SpawnBell:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._started: list[int] = []
+        self._forgetting = Lock()
 
     def ring(self, job_id: str) -> None:
         """Nothing is passed on: the supervisor looks for itself, and looks again after it has left (see `main` there).
@@ -67,12 +69,13 @@ class SpawnBell:
         return [] if self._settings.database_url else ["--home", str(self._settings.home)]
 
     def _forget_ended(self) -> None:
-        """A long-lived caller must not collect zombies."""
-        for pid in list(self._started):
-            with suppress(ChildProcessError):
-                if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                    continue
-            self._started.remove(pid)
+        """A long-lived caller must not collect zombies. A server rings from many threads, and each ends once."""
+        with self._forgetting:
+            for pid in list(self._started):
+                with suppress(ChildProcessError):
+                    if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                        continue
+                self._started.remove(pid)
 
 
 def _put_aside(log: Path) -> None:

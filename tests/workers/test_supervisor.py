@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -357,6 +358,35 @@ def test_the_bell_starts_one_supervisor_for_all_jobs(registry: LocalRegistry, su
     assert versions_of(registry) == ["merged:v1", "merged:v2"]
     for pid in bell._started:
         os.waitpid(pid, 0)
+
+
+def test_threads_that_ring_at_once_forget_a_supervisor_that_ended_once(settings: Settings):
+    def forget(bell: SpawnBell, begin: threading.Barrier, errors: list[Exception]) -> None:
+        begin.wait()
+        try:
+            bell._forget_ended()
+        except ValueError as error:
+            errors.append(error)
+
+    errors: list[Exception] = []
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change places within a line
+    try:
+        for _ in range(50):
+            bell, begin = SpawnBell(settings), threading.Barrier(6)
+            bell._started = [os.posix_spawn("/bin/true", ["true"], {}) for _ in range(3)]
+            for pid in bell._started:
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            threads = [threading.Thread(target=forget, args=(bell, begin, errors)) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert bell._started == []
+    finally:
+        sys.setswitchinterval(before)
+
+    assert errors == []
 
 
 def test_a_log_that_has_grown_is_put_aside_before_the_next_supervisor_writes(
