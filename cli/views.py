@@ -571,11 +571,20 @@ def method_text(view: MethodView, out: Output) -> str:
         ("what", [view.summary]),
         ("when", [view.when]),
         ("exact", ["yes" if view.exact else "no"]),
+        ("laws", [f"keeps all but {', '.join(view.breaks).replace('_', ' ')}" if view.breaks else "keeps all"]),
+        ("parents", [_parents_taken(view)]),
         ("cost", [view.cost]),
         ("paper", [view.paper]),
         ("options", [f"{o.name} ({o.type}, default {o.default}): {o.help}" for o in view.options]),
     ]
     return "\n".join([out.paint(printable(view.name), "bold"), *_fields(fields, out)])
+
+
+def _parents_taken(view: MethodView) -> str:
+    if view.max_parents == 1:
+        return "one"
+    count = "two or more" if view.max_parents is None else f"{view.max_parents} at most"
+    return f"{count}, of one rank in each module" if view.equal_ranks else f"{count}, of any ranks"
 
 
 def bases_table(bases: Sequence[tuple[Base, tuple[str, ...]]], out: Output) -> str:

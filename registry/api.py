@@ -518,6 +518,8 @@ class OptionView:
 
 @dataclass(frozen=True, slots=True)
 class MethodView:
+    """A merge method; `breaks` names the laws that it does not keep, `max_parents` is None for any number."""
+
     name: str
     summary: str
     when: str
@@ -525,6 +527,9 @@ class MethodView:
     cost: str
     paper: str
     options: tuple[OptionView, ...]
+    breaks: tuple[str, ...] = ()
+    max_parents: int | None = None
+    equal_ranks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

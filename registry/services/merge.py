@@ -294,7 +294,7 @@ def merge_task(
 def method_views() -> list[MethodView]:
     """Every registered merge method, with the options that its signature takes."""
     # deferred: see preflight
-    from ..merging.method import methods
+    from ..merging.method import LAWS, methods
 
     return [
         MethodView(
@@ -305,6 +305,9 @@ def method_views() -> list[MethodView]:
             cost=spec.cost,
             paper=spec.paper,
             options=tuple(OptionView(o.name, o.type, o.default, o.help) for o in spec.options),
+            breaks=tuple(law for law in LAWS if law in spec.breaks),
+            max_parents=spec.max_parents,
+            equal_ranks=spec.equal_ranks,
         )
         for spec in methods().values()
     ]

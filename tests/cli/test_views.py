@@ -12,6 +12,7 @@ from adapterctl.cli.output import Output
 from adapterctl.registry.api import (
     DiffView,
     LayerDiff,
+    MethodView,
     PlanView,
     RecallImpact,
     RetentionRow,
@@ -130,6 +131,21 @@ def test_layers_of_two_merges_are_told_with_what_changed():
     assert "  cosine of the deltas 0.5000, distance 100.00%" in lines
     assert sum("B - A (pp)" in line for line in lines) == 2
     assert lines[-1] == "1 more modules with --top 3 or -o json"
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, ["keeps all\n", "two or more, of any ranks"]),
+        ({"breaks": ("parent_order", "gauge"), "equal_ranks": True}, ["all but parent order, gauge", "of one rank in"]),
+        ({"max_parents": 2}, ["2 at most, of any ranks"]),
+        ({"max_parents": 1}, ["one\n"]),
+    ],
+)
+def test_a_method_tells_its_guarantees_and_what_it_takes(changes: dict[str, Any], shown: list[str]):
+    text = views.method_text(MethodView("m", "what", "when", False, "O(d)", "paper", (), **changes), Output())
+
+    assert all(words in text for words in shown)
 
 
 def test_a_plan_of_many_parents_names_the_pairs_that_have_most_to_do_with_each_other():
