@@ -149,10 +149,10 @@ def test_an_adapter_overlaps_itself_wholly(tmp_path: Path):
 
 
 def test_where_work_is_limited_a_rule_on_deltas_has_no_loss_and_too_much_on_grams_is_refused(tmp_path: Path):
-    folders = [write_tiny_adapter(tmp_path / f"p{i}", seed=i, linear={"q_proj": (64, 64)}) for i in range(2)]
+    folders = [write_tiny_adapter(tmp_path / f"p{i}", seed=i, linear={"q_proj": (512, 64)}) for i in range(2)]
     files, labels = [folder / WEIGHTS for folder in folders], ["a", "b"]
     dense, plain = plan_of(folders, method="ties_svd", rank=3), plan_of(folders, method="svd", rank=3)
-    grams_alone = 5e5
+    grams_alone = 5e6
 
     limited, *others = forecast(dense, files, labels, most_work=grams_alone)
     whole, *same = forecast(dense, files, labels)
@@ -160,6 +160,8 @@ def test_where_work_is_limited_a_rule_on_deltas_has_no_loss_and_too_much_on_gram
     assert [(row.loss, row.note) for row in limited if row.method == "ties_svd"] == [(None, TOO_MUCH)]
     assert [row for row in limited if row.method != "ties_svd"] == [row for row in whole if row.method != "ties_svd"]
     assert others == same
+    on_factors = plan_of(folders, method="knots_ties", rank=3)  # of the same form, but it forms no delta
+    assert forecast(on_factors, files, labels, most_work=grams_alone) == forecast(on_factors, files, labels)
     assert forecast(plain, files, labels, most_work=grams_alone) == forecast(plain, files, labels)
     with pytest.raises(Refused, match="times the work"):
         forecast(plan_of(folders * 32, method="svd", rank=3), files * 32, labels * 32, most_work=grams_alone)
