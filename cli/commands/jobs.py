@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ...registry.api import RegistryAPI
     from ...registry.domain.job import Job, JobEvent, LogPiece
 
+#: How many are listed where nobody says: of those that are not ended, and of others.
+EVERY, SOME = 2**31, 100
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job.", autocompletion=complete_jobs)]
 JobIds = Annotated[list[str], typer.Argument(metavar="ID", help="Jobs.", autocompletion=complete_jobs)]
 
@@ -40,14 +42,23 @@ def ls(
         str | None, typer.Option(metavar="STATE", help="queued, running, succeeded, failed, cancelled, live or ended.")
     ] = None,
     kind: Annotated[str | None, typer.Option(metavar="KIND", help="merge, eval, tune or verify.")] = None,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Jobs at most, the newest first.")] = 100,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Jobs at most, the newest first.  [default: 100, or all that are not ended]"
+        ),
+    ] = None,
 ) -> None:
     """List jobs.
 
     Example: adapterctl jobs ls --state live -q | xargs adapterctl jobs wait
     """
-    found = session.registry(readonly=True).jobs(state=state, kind=kind, limit=limit)
+    # all of those: whoever waits for them, or cancels them, means each
+    most = limit or (EVERY if state in ("live", "queued", "running") else SOME)
+    found = session.registry(readonly=True).jobs(state=state, kind=kind, limit=most)
     _list(session, found)
+    if limit is None and len(found) == SOME:
+        session.out.say(f"the newest {SOME}; --limit N for more")
 
 
 def show(session: Session, job_id: JobId) -> None:

@@ -23,11 +23,14 @@ from ..settings import MLFLOW_DATABASE, Settings
 from .drift import Rules, check_not_emptied, differences
 from .reconcile import Adoption
 from .schedule import unattended
+from .views import recall_views
 
 EVAL_PACKAGES = ("torch", "transformers", "peft", "lm_eval", "sacrebleu", "gguf")
 NETWORK_FILESYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p"})
 _LOW_SPACE_BYTES = 1 << 30
 _FULL_BYTES = 50 << 20
+#: Failed jobs that are counted one by one.
+_MANY = 100
 
 
 def examine(
@@ -67,6 +70,7 @@ def _examine(
         *examine_home(settings.home),
         Check("ledger", "ok", f"registry {registry_id}, {len(ledger.versions())} versions"),
         *_mlflow(settings, ledger, open_versions, rules, adoption, abroad=abroad),
+        *_recalled(ledger),
         *_jobs(settings, ledger),
         *(_fleet(settings, ledger, bell, abroad=abroad) if settings.broker_url else ()),
         _evaluation(),
@@ -167,18 +171,29 @@ def _mlflow(
         yield from (each.check for each in differences(ledger, store, settings.stages, rules))
 
 
+def _recalled(ledger: Ledger) -> Iterator[Check]:
+    """What serves though it is recalled: a recall moves no stage, and whoever was told of it may have left."""
+    recalls = recall_views(ledger)
+    held = [(stage, key) for stages in ledger.stages().values() for stage, key in stages.items() if key in recalls]
+    versions = ledger.versions_by_id([key for _, key in held])
+    for stage, key in held:
+        name, hit = versions[key].name, recalls[key]
+        said = f"{name}@{stage} is {versions[key].label}, which is recalled ({hit.ref}: {hit.reason})"
+        yield Check("recalled", "error", said, f"adapterctl rollback {name} --stage {stage}, or demote")
+
+
 def _jobs(settings: Settings, ledger: Ledger) -> Iterator[Check]:
-    failed = ledger.jobs(states=[JobState.FAILED])
-    waiting = ledger.jobs(states=[JobState.QUEUED, JobState.RUNNING])
+    failed = ledger.jobs(states=[JobState.FAILED], limit=_MANY + 1)
+    waiting = sum(depth.jobs for depth in ledger.queue_depths())
     if failed:
         yield Check(
             "jobs",
             "warning",
-            f"{len(failed)} failed, the last: {failed[0].title}",
+            f"{len(failed) if len(failed) <= _MANY else f'more than {_MANY}'} failed, the last: {failed[0].title}",
             f"adapterctl jobs show {failed[0].id}",
         )
     else:
-        yield Check("jobs", "ok", f"{len(waiting)} queued or running")
+        yield Check("jobs", "ok", f"{waiting} queued or running")
     left = None if settings.broker_url else unattended(ledger, for_s=settings.ring_again_s)
     if left is not None:
         yield Check(

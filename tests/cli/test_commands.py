@@ -21,7 +21,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from tiny import LINEAR, safetensors_bytes
 from tiny_merge import WEIGHTS, deltas, distance, facts_of
 
+from adapterctl.bootstrap import connect
 from adapterctl.migrations import VERSION_TABLE
+from adapterctl.registry.domain.job import NewJob
 
 Run = Callable[..., Any]
 
@@ -304,6 +306,18 @@ def test_register_tells_the_reference_and_knows_the_same_bytes_again(run: Run, a
     assert (again.data["version"]["ref"], again.data["created"]) == ("translate:v1", False)
     assert "registered translate:v1" in first.stderr
     assert "nothing is new" in again.stderr
+
+
+def test_all_jobs_that_are_not_ended_are_listed_and_of_others_the_newest(run: Run):
+    with closing(connect().ledger) as ledger:
+        ledger.submit_all([NewJob("merge", str(each), "merge a b", {}, "ada") for each in range(101)])
+
+    assert len(run("jobs", "ls", "--state", "live", "-q").stdout.split()) == 101
+    assert "101 queued or running" in run("doctor", code=None).stdout
+    some = run("jobs", "ls", "-o", "json")
+    assert len(some.data) == 100
+    assert "the newest 100; --limit N for more" in some.stderr
+    assert len(run("jobs", "ls", "--limit", "101", "-q").stdout.split()) == 101
 
 
 def test_register_refuses_a_folder_that_is_no_adapter(run: Run, tmp_path: Path):

@@ -57,6 +57,9 @@ def test_from_recall_to_undo(registry, tmp_path):
 
     assert (impact.ref, impact.action, impact.descendants) == ("translate:v1", "recall", ("omni:v1",))
     assert impact.stages == (StageHit("omni", "production", "omni:v1"),)
+    (told,) = [check for check in registry.doctor() if check.name == "recalled"]
+    assert (told.status, told.hint) == ("error", "adapterctl rollback omni --stage production, or demote")
+    assert told.detail.startswith("omni@production is omni:v1, which is recalled (translate:v1: leaked")
     hit = registry.version(parse_ref("omni:v1")).recall
     assert (hit.ref, hit.reason, hit.by) == ("translate:v1", "leaked | <b>data</b>", impact.by)
     assert registry.version(parse_ref("chat:v1")).recall is None
