@@ -18,7 +18,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import commands  # these modules register their benchmarks
+import bakes  # these modules register their benchmarks
+import commands
 import jobs
 import lineage
 import merges
@@ -31,7 +32,7 @@ from adapterctl.workers.receipt import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, PAGE = ROOT / "build" / "bench.json", ROOT / "docs" / "benchmarks.md"
-MODULES = (merges, lineage, pages, commands, service, jobs, tuning)
+MODULES = (merges, bakes, lineage, pages, commands, service, jobs, tuning)
 PACKAGES = ("numpy", "torch", "peft", "transformers", "mlflow")
 
 

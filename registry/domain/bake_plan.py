@@ -206,7 +206,9 @@ class _Planner:
         targets = [self._target(key, tensor, adds.get(key)) for key, tensor in self.tensors.items()]
         untied = self._untie(found, adds, targets)
         if untied is not None:
-            targets = _in_place(targets, untied)
+            prefix = _left_out(found)
+            # transformers 4 takes a head beside names without the prefix of the model below it for a broken file
+            targets = _in_place([replace(target, key=prefix + target.key) for target in targets], untied)
         return BakePlan(tuple(targets), untied.key if untied else None)
 
     def _place(self, module: LoraModule) -> str | None:
@@ -366,6 +368,12 @@ class _Planner:
 def _in_place(targets: Sequence[Target], fresh: Target) -> list[Target]:
     """`fresh` behind the target that has the same source, so that the file is read in its order."""
     return [each for target in targets for each in ([target, fresh] if target.source == fresh.source else [target])]
+
+
+def _left_out(found: Mapping[str, str | None]) -> str:
+    """What the names of modules begin with, and those of the base do not, such as `transformer.`; empty for nothing."""
+    pairs = ((name, place) for name, place in found.items() if place and name.endswith(f".{place}"))
+    return next((name.removesuffix(place) for name, place in pairs), "")
 
 
 def _last(module: str) -> str:
