@@ -24,8 +24,9 @@ class AdapterModel:
         self._max_new_tokens = max_new_tokens
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> list[str]:
-        """Continue each prompt of a text, a list of texts or a pandas table (its column `prompt`, or the only one).
+        """Continue each prompt of a text, a list of texts, or a table (its column `prompt`, or the only one).
 
+        A table is pandas', a mapping of columns, or a list of rows. Raises `ValueError` for what is none of them.
         `params` may hold `max_new_tokens`. Prompts are answered one by one: padding would change the answers.
         """
         limit = int((params or {}).get("max_new_tokens", self._max_new_tokens))
@@ -61,12 +62,19 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Ad
     return AdapterModel(adapted, tokenizer, max_new_tokens=int(config["max_new_tokens"]))
 
 
-def _prompts(model_input: Any) -> list[str]:
-    if isinstance(model_input, str):
-        return [model_input]
-    if isinstance(model_input, list):
-        return [str(prompt) for prompt in model_input]
-    columns = list(model_input.columns)
-    if PROMPT_COLUMN not in columns and len(columns) != 1:
-        raise ValueError(f"a table of prompts needs the column {PROMPT_COLUMN!r} or one column, it has {columns}")
-    return [str(prompt) for prompt in model_input[PROMPT_COLUMN if PROMPT_COLUMN in columns else columns[0]]]
+def _prompts(given: Any) -> list[str]:
+    """The prompts of what `predict` takes, and of what MLflow's server makes of JSON: a list, an array or a mapping."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, Mapping) or hasattr(given, "columns"):
+        columns = list(given)
+        if PROMPT_COLUMN not in columns and len(columns) != 1:
+            raise ValueError(f"a table of prompts needs the column {PROMPT_COLUMN!r} or one column, it has {columns}")
+        return _prompts(given[PROMPT_COLUMN if PROMPT_COLUMN in columns else columns[0]])
+    return [prompt for each in given for prompt in (_prompts(each) if isinstance(each, Mapping) else [_text(each)])]
+
+
+def _text(prompt: Any) -> str:
+    if not isinstance(prompt, str):
+        raise ValueError(f"a prompt is text, this one is of the type {type(prompt).__name__}")
+    return prompt

@@ -77,12 +77,37 @@ def test_a_version_that_mlflow_has_loaded_is_still_what_its_manifest_says(publis
 
 
 @pytest.mark.parametrize(
-    "given", [PROMPTS, pandas.DataFrame({"prompt": PROMPTS, "id": [1, 2]}), pandas.DataFrame({"text": PROMPTS})]
+    "given",
+    [
+        PROMPTS,
+        pandas.DataFrame({"prompt": PROMPTS, "id": [1, 2]}),
+        pandas.DataFrame({"text": PROMPTS}),
+        [{"prompt": prompt, "id": 1} for prompt in PROMPTS],
+    ],
+    ids=["list", "table", "one column", "rows"],
 )
 def test_pyfunc_answers_prompts_as_peft_does(given, published, expected):
     model = mlflow.pyfunc.load_model("models:/chat@production", model_config={"max_new_tokens": 12})
 
     assert model.predict(given) == expected
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"inputs": PROMPTS},
+        {"inputs": {"prompt": PROMPTS}},
+        {"instances": [{"text": prompt} for prompt in PROMPTS]},
+        {"dataframe_split": {"columns": ["prompt"], "data": [[prompt] for prompt in PROMPTS]}},
+    ],
+    ids=lambda body: f"{next(iter(body))} as {type(next(iter(body.values()))).__name__}",
+)
+def test_mlflows_server_may_be_asked_by_every_body_that_it_takes(body, published, expected):
+    from mlflow.pyfunc.scoring_server import infer_and_parse_data  # deferred: it warns when it is imported
+
+    model = mlflow.pyfunc.load_model("models:/chat@production", model_config={"max_new_tokens": 12})
+
+    assert model.predict(infer_and_parse_data(body)) == expected
 
 
 def test_the_base_may_be_given_as_a_folder(published, tiny_base, tmp_path, expected):
@@ -101,11 +126,16 @@ def test_a_base_that_is_not_there_is_named_with_the_way_out(published):
     assert "'nowhere/at-all'" in str(error.value)
 
 
-def test_a_table_without_prompts_is_refused(published):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(pandas.DataFrame({"a": ["x"], "b": ["y"]}), "needs the column 'prompt'"), ([["x"]], "is of the type list")],
+    ids=["no prompts", "no texts"],
+)
+def test_what_holds_no_prompts_is_refused(published, given, said):
     model = mlflow.pyfunc.load_model("models:/chat/1")
 
-    with pytest.raises(ValueError, match="prompt"):
-        model.predict(pandas.DataFrame({"a": ["x"], "b": ["y"]}))
+    with pytest.raises(ValueError, match=said):
+        model.predict(given)
 
 
 def test_without_the_extra_the_missing_package_and_the_remedy_are_named(published, monkeypatch):
