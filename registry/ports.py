@@ -111,7 +111,10 @@ class Ledger(Protocol):
 
     def alias_base(self, spelling: str, base_id: str) -> None: ...
     def merge_bases(self, keep_id: str, drop_id: str) -> None:
-        """Let every spelling and version of `drop_id` mean `keep_id`; appended as assignments."""
+        """Let every spelling and version of `drop_id` mean `keep_id`; appended as assignments.
+
+        What `keep_id` is not pinned to, it is pinned to as `drop_id` was.
+        """
         ...
 
     # adapters and versions

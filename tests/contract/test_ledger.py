@@ -70,6 +70,15 @@ def test_merged_bases_are_one_for_spellings_versions_and_reports(ledger: Ledger,
     assert [each.key for each in ledger.reports_for("aa", keep.id)] == ["k"]
 
 
+def test_a_merged_base_has_the_pins_of_both(ledger: Ledger):
+    keep = ledger.add_base(Base("b1", "tiny", config_digest="c"), ["tiny"])
+    drop = ledger.add_base(Base("b2", "t", config_digest="c", weights_digest="w"), ["t"])
+
+    ledger.merge_bases(keep.id, drop.id)
+
+    assert ledger.find_base("t") == Base("b1", "tiny", config_digest="c", weights_digest="w")
+
+
 def test_bases_are_not_merged_over_two_live_versions_of_the_same_content(ledger: Ledger, add_version: AddVersion):
     keep, drop = ledger.add_base(Base("b1", "tiny"), ["tiny"]), ledger.add_base(Base("b2", "t"), ["t"])
     add_version(base=keep, content_digest="ab" * 32)

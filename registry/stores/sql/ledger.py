@@ -185,6 +185,8 @@ class SqlLedger(JobRows, WorkerRows):
             connection.execute(update(base_alias).where(base_alias.c.base_id == drop.id).values(base_id=keep.id))
             same = (base.c.id == drop.id) | (base.c.merged_into == drop.id)
             connection.execute(update(base).where(same).values(merged_into=keep.id))
+            if pins := {pin: value for pin, value in drop.pins.items() if pin not in keep.pins}:
+                connection.execute(update(base).where(base.c.id == keep.id).values(pins))
 
     # adapters and versions
 
