@@ -55,13 +55,15 @@ from ..domain.verdict import Decision
 from ..domain.version import Base, FileRecord
 from ..patience import patiently
 from .problems import from_problem
-from .transport import Answer, Http, Transport
+from .transport import Answer, Http, NoAnswer, Transport
 
 T = TypeVar("T")
 Fetch = Callable[[FileRecord, Path], None]
 
 PAGE = 1000
 TIMEOUT_S = 60.0
+#: What changes something may wait for a hub, or for a storage that takes gigabytes.
+WORK_TIMEOUT_S = 900.0
 #: An event stream says something every ten seconds.
 SILENT_S = 30.0
 TRIES = 4
@@ -492,9 +494,10 @@ class RemoteRegistry:
             headers |= {"Idempotency-Key": str(uuid.uuid4())}
         if body is not None:
             headers |= {"Content-Type": "application/json"}
+        timeout_s = TIMEOUT_S if method == "GET" else WORK_TIMEOUT_S
         for attempt in range(1, TRIES + 1):
             try:
-                answer = self._transport.send(method, _target(path, query), headers, content, TIMEOUT_S)
+                answer = self._transport.send(method, _target(path, query), headers, content, timeout_s)
                 checked = _checked(answer)
                 self._answered = True
                 return checked
@@ -560,7 +563,7 @@ class RemoteRegistry:
             yield end
 
         try:
-            return _checked(self._transport.send("POST", path, headers, body(), TIMEOUT_S))[1]
+            return _checked(self._transport.send("POST", path, headers, body(), WORK_TIMEOUT_S))[1]
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
 
@@ -568,6 +571,9 @@ class RemoteRegistry:
         return {"Authorization": f"Bearer {self._token}"} if self._token else {}
 
     def _unreachable(self, error: Exception) -> Unavailable:
+        if isinstance(error, NoAnswer):
+            hint = "it may be at work still: see what it has done before you ask again"
+            return Unavailable(f"{self._server} took the request, but {error}", hint=hint)
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return Unavailable(
             f"{self._server} cannot be reached: {reason}", hint="check the address; --home DIR works on this machine"

@@ -7,10 +7,18 @@ from __future__ import annotations
 
 import http.client
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Protocol
 from urllib.parse import urlsplit
 
 from ..domain.errors import InvalidInput
+
+#: A server that is there takes a connection within this time.
+CONNECT_S = 20.0
+
+
+class NoAnswer(TimeoutError):
+    """The server has the request, and did not answer in time: it may be at work still."""
 
 
 class Answer(Protocol):
@@ -57,12 +65,30 @@ class Http:
         body: bytes | Iterable[bytes] | None,
         timeout_s: float,
     ) -> Answer:
-        connection = self._connect(timeout_s)
+        connection = self._connect(min(timeout_s, CONNECT_S))
+        with ExitStack() as failed:
+            failed.callback(connection.close)
+            connection.connect()
+            connection.sock.settimeout(timeout_s)
+            try:
+                answer = self._answer(connection, method, target, headers, body)
+            except TimeoutError as error:
+                raise NoAnswer(f"it has not answered for {timeout_s:g} s") from error
+            failed.pop_all()  # the connection ends with its answer
+            return answer
+
+    def _answer(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes | Iterable[bytes] | None,
+    ) -> Answer:
         try:
             connection.request(method, self._prefix + target, body, {**headers, "Connection": "close"})
         except (BrokenPipeError, ConnectionResetError):
-            if not isinstance(body, bytes | None):
-                # a server that refuses a large upload answers before it has read all of it
-                return connection.getresponse()
-            raise
+            if isinstance(body, bytes | None):
+                raise
+            # a server that refuses a large upload answers before it has read all of it
         return connection.getresponse()

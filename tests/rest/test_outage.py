@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from adapterctl.bootstrap import connect, remote
 from adapterctl.registry.domain.access import Scope
 from adapterctl.registry.domain.errors import Unavailable
 from adapterctl.registry.domain.job import JobState, NewJob
+from adapterctl.registry.rest import client
 from adapterctl.registry.rest.app import create_app, listen
 from adapterctl.registry.rest.door import Rules
 from adapterctl.registry.settings import Settings
@@ -102,6 +104,37 @@ def test_following_from_python_outlasts_a_server_that_is_started_again(
 
     assert seen == [JobState.QUEUED, JobState.CANCELLED]
     assert ["the job goes on" in text for text in told] == [True]
+
+
+@pytest.mark.parametrize("patience_s", [0.05, 60.0], ids=["too slow", "in time"])
+def test_work_that_takes_a_server_long_is_waited_for_and_then_not_called_out_of_reach(
+    patience_s: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.05)
+    monkeypatch.setattr(client, "WORK_TIMEOUT_S", patience_s)
+    gave_up = threading.Event()
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            gave_up.wait(0.5)
+            with suppress(OSError):
+                self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            """Nobody reads it."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(Unavailable) as met:
+            remote(f"http://127.0.0.1:{server.server_port}", None).gc()
+        gave_up.set()
+        server.shutdown()
+
+    if patience_s < 1:
+        assert "took the request, but it has not answered for 0.05 s" in met.value.message
+        assert "before you ask again" in met.value.hint
+    else:
+        assert "status 404" in met.value.message
 
 
 def until_it_answers(ask: Callable[[], object]) -> None:
