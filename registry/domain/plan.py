@@ -229,55 +229,75 @@ def _module_plan(name: str, shares: Sequence[tuple[int, LoraModule]], recipe: Re
 
 
 def _config(recipe: Recipe, facts: Sequence[AdapterFacts], *, with_bias: bool) -> dict[str, Any]:
-    """adapter_config.json of the output: one rank, alpha = rank, nothing that a reader has to resolve.
+    revision = {f.base_revision for f in facts}
+    return lora_config(
+        rank=recipe.rank,
+        base_name=facts[0].base_name,
+        base_revision=facts[0].base_revision if len(revision) == 1 else None,
+        # one flag for all modules, which PEFT sets anew by the type of each layer; it saves that of the last layer that
+        # it came to, so parents of one base may differ where GPT-2's Conv1D meets its linear head
+        fan_in_fan_out=all(f.fan_in_fan_out for f in facts),
+        lora_bias=with_bias,
+        target_modules=target_modules([([m.name for m in f.modules], f.config) for f in facts]),
+        task_type=next((f.task_type for f in facts if f.task_type), None),
+    )
+
+
+def lora_config(
+    *,
+    rank: int,
+    base_name: str | None,
+    base_revision: str | None,
+    target_modules: list[str],
+    task_type: str | None,
+    fan_in_fan_out: bool = False,
+    lora_bias: bool = False,
+) -> dict[str, Any]:
+    """adapter_config.json of an output: one rank, alpha = rank, nothing that a reader has to resolve.
 
     vLLM reads `r`, `lora_alpha` and `use_rslora` and ignores patterns, so there are none.
     """
-    revision = {f.base_revision for f in facts}
     return {
         "alpha_pattern": {},
-        "base_model_name_or_path": facts[0].base_name,
+        "base_model_name_or_path": base_name,
         "bias": "none",
         "exclude_modules": None,
-        # one flag for all modules, which PEFT sets anew by the type of each layer; it saves that of the last layer that
-        # it came to, so parents of one base may differ where GPT-2's Conv1D meets its linear head
-        "fan_in_fan_out": all(f.fan_in_fan_out for f in facts),
+        "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": recipe.rank,
-        "lora_bias": with_bias,
+        "lora_alpha": rank,
+        "lora_bias": lora_bias,
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": recipe.rank,
+        "r": rank,
         "rank_pattern": {},
-        "revision": facts[0].base_revision if len(revision) == 1 else None,
-        "target_modules": _target_modules(facts),
-        "task_type": next((f.task_type for f in facts if f.task_type), None),
+        "revision": base_revision,
+        "target_modules": target_modules,
+        "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
     }
 
 
-def _target_modules(facts: Sequence[AdapterFacts]) -> list[str]:
-    """Names that PEFT resolves to exactly the modules of the output, sorted.
+def target_modules(adapters: Sequence[tuple[Sequence[str], Mapping[str, Any]]]) -> list[str]:
+    """Names that PEFT resolves to exactly the modules of the output, sorted; of each adapter its modules and config.
 
     PEFT selects a module whose path is a listed name or ends with `.` and one, and we do not see the base. The short
     names of the parents are kept where they are known to be right: each parent selected by a plain list alone, and
     each list, held against the modules of all parents, selects that parent's own modules and no other. Each list then
     selects the same in the base, and the union selects the union. Else every module is listed by its full path.
     """
-    everything = sorted({m.name for f in facts for m in f.modules})
+    everything = sorted({name for modules, _ in adapters for name in modules})
     short: set[str] = set()
-    for adapter in facts:
-        listed = adapter.config.get("target_modules")
-        narrowed = any(adapter.config.get(field) for field in ("exclude_modules", "modules_to_save", "layers_pattern"))
-        if not isinstance(listed, list) or narrowed or adapter.config.get("layers_to_transform") is not None:
+    for modules, config in adapters:
+        listed = config.get("target_modules")
+        narrowed = any(config.get(field) for field in ("exclude_modules", "modules_to_save", "layers_pattern"))
+        if not isinstance(listed, list) or narrowed or config.get("layers_to_transform") is not None:
             return everything
-        names = {str(name) for name in listed}
-        own = {m.name for m in adapter.modules}
+        names, own = {str(name) for name in listed}, set(modules)
         if any(_selects(names, name) != (name in own) for name in everything):
             return everything
         short |= names

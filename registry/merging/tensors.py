@@ -188,14 +188,19 @@ def _gram(raw: memoryview, entry: TensorEntry, shape: tuple[int, int], *, along:
         wrong += values.size - int(np.count_nonzero(np.isfinite(values)))
         with np.errstate(over="ignore", invalid="ignore"):
             total += values @ values.T if along else values.T @ values
+    check_finite(entry, wrong)
+    return total
+
+
+def check_finite(entry: TensorEntry, wrong: int) -> None:
+    """Raise `InvalidAdapter` where `wrong` values of a tensor are not finite."""
     if wrong:
         message = f"{entry.key} holds {wrong:,} values that are NaN or infinite"
         raise InvalidAdapter(
             message,
-            hint="the training diverged; register an earlier checkpoint",
+            hint="the training diverged; take an earlier checkpoint",
             problems=[Problem("not_finite", message)],
         )
-    return total
 
 
 def _within(norm: float, module: LoraModule) -> float:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..domain.digest import file_digest
-from ..domain.errors import Conflict, Corrupt, Unavailable
+from ..domain.errors import Corrupt
 from ..domain.refs import is_below
 from ..domain.version import AdapterVersion, FileRecord
+from .staging import new_folder
 
 
 def damage(folder: Path, files: Sequence[FileRecord]) -> list[str]:
@@ -43,28 +41,14 @@ def pull(label: str, files: Sequence[FileRecord], target: Path, fetch: Callable[
         raise Corrupt(
             f"{label} lists {outside[0]!r}, which is no file below its folder", hint="do not trust its server"
         )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise Conflict(f"{target} exists and is not an empty folder", hint="give a new folder")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise Unavailable(f"{target} cannot be written: {error.strerror}", hint="give another folder") from error
-    try:
-        for record in files:
-            (temporary / record.path).parent.mkdir(parents=True, exist_ok=True)
-            fetch(record, temporary / record.path)
-        _check(label, files, temporary)
-        temporary.chmod(0o777 & ~_umask())
-        temporary.replace(target)
-    except FileNotFoundError as error:
-        raise Corrupt(f"{label} lost a file: {error.filename}", hint="see `adapterctl verify`") from error
-    except OSError as error:
-        raise Unavailable(
-            f"{target} cannot be written: {error.strerror}", hint="free space or give another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(target) as temporary:
+        try:
+            for record in files:
+                (temporary / record.path).parent.mkdir(parents=True, exist_ok=True)
+                fetch(record, temporary / record.path)
+            _check(label, files, temporary)
+        except FileNotFoundError as error:
+            raise Corrupt(f"{label} lost a file: {error.filename}", hint="see `adapterctl verify`") from error
 
 
 def _check(label: str, files: Sequence[FileRecord], folder: Path) -> None:
@@ -74,10 +58,3 @@ def _check(label: str, files: Sequence[FileRecord], folder: Path) -> None:
             f"the stored files of {label} are damaged: {'; '.join(findings)}",
             hint="restore them from a backup, or register the adapter again from its source",
         )
-
-
-def _umask() -> int:
-    # The only portable way to read it; mkdtemp makes its folder private, a pulled adapter is as open as any new file.
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -181,7 +181,7 @@ def publish(
 
 def inspect(folder: Path, *, assume_converted: bool = False) -> AdapterFacts:
     """Facts of the adapter in `folder`. Raises `InvalidAdapter`; reads the config and the header, no tensor."""
-    config = strict_json_object(_read_small(folder / CONFIG_FILE), what=CONFIG_FILE)
+    config = strict_json_object(read_small(folder / CONFIG_FILE), what=CONFIG_FILE)
     return read_facts(config, read_header(folder / WEIGHTS_FILE), assume_converted=assume_converted)
 
 
@@ -378,7 +378,8 @@ def check_folder(folder: Path) -> None:
         _refuse("missing_file", f"{folder} holds no {' and no '.join(missing)}", hint)
 
 
-def _read_small(path: Path) -> bytes:
+def read_small(path: Path) -> bytes:
+    """All of one of an adapter's small files."""
     with os.fdopen(open_plain_file(path), "rb") as file:
         _check_size(path, os.fstat(file.fileno()).st_size)
         return file.read(MAX_BYTES[path.name])

@@ -6,13 +6,15 @@ left behind, so a kill at any point leaves no partial file for long.
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..domain.errors import NotAllowed, Unavailable
+from ..domain.errors import Conflict, NotAllowed, Unavailable
 from ..locks import locked, locked_if_free
 
 
@@ -30,6 +32,31 @@ def stage_folder(home: Path) -> Iterator[Path]:
             yield folder
         finally:
             remove(folder)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that gets its name when the block ends without an error, and is gone otherwise.
+
+    Raises `Conflict` where `target` exists and is not an empty folder, `Unavailable` where it cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise Conflict(f"{target} exists and is not an empty folder", hint="give a new folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise Unavailable(f"{target} cannot be written: {error.strerror}", hint="give another folder") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        temporary.replace(target)
+    except OSError as error:
+        raise Unavailable(
+            f"{target} cannot be written: {error.strerror}", hint="free space or give another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sweep(root: Path) -> None:
@@ -70,3 +97,10 @@ def _make(folder: Path, stack: ExitStack) -> None:
 
 def _lock_path(folder: Path) -> Path:
     return folder.with_name(folder.name + ".lock")
+
+
+def _umask() -> int:
+    # The only portable way to read it; mkdtemp makes its folder private, what comes out is as open as any new file.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

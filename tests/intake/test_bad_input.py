@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutations import JSON, broken_bytes, false_headers
 from tiny import header_bytes, safetensors_bytes, write_tiny_adapter
 
 from adapterctl.registry.domain.errors import Corrupt, InvalidAdapter, NotFound, Unavailable
@@ -254,67 +255,28 @@ def test_a_full_disk_is_told_and_the_stage_folder_is_gone(tmp_path, home, sql_le
     assert sql_ledger.adapter_names() == []
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
+NAMES = [
+    "__metadata__",
+    "lm_head.weight",
+    "base_model.model.layers.0.q_proj.lora_B.bias",
+    "base_model.model.layers.0.q_proj.lora_A.default.weight",
+    "base_model.model.layers.0.q_proj.lora_embedding_A",
+    "base_model.model.layers.9.q_proj.lora_A.weight",
+    "base_model.model.layers.0.other.lora_A.weight",
+    "base_model.model..lora_A.weight",
+    "../x",
+]
+VALID = safetensors_bytes(
+    {
+        f"base_model.model.layers.{layer}.q_proj.lora_{side}.weight": ("F32", np.ones(shape, np.float32))
+        for layer in range(2)
+        for side, shape in (("A", (4, 3)), ("B", (3, 4)))
+    }
 )
 
 
-@st.composite
-def false_headers(draw: st.DrawFn) -> bytes:
-    """A valid file whose header is well-formed JSON that says something else about the same bytes."""
-    length = int.from_bytes(VALID[:8], "little")
-    header, body = json.loads(VALID[8 : 8 + length]), VALID[8 + length :]
-    for _ in range(draw(st.integers(1, 3))):
-        key = draw(st.sampled_from(sorted(header) or [""]))
-        other = draw(st.sampled_from(sorted(header) or [""]) | st.sampled_from(NAMES))
-        change = draw(st.sampled_from(["drop", "rename", "copy", "replace", "field", "number", "body"]))
-        if change == "drop":
-            header.pop(key, None)
-        elif change == "rename":
-            header[other] = header.pop(key, {})
-        elif change == "copy":
-            header[other] = header.get(key, {})
-        elif change == "replace":
-            header[key] = draw(JSON)
-        elif change == "body":
-            body = draw(st.binary(max_size=64)) + body[draw(st.integers(0, len(body))) :]
-        elif isinstance(header.get(key), dict):
-            field = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
-            numbers = st.lists(st.integers(-1, 200) | st.sampled_from([2**31, 2**63]), max_size=4)
-            dtypes = st.sampled_from(["F16", "BF16", "F64", "I8", "F33"])
-            header[key] = {**header[key], field: draw(JSON if change == "field" else numbers | dtypes)}
-    return header_bytes(json.dumps(header).encode()) + body
-
-
-@st.composite
-def broken_bytes(draw: st.DrawFn) -> bytes:
-    """A valid file with bits flipped, cuts, doubled pieces, foreign pieces, a false length."""
-    data = bytearray(VALID)
-    header_end = 8 + int.from_bytes(VALID[:8], "little")
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, header_end - 1))
-        kind = draw(st.sampled_from(["flip", "cut", "insert", "double", "token", "length", "end"]))
-        if kind == "flip" and at < len(data):
-            data[at] ^= 1 << draw(st.integers(0, 7))
-        elif kind == "cut":
-            del data[at : at + draw(st.integers(1, 40))]
-        elif kind == "insert":
-            data[at:at] = draw(st.binary(min_size=1, max_size=8))
-        elif kind == "double":
-            data[at:at] = data[at : at + draw(st.integers(1, 80))]
-        elif kind == "token":
-            data[at:at] = draw(st.sampled_from(TOKENS))
-        elif kind == "length":
-            data[:8] = draw(st.integers(0, 2**64 - 1) | st.integers(0, 2 * header_end)).to_bytes(8, "little")
-        else:
-            del data[draw(st.integers(0, len(data))) :]
-    return bytes(data)
-
-
 @settings(max_examples=FUZZED, suppress_health_check=list(HealthCheck))
-@given(data=broken_bytes() | false_headers())
+@given(data=broken_bytes(VALID) | false_headers(VALID, NAMES))
 def test_no_mutated_file_crashes_or_hangs_the_intake(fuzz_folder, data):
     path = fuzz_folder / WEIGHTS_FILE
     path.write_bytes(data)
@@ -365,27 +327,3 @@ def take_in(ledger: SqlLedger, home: Path, folder: Path) -> None:
         home=home,
         created_by="tester",
     )
-
-
-NAMES = [
-    "__metadata__",
-    "lm_head.weight",
-    "base_model.model.layers.0.q_proj.lora_B.bias",
-    "base_model.model.layers.0.q_proj.lora_A.default.weight",
-    "base_model.model.layers.0.q_proj.lora_embedding_A",
-    "base_model.model.layers.9.q_proj.lora_A.weight",
-    "base_model.model.layers.0.other.lora_A.weight",
-    "base_model.model..lora_A.weight",
-    "../x",
-]
-TOKENS = [
-    b"null", b"true", b"NaN", b"-1", b"1e999", b"[", b"]", b"{", b"}", b'"', b",", b":", b"0", b"99999999999999999999",
-    b"F64", b"BF16", b"\xff", b"\x00", b"\\u202e", b"lora_A", b"lora_B", b".bias", b'"dtype":"F32",', b'"shape":[],',
-]  # fmt: skip
-VALID = safetensors_bytes(
-    {
-        f"base_model.model.layers.{layer}.q_proj.lora_{side}.weight": ("F32", np.ones(shape, np.float32))
-        for layer in range(2)
-        for side, shape in (("A", (4, 3)), ("B", (3, 4)))
-    }
-)
