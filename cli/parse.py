@@ -15,6 +15,7 @@ from ..registry.domain.refs import ParentRef, check_name, parse_parent
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d|)")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([kmg])?(i)?b)?")
+_KERNEL = re.compile(r"[1-9][0-9]{0,3}(?:x[1-9][0-9]{0,3}){0,2}")
 _DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32", "f64": "F64"}
 
 
@@ -86,6 +87,16 @@ def dtype(text: str | None) -> str | None:
             f"dtype {text!r} is not one of bf16, f16, f32, f64", hint="leave it out for the widest parent's"
         )
     return name
+
+
+def kernel(name: str, text: str) -> tuple[int, ...]:
+    """`3`, `3x3` or `1x3x3`: a number an axis."""
+    if not _KERNEL.fullmatch(text):
+        raise InvalidInput(
+            f"kernel {text!r} of {name!r} is not understood",
+            hint=f"write --kernel {name}=3x3, or {name}=3 in one dimension",
+        )
+    return tuple(map(int, text.split("x")))
 
 
 def parents(texts: Sequence[str], weights: str | None) -> tuple[ParentRef, ...]:

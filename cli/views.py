@@ -11,6 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..registry.domain.base_dtype import told
+from ..registry.domain.lycoris import METHOD_NAMES
 from ..registry.domain.refs import first_few
 from ..registry.services.words import EXACT, loss, number
 from .output import Output, printable
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         BakedView,
         Both,
         Check,
+        Converted,
         DiffView,
         GarbageView,
         GateCheck,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from ..registry.domain.access import Token
     from ..registry.domain.evals import Interval
     from ..registry.domain.job import Job, JobEvent
+    from ..registry.domain.lycoris import Conversion
     from ..registry.domain.plan import Interference
     from ..registry.domain.suite import Suite, SuiteTask
     from ..registry.domain.verdict import Decision, Judged, Outcome
@@ -135,6 +138,7 @@ def version_text(view: VersionView, out: Output) -> str:
     fields: list[tuple[str, Iterable[str]]] = [
         ("recalled", [_recall_text(view)]),
         ("made by", [_made_by(view)]),
+        ("converted", [_conversion_text(view.converted)]),
         ("parents", map(weighted, view.parents)),
         ("loss", [_loss_text(view.loss)]),
         ("receipt", [_receipt_text(view.receipt)]),
@@ -175,6 +179,22 @@ def baked_text(view: BakedView, out: Output) -> str:
         ("files", [f"{file.path}  {size(file.size_bytes)}  sha256:{file.sha256[:16]}" for file in view.files]),
     ]
     return "\n".join([f"{out.paint(printable(view.folder), 'bold')}  {size(view.size_bytes)}", *_fields(fields, out)])
+
+
+def converted_text(view: Converted, out: Output) -> str:
+    """What a conversion gave, in one line; with each module where it was cut."""
+    lost = f"loss {loss(view.loss) if view.loss >= EXACT else f'{view.loss:.1e}'}"
+    if not view.loss:
+        lost = "loss 0: no value is rounded"
+    elif not view.cut_loss:
+        lost += f", from rounding to {view.dtype}"
+    title = out.paint(printable(view.folder), "bold")
+    shape = f"rank {view.rank}, {view.dtype}, {len(view.modules)} modules, {size(view.size_bytes)}"
+    line = f"{title}  {METHOD_NAMES[view.method]} of rank {view.source_rank} as LoRA: {shape}; {lost}"
+    if not view.cut_loss:
+        return line
+    rows = [[each.module, str(each.exact_rank), loss(each.loss)] for each in view.modules]
+    return f"{line}\n\n" + out.table(["MODULE", "EXACT RANK", "LOSS"], rows, right={1, 2})
 
 
 def submitted_text(view: Submitted) -> str:
@@ -667,6 +687,14 @@ def _loss_text(value: float | None) -> str:
     if value is None:
         return ""
     return f"{loss(value)} of the exact sum" if value >= EXACT else "none: the exact sum, rounded once"
+
+
+def _conversion_text(conversion: Conversion | None) -> str:
+    if conversion is None:
+        return ""
+    how = "exactly" if conversion.rank is None else f"to rank {conversion.rank}"
+    name = METHOD_NAMES[conversion.method]
+    return f"{how} from {name}, weights sha256:{conversion.weights}, revision {conversion.rev}, its header says"
 
 
 def _receipt_text(receipt: Mapping[str, Any] | None) -> str:

@@ -19,6 +19,7 @@ from .domain.base_dtype import FULL
 from .domain.errors import AdapterctlError
 from .domain.evals import EvalReport, Interval
 from .domain.job import Job, JobEvent, LogPiece, QueueDepth
+from .domain.lycoris import Conversion, Method
 from .domain.plan import Forecast, Interference, Pair
 from .domain.recall import RecallAction
 from .domain.recipe import LayerWeights, MergeRequest, ResizeRequest
@@ -54,7 +55,7 @@ class VersionView:
     """A version as people see it. `loss` is the relative loss that its receipt measured (merges only).
 
     `imported` says of metrics that were neither given at registration nor measured by this registry where they are
-    from; listings leave it out.
+    from, `converted` from what its own header says that it was converted; listings leave both out.
     """
 
     ref: str
@@ -93,6 +94,7 @@ class VersionView:
     location: str = ""
     mlflow_path: str = ""
     recall: RecallView | None = None
+    converted: Conversion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,38 @@ class Tagged:
 
     version: VersionView
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedModule:
+    """`exact_rank` is what its delta needs; `loss` is ||written - exact|| / ||exact||."""
+
+    module: str
+    exact_rank: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A LoHa or LoKr adapter that was written as LoRA into `folder`, which `register` takes.
+
+    `loss` is ||written - exact|| / ||exact|| over all modules, rounding to `dtype` included; `cut_loss` is what the
+    rank that was asked for took of it, 0 where it was enough. `weights` and `config` are the SHA-256 of the files that
+    were read, `content_digest` is that of the result.
+    """
+
+    folder: str
+    method: Method
+    source_rank: int
+    rank: int
+    dtype: str
+    size_bytes: int
+    loss: float
+    cut_loss: float
+    weights: str
+    config: str
+    content_digest: str
+    modules: tuple[ConvertedModule, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""For those who bring adapters, look at them, and take them away: register, ls, show, diff, pull, rm."""
+"""For those who bring adapters, look at them, and take them away: register, convert, ls, show, diff, pull, rm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Kind(StrEnum):
 
 
 def add_to(app: typer.Typer) -> None:
-    add_verbs(app, {"register": register, "ls": ls, "show": show, "diff": diff, "pull": pull, "rm": rm}, group=GROUP)
+    verbs = (register, convert, ls, show, diff, pull, rm)
+    add_verbs(app, {verb.__name__: verb for verb in verbs}, group=GROUP)
 
 
 def register(
@@ -99,6 +100,36 @@ def register(
         text=lambda: views.version_line(registered.version, session.out),
         names=[registered.version.ref],
     )
+
+
+def convert(
+    session: Session,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A LoHa or LoKr adapter, as PEFT saves it.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that is new or empty.")],
+    rank: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Cut to this rank.  [default: the exact one]")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="bf16, f16, f32 or f64.  [default: f32, f64 of f64]")
+    ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=K", help="Of convolutions whose names end so, as in conv=3x3; may be repeated."),
+    ] = None,
+) -> None:
+    """Write a LoHa or LoKr adapter as LoRA; needs no registry.
+
+    Exactly and from its files alone, or cut to a rank, as close as that rank can be. Tells what each module lost.
+    The result is an ordinary adapter folder; register it.
+
+    Example: adapterctl convert ./loha --out ./lora
+    """
+    from ...registry.services.convert import convert as write  # deferred: help reads no files
+
+    kernels = {name: parse.kernel(name, text) for name, text in parse.pairs(kernel or (), option="--kernel").items()}
+    made = write(folder, out, rank=rank, dtype=parse.dtype(dtype), kernels=kernels)
+    session.out.say(f"register it: adapterctl register {printable(out)} --name NAME --tag converted_from={made.method}")
+    session.out.data(made, text=lambda: views.converted_text(made, session.out), names=[made.folder])
 
 
 def ls(

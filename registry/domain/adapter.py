@@ -10,11 +10,11 @@ PEFT loads a file with too few tensors, or with more than LoRA's own, and change
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from .errors import InvalidAdapter, raise_all
+from .errors import InvalidAdapter, Problem, raise_all
 from .header import Header
 from .header import TensorEntry as TensorEntry  # part of a module's facts, so it is found here too
 from .lora_config import Findings, LoraConfig, read_config
@@ -84,6 +84,8 @@ class AdapterFacts:
 KEY_PREFIX = "base_model.model."
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
 MAX_MODULE_DEPTH = 64
+#: Values of `peft_type` that `lycoris.py` reads: kept as the LoRA that they are equal to.
+CONVERTIBLE = ("LOHA", "LOKR")
 
 #: PEFT stores them along where the vocabulary has another size than that of the base (its `EMBEDDING_LAYER_NAMES`).
 _WHOLE_EMBEDDINGS = (".embed_tokens.weight", ".lm_head.weight")
@@ -94,12 +96,8 @@ _KEY = re.compile(
 )
 
 
-@dataclass(slots=True)
-class _Found:
-    """The tensors of one module as they turn up in the header."""
-
-    linear: dict[str, TensorEntry] = field(default_factory=dict)
-    embedding: dict[str, TensorEntry] = field(default_factory=dict)
+#: The tensors of one module by what they are to it.
+Tensors = dict[str, TensorEntry]
 
 
 def read_facts(config: Mapping[str, Any], header: Header, *, assume_converted: bool = False) -> AdapterFacts:
@@ -108,8 +106,12 @@ def read_facts(config: Mapping[str, Any], header: Header, *, assume_converted: b
     `assume_converted` vouches that weights trained with pissa, olora, corda, loftq or lora_ga were converted to plain
     LoRA when they were saved.
     """
+    if (kind := config.get("peft_type")) in CONVERTIBLE:  # held against LoRA, every field and tensor would be wrong
+        hint = "adapterctl convert FOLDER --out DIR writes the same adapter as LoRA, exactly"
+        problem = Problem("not_lora", f"peft_type is {kind!r}: only LoRA adapters are kept here", hint)
+        raise_all(InvalidAdapter, "the adapter cannot be accepted", [problem])
     findings = Findings()
-    found = _sort_tensors(header, findings)
+    found = tensors_by_module(header, findings, read=_slot, unknown=_add_unknown)
     settings = read_config(config, findings, modules=len(found), assume_converted=assume_converted)
     modules = [_module(name, found[name], settings, findings) for name in sorted(found)]
     raise_all(InvalidAdapter, "the adapter cannot be accepted", findings.problems())
@@ -141,32 +143,48 @@ def carried_name(facts: AdapterFacts) -> str | None:
     return (match["name"] or match["embedding_name"]) if match else None
 
 
-def _sort_tensors(header: Header, findings: Findings) -> dict[str, _Found]:
-    found: dict[str, _Found] = {}
+def tensors_by_module(
+    header: Header,
+    findings: Findings,
+    *,
+    read: Callable[[str], tuple[str, str, str] | None],
+    unknown: Callable[[TensorEntry, Findings], None],
+) -> dict[str, Tensors]:
+    """Every tensor of the file at its module; what does not belong there becomes a finding.
+
+    `read` gives module, what the tensor is to it, and the adapter's name in the key, or None for a key of another kind.
+    """
+    found: dict[str, Tensors] = {}
     names: set[str] = set()
     for entry in header.tensors:
-        match = _KEY.fullmatch(entry.key)
-        if match is None or "" in (parts := match["module"].split(".")) or len(parts) > MAX_MODULE_DEPTH:
-            _add_unknown(entry, findings)
+        place = read(entry.key)
+        if place is None or "" in (parts := place[0].split(".")) or len(parts) > MAX_MODULE_DEPTH:
+            unknown(entry, findings)
             continue
         if entry.dtype not in WEIGHT_DTYPES:
             findings.add("bad_dtype", f"{entry.key} is {entry.dtype}, expected one of {', '.join(WEIGHT_DTYPES)}")
-        module = found.setdefault(match["module"], _Found())
-        names.add(match["name"] or match["embedding_name"] or "")
-        side, tensors = match["side"] or match["embedding_side"], module.embedding
-        if match["side"]:
-            tensors = module.linear
-            if match["what"] == "bias":
-                side = f"{side}.bias"
-        if side in tensors:
-            findings.add("duplicate_tensor", f"{entry.key} and {tensors[side].key} are the same tensor")
-        tensors[side] = entry
+        name, slot, carried = place
+        tensors = found.setdefault(name, {})
+        names.add(carried)
+        if slot in tensors:
+            findings.add("duplicate_tensor", f"{entry.key} and {tensors[slot].key} are the same tensor")
+        tensors[slot] = entry
     if len(names) > 1:
         shown = ", ".join(sorted(name or "(none)" for name in names)[:4])
         findings.add("several_adapters", f"keys carry the adapter names {shown}", "save one adapter to one file")
     if not header.tensors:
         findings.add("no_tensors", "the file holds no tensors")
     return found
+
+
+def _slot(key: str) -> tuple[str, str, str] | None:
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    if match["embedding_side"]:
+        return match["module"], f"embedding_{match['embedding_side']}", match["embedding_name"] or ""
+    slot = match["side"] if match["what"] == "weight" else f"{match['side']}.bias"
+    return match["module"], slot, match["name"] or ""
 
 
 def _add_unknown(entry: TensorEntry, findings: Findings) -> None:
@@ -184,12 +202,13 @@ def _add_unknown(entry: TensorEntry, findings: Findings) -> None:
     findings.add("unknown_tensors", f"{entry.key} is not a tensor of LoRA", hint)
 
 
-def _module(name: str, found: _Found, settings: LoraConfig | None, findings: Findings) -> LoraModule | None:
+def _module(name: str, found: Tensors, settings: LoraConfig | None, findings: Findings) -> LoraModule | None:
     """One module, or None with the reason added to `findings`."""
-    if found.linear and found.embedding:
+    embedding = {slot.removeprefix("embedding_"): found[slot] for slot in found if slot.startswith("embedding_")}
+    if embedding and len(embedding) < len(found):
         findings.add("mixed_kinds", f"{name} has tensors of a linear layer and of an embedding")
         return None
-    tensors = found.linear or found.embedding
+    tensors = embedding or found
     a, b, bias = tensors.get("A"), tensors.get("B"), tensors.get("B.bias")
     if "A.bias" in tensors:
         findings.add("unknown_tensors", f"{tensors['A.bias'].key} is not a tensor of LoRA")
@@ -197,7 +216,7 @@ def _module(name: str, found: _Found, settings: LoraConfig | None, findings: Fin
         side = "A" if a is None else "B"
         findings.add(f"missing_lora_{side.lower()}", f"{name} has no lora_{side}", "the file is incomplete")
         return None
-    kind = _kind(name, a, b, findings, embedding=bool(found.embedding))
+    kind = _kind(name, a, b, findings, embedding=bool(embedding))
     if kind is None or settings is None:
         return None
     rank = a.shape[0]

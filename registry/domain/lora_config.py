@@ -29,7 +29,7 @@ _SHOWN_PER_CODE = 3
 FieldRole = Literal["respected", "derived", "recorded", "training", "refused"]
 
 #: respected: changes the mathematics and is applied. derived: held against the tensors, which decide. recorded: kept,
-#: changes nothing. training: had its effect before the file was written. refused: see `_REFUSALS`.
+#: changes nothing. training: had its effect before the file was written. refused: see `REFUSALS`.
 FIELD_ROLES: Mapping[str, FieldRole] = {
     "r": "respected",
     "lora_alpha": "respected",
@@ -78,7 +78,7 @@ FIELD_ROLES: Mapping[str, FieldRole] = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Refusal:
+class Refusal:
     """A field that is refused unless it holds one of `accepted`."""
 
     code: str
@@ -88,31 +88,31 @@ class _Refusal:
 
 
 _NOT_ADDITIVE = "train or convert it as plain LoRA"
-_REFUSALS: Mapping[str, _Refusal] = {
-    "peft_type": _Refusal("not_lora", "only LoRA adapters are kept here", _NOT_ADDITIVE, accepted=("LORA",)),
-    "bias": _Refusal(
+REFUSALS: Mapping[str, Refusal] = {
+    "peft_type": Refusal("not_lora", "only LoRA adapters are kept here", _NOT_ADDITIVE, accepted=("LORA",)),
+    "bias": Refusal(
         "bias", "biases of the base were trained, they are no part of B·A", "train with bias='none'", (None, "none")
     ),
-    "modules_to_save": _Refusal(
+    "modules_to_save": Refusal(
         "modules_to_save", "whole modules of the base are replaced", "train with LoRA on those modules instead"
     ),
-    "trainable_token_indices": _Refusal("trainable_tokens", "rows of the embedding are replaced", _NOT_ADDITIVE),
-    "ensure_weight_tying": _Refusal(
+    "trainable_token_indices": Refusal("trainable_tokens", "rows of the embedding are replaced", _NOT_ADDITIVE),
+    "ensure_weight_tying": Refusal(
         "tied_weights", "one pair of factors would serve two modules", "train with ensure_weight_tying=False"
     ),
-    "use_dora": _Refusal("dora", "DoRA rescales the sum of base and delta, so deltas do not add", _NOT_ADDITIVE),
-    "kasa_config": _Refusal("kasa", "KaSA cuts singular values off the base weight", _NOT_ADDITIVE),
-    "alora_invocation_tokens": _Refusal("alora", "activated LoRA applies to some tokens only", _NOT_ADDITIVE),
-    "use_qalora": _Refusal("qalora", "QA-LoRA pools the input before A", _NOT_ADDITIVE),
-    "monteclora_config": _Refusal("monteclora", "Monteclora samples its weights", _NOT_ADDITIVE),
-    "arrow_config": _Refusal("arrow", "Arrow routes each token among adapters", _NOT_ADDITIVE),
-    "use_bdlora": _Refusal("bdlora", "factors are block-diagonal, which a merge would not keep", _NOT_ADDITIVE),
-    "layer_replication": _Refusal("layer_replication", "the stack of layers of the base is rebuilt", _NOT_ADDITIVE),
-    "target_parameters": _Refusal(
+    "use_dora": Refusal("dora", "DoRA rescales the sum of base and delta, so deltas do not add", _NOT_ADDITIVE),
+    "kasa_config": Refusal("kasa", "KaSA cuts singular values off the base weight", _NOT_ADDITIVE),
+    "alora_invocation_tokens": Refusal("alora", "activated LoRA applies to some tokens only", _NOT_ADDITIVE),
+    "use_qalora": Refusal("qalora", "QA-LoRA pools the input before A", _NOT_ADDITIVE),
+    "monteclora_config": Refusal("monteclora", "Monteclora samples its weights", _NOT_ADDITIVE),
+    "arrow_config": Refusal("arrow", "Arrow routes each token among adapters", _NOT_ADDITIVE),
+    "use_bdlora": Refusal("bdlora", "factors are block-diagonal, which a merge would not keep", _NOT_ADDITIVE),
+    "layer_replication": Refusal("layer_replication", "the stack of layers of the base is rebuilt", _NOT_ADDITIVE),
+    "target_parameters": Refusal(
         "target_parameters", "PEFT writes the target into the nesting of wrappers", "target modules instead"
     ),
-    "megatron_config": _Refusal("megatron", "layers are split over Megatron's ranks", "export it as plain LoRA"),
-    "megatron_core": _Refusal(
+    "megatron_config": Refusal("megatron", "layers are split over Megatron's ranks", "export it as plain LoRA"),
+    "megatron_core": Refusal(
         "megatron", "it names a Python module to import", "remove the field", (None, "megatron.core")
     ),
 }
@@ -193,11 +193,11 @@ class LoraConfig:
 
     def is_targeted(self, module: str) -> bool:
         """PEFT's rule for lists: the whole name; or the end of it after a dot, in one of the layers."""
-        if _ends_in(module, self.excluded):
+        if ends_in(module, self.excluded):
             return False
         if self.targets is None or module in self.targets:
             return True
-        return _ends_in(module, self.targets) and (self.layers is None or self._layer(module) in self.layers)
+        return ends_in(module, self.targets) and (self.layers is None or self._layer(module) in self.layers)
 
     def _layer(self, module: str) -> int | None:
         """The number of the layer that a module is in: the first one that follows the name of a list of layers."""
@@ -216,12 +216,19 @@ def read_config(
     `modules` is the number of adapted modules: together with the number of patterns it bounds the work.
     `assume_converted` is the caller's word that weights with a base-changing initialisation were converted on saving.
     """
-    _check_fields(config, findings)
+    check_fields(config, FIELD_ROLES, REFUSALS, findings)
     _check_init(config.get("init_lora_weights", True), findings, assume_converted)
-    reader = _Reader(config, findings)
+    return read_settings(config, findings, modules=modules, alpha="lora_alpha")
+
+
+def read_settings(
+    config: Mapping[str, Any], findings: Findings, *, modules: int, alpha: str, max_rank: int = MAX_RANK
+) -> LoraConfig | None:
+    """The values alone; `alpha` is the field that holds α. None where one of them cannot be read."""
+    reader = _Reader(config, findings, max_rank)
     result = LoraConfig(
         r=reader.rank("r", config.get("r", 8)),
-        alpha=reader.alpha("lora_alpha", config.get("lora_alpha", 8)),
+        alpha=reader.alpha(alpha, config.get(alpha, 8)),
         use_rslora=reader.flag("use_rslora"),
         fan_in_fan_out=reader.flag("fan_in_fan_out"),
         lora_bias=reader.flag("lora_bias"),
@@ -238,11 +245,14 @@ def read_config(
     return result if reader.readable else None
 
 
-def _check_fields(config: Mapping[str, Any], findings: Findings) -> None:
+def check_fields(
+    config: Mapping[str, Any], roles: Mapping[str, FieldRole], refusals: Mapping[str, Refusal], findings: Findings
+) -> None:
+    """Add what is refused by name, and what has no role."""
     if "peft_type" not in config:
         findings.add("not_lora", "the config has no peft_type, expected LORA", "give a folder that PEFT saved")
     for name, value in config.items():
-        if name not in FIELD_ROLES:
+        if name not in roles:
             if value is not None:
                 findings.add(
                     "unknown_field",
@@ -250,7 +260,7 @@ def _check_fields(config: Mapping[str, Any], findings: Findings) -> None:
                     "remove the field if it changes nothing, or update adapterctl",
                 )
             continue
-        rule = _REFUSALS.get(name)
+        rule = refusals.get(name)
         if rule is not None and not any(type(value) is type(ok) and value == ok for ok in rule.accepted):
             findings.add(rule.code, f"{name} is {_short(value)}: {rule.reason}", rule.hint)
 
@@ -276,13 +286,14 @@ def _check_init(value: Any, findings: Findings, assume_converted: bool) -> None:
 class _Reader:
     """Reads one value at a time; what does not fit becomes a finding, and a stand-in lets the check go on."""
 
-    def __init__(self, config: Mapping[str, Any], findings: Findings) -> None:
+    def __init__(self, config: Mapping[str, Any], findings: Findings, max_rank: int) -> None:
         self.config, self.findings, self.readable = config, findings, True
+        self.max_rank = max_rank
 
     def rank(self, field: str, value: Any) -> int:
-        if type(value) is int and 1 <= value <= MAX_RANK:
+        if type(value) is int and 1 <= value <= self.max_rank:
             return value
-        self._fault("bad_rank", f"{field} is {_short(value)}, expected a whole number from 1 to {MAX_RANK}")
+        self._fault("bad_rank", f"{field} is {_short(value)}, expected a whole number from 1 to {self.max_rank}")
         return 1
 
     def alpha(self, field: str, value: Any) -> float:
@@ -410,7 +421,7 @@ def _regex_matcher(key: str) -> Callable[[str], bool] | None:
     return lambda name: compiled.match(name) is not None
 
 
-def _ends_in(module: str, names: frozenset[str]) -> bool:
+def ends_in(module: str, names: frozenset[str]) -> bool:
     if not names:
         return False
     parts: Sequence[str] = module.split(".")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from ..api import AdapterView, ParentView, RecallView, VersionView
+from ..domain.errors import Corrupt
 from ..domain.evals import HERE, REGISTERED
+from ..domain.lycoris import CONVERTED, Conversion
 from ..domain.version import AdapterVersion, Edge
 from ..ports import Ledger
+from ..wire import from_json
 
 
 def iso_time(seconds: float) -> str:
@@ -50,7 +54,15 @@ def version_view(ledger: Ledger, version: AdapterVersion) -> VersionView:
         recipe=detail.recipe,
         receipt=detail.receipt,
         imported={key: source for key, source in sources.items() if not source.startswith(own)},
+        converted=_conversion(detail.facts.metadata),
     )
+
+
+def _conversion(metadata: Mapping[str, str]) -> Conversion | None:
+    """What the header of a converted adapter says; None where it says nothing, or nothing that can be read."""
+    with suppress(Corrupt, KeyError):
+        return from_json(metadata[CONVERTED], Conversion)
+    return None
 
 
 def adapter_views(ledger: Ledger) -> list[AdapterView]:

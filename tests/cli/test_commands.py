@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -18,11 +19,12 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from tiny import LINEAR, safetensors_bytes
+from tiny import LINEAR, safetensors_bytes, write_tiny_lycoris
 from tiny_merge import WEIGHTS, deltas, distance, facts_of
 
 from adapterctl.bootstrap import connect
 from adapterctl.migrations import VERSION_TABLE
+from adapterctl.registry.domain.digest import file_digest
 from adapterctl.registry.domain.job import NewJob
 
 Run = Callable[..., Any]
@@ -32,6 +34,45 @@ Run = Callable[..., Any]
 def adapter(tmp_path: Path, tiny_adapter: Callable[..., Path]) -> Callable[..., str]:
     made = iter(range(100))
     return lambda **options: str(tiny_adapter(tmp_path / f"adapter-{next(made)}", **options))
+
+
+def test_a_loha_is_refused_converted_registered_and_known_by_its_header(
+    run: Run, home: Path, ledger_schema: Path, mlflow_schema: Path, tmp_path: Path
+):
+    shutil.copy(ledger_schema, home / "registry.db")
+    shutil.copy(mlflow_schema, home / "mlflow.db")
+    source, out = str(write_tiny_lycoris(tmp_path / "loha")), str(tmp_path / "lora")
+
+    refused = run("register", source, "--name", "paint", code=5)
+    converted = run("convert", source, "--out", out)
+    registered = run("register", out, "--name", "paint", "-o", "json").data
+    shown = run("show", "paint", "-o", "json").data
+
+    assert "adapterctl convert" in refused.stderr
+    assert "LoHa of rank 2 as LoRA: rank 4, F32, 1 modules" in converted.stdout
+    assert f"adapterctl register {out} --name NAME --tag converted_from=loha" in converted.stderr
+    assert registered["version"]["rank"] == 4
+    assert shown["converted"]["method"] == "loha"
+    assert shown["converted"]["weights"] == file_digest(Path(source) / "adapter_model.safetensors")
+    assert "exactly from LoHa" in run("show", "paint").stdout
+
+
+def test_a_conversion_that_is_cut_tells_what_each_module_lost(run: Run, tmp_path: Path):
+    source = str(write_tiny_lycoris(tmp_path / "lokr", method="lokr"))
+
+    told = run("convert", source, "--out", str(tmp_path / "one"), "--rank", "2", "--dtype", "bf16")
+    made = run("convert", source, "--out", str(tmp_path / "two"), "--rank", "2", "-o", "json").data
+
+    assert re.search(r"self_attn\.q_proj +4 +[0-9.]+%$", told.stdout, flags=re.MULTILINE)
+    assert (made["rank"], made["source_rank"], made["modules"][0]["exact_rank"]) == (2, 2, 4)
+    assert made["loss"] >= made["cut_loss"] > 0.01
+
+
+def test_a_kernel_that_is_no_size_is_an_error_of_usage(run: Run, tmp_path: Path):
+    source = str(write_tiny_lycoris(tmp_path / "loha"))
+
+    for kernel in ("q_proj=3x", "q_proj=0", "q_proj", "q_proj=3x3x3x3"):
+        assert "--kernel" in run("convert", source, "--out", str(tmp_path / "x"), "--kernel", kernel, code=2).stderr
 
 
 def test_ls_lists_adapters_and_the_versions_of_one(read: Run):

@@ -10,12 +10,14 @@ SOURCES = (
     "registry/domain/header.py",
     "registry/domain/adapter.py",
     "registry/domain/lora_config.py",
+    "registry/domain/lycoris.py",
+    "registry/merging/lycoris.py",
     "registry/merging/tensors.py",
     "registry/services/register.py",
 )
 #: How a code stands in the sources: first argument of a refusal or finding, or beside the magic bytes of a file.
 CODE = re.compile(
-    r"(?:_refuse|_Refusal|_fault|findings\.add|Problem)\(\s*\"([a-z_]+)\"|^    \(b\".*?\", \"([a-z_]+)\"", re.MULTILINE
+    r"(?:_refuse|_?Refusal|_fault|findings\.add|Problem)\(\s*\"([a-z_]+)\"|^    \(b\".*?\", \"([a-z_]+)\"", re.MULTILINE
 )
 
 

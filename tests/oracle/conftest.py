@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -100,19 +101,23 @@ class Bench:
         return folder
 
     def save_adapter(
-        self, name: str, folder: Path, *, seed: int, dtype: torch.dtype = torch.float32, **config: Any
+        self,
+        name: str,
+        folder: Path,
+        *,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        kind: type[PeftConfig] = LoraConfig,
+        **config: Any,
     ) -> Path:
         """Write an adapter with random factors for base `name`, as PEFT saves it."""
         torch.manual_seed(seed)
-        options = {"r": 4, "lora_alpha": 8, **config}
-        model = get_peft_model(self.base(name), LoraConfig(**options), autocast_adapter_dtype=False)
+        options = {"r": 4, "lora_alpha" if kind is LoraConfig else "alpha": 8, **config}
+        model = get_peft_model(self.base(name), kind(**options), autocast_adapter_dtype=False)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                if "lora_" in key:
+                if re.search("lora_|hada_|lokr_", key):
                     parameter.copy_(torch.randn(parameter.shape) * 0.2)
-        if dtype is not torch.float32:
-            for key, parameter in model.named_parameters():
-                if "lora_" in key:
                     parameter.data = parameter.data.to(dtype)
         with warnings.catch_warnings():
             # PEFT 0.21 takes a bias of lora_B, which has one axis, for a shard that was not gathered

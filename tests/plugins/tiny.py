@@ -22,7 +22,7 @@ LINEAR: Mapping[str, tuple[int, int]] = {
     for name, shape in (("q_proj", (16, 16)), ("v_proj", (8, 16)))
 }
 _DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-_DTYPE_NAMES = {"float16": "F16", "float32": "F32", "float64": "F64"}
+_DTYPE_NAMES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
 
 
 class TinyAdapter(Protocol):
@@ -111,6 +111,48 @@ def write_tiny_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")
     stored = {key: (dtype, encode(array, dtype)) for key, array in tensors.items()}
     stored |= {key: (_DTYPE_NAMES[str(array.dtype)], array) for key, array in extra.items()}
+    (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(stored))
+    return folder
+
+
+def write_tiny_lycoris(
+    folder: Path,
+    tensors: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    method: str = "loha",
+    dtype: str = "F32",
+    seed: int = 0,
+    config: Mapping[str, Any] = {},
+    extra: Mapping[str, np.ndarray] = {},
+) -> Path:
+    """Write a LoHa or LoKr adapter of rank 2; `tensors` by their key below `base_model.model.`; one layer by default.
+
+    `config` and `extra` are those of `write_tiny_adapter`.
+    """
+    layer = "model.layers.0.self_attn.q_proj."
+    usual = {
+        "loha": {
+            f"{layer}hada_w{n}": shape
+            for n, shape in (("1_a", (8, 2)), ("1_b", (2, 6)), ("2_a", (8, 2)), ("2_b", (2, 6)))
+        },
+        "lokr": {f"{layer}lokr_w1": (2, 3), f"{layer}lokr_w2_a": (4, 2), f"{layer}lokr_w2_b": (2, 5)},
+    }[method]
+    random = np.random.default_rng(seed)
+    stored = {
+        f"base_model.model.{key}": (dtype, encode(random.normal(size=shape), dtype))
+        for key, shape in (usual if tensors is None else tensors).items()
+    }
+    stored |= {key: (_DTYPE_NAMES[str(array.dtype)], array) for key, array in extra.items()}
+    fields: dict[str, Any] = {
+        "peft_type": method.upper(),
+        "base_model_name_or_path": "tiny/base",
+        "r": 2,
+        "alpha": 4,
+        "target_modules": ["q_proj"],
+        **config,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")
     (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(stored))
     return folder
 
