@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -87,12 +88,15 @@ def load_settings(
     """Merge the sources. Raises `Misconfigured` naming the file and the key for anything unknown or ill-typed."""
     env = os.environ if env is None else env
     values: dict[str, Any] = {"home": "~/.adapterctl", "actor": _login(env)}
-    values |= _from_file(user_file or user_config(env))
-    values |= _from_file(_find_project_file(cwd or Path.cwd()))
-    values |= _from_env(env)
+    own = _from_file(user_file or user_config(env))
+    project_file = _find_project_file(cwd or Path.cwd())
+    project, surroundings = _from_file(project_file), _from_env(env)
+    values |= own | project | surroundings
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     if "home" in given:  # who names a folder on the spot means the registry in that folder
         values = {key: value for key, value in values.items() if key not in ELSEWHERE}
+    elif "server" in project and "server" not in surroundings and values.get("token") != project.get("token"):
+        _check_token_is_for(project["server"], project_file, own, surroundings)
     values |= given
     settings = Settings(**{key: _convert(key, value, "settings") for key, value in values.items()})
     for name, least in LEAST.items():
@@ -111,6 +115,23 @@ def load_settings(
             hint="set ADAPTERCTL_ACTOR to such a name; where it is not set, USER counts",
         )
     return settings
+
+
+def _check_token_is_for(
+    server: str, project_file: Path, own: Mapping[str, Any], surroundings: Mapping[str, str]
+) -> None:
+    """Raise `Misconfigured` where a project's file would have this person's token sent to a server of its choice.
+
+    The file may have come with a folder of somebody else. A token in the environment is for whatever server is set, as
+    in CI, unless this person has another one.
+    """
+    its = own.get("server")
+    if its == server or (its is None and "token" in surroundings):
+        return
+    raise Misconfigured(
+        f"{project_file} leads to the server {server}, and the token is for {its or 'no server'}",
+        hint=f"to go there: adapterctl login {shlex.quote(server)}, or set ADAPTERCTL_SERVER and ADAPTERCTL_TOKEN",
+    )
 
 
 def user_config(env: Mapping[str, str] | None = None) -> Path:

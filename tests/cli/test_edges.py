@@ -82,6 +82,47 @@ def test_a_setting_with_which_nothing_works_is_refused(variable: str, value: str
     assert said in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("own", "env", "goes"),
+    [
+        ("https://ours", {}, False),
+        ("https://ours", {"ADAPTERCTL_TOKEN": "secret"}, False),
+        ("https://theirs", {}, True),
+        ("https://ours", {"ADAPTERCTL_SERVER": "https://ours"}, True),
+        (None, {"ADAPTERCTL_TOKEN": "secret"}, True),
+        (None, {}, False),
+    ],
+)
+@pytest.mark.parametrize("decoy", [False, True])
+def test_a_projects_file_does_not_have_a_token_sent_to_another_server(
+    tmp_path: Path, own: str | None, env: dict[str, str], goes: bool, decoy: bool
+):
+    user_file = tmp_path / "config.toml"
+    user_file.write_text(
+        'token = "secret"\n' * ("ADAPTERCTL_TOKEN" not in env) + (f'server = "{own}"\n' if own else "")
+    )
+    more = 'token = "known"\n' if decoy and "ADAPTERCTL_TOKEN" in env else ""  # what the environment says, wins
+    (tmp_path / "adapterctl.toml").write_text(f'server = "https://theirs"\n{more}')
+
+    if goes:
+        settings = load_settings(env=env, cwd=tmp_path, user_file=user_file)
+        assert (settings.token, settings.server) == ("secret", env.get("ADAPTERCTL_SERVER", "https://theirs"))
+    else:
+        with pytest.raises(
+            Misconfigured, match=f"adapterctl.toml leads to the server https://theirs, .* {own or 'no'}"
+        ):
+            load_settings(env=env, cwd=tmp_path, user_file=user_file)
+
+
+def test_a_token_that_comes_with_its_server_goes_there(tmp_path: Path):
+    (tmp_path / "config.toml").write_text('token = "secret"\nserver = "https://ours"\n')
+    (tmp_path / "adapterctl.toml").write_text('token = "theirs"\nserver = "https://theirs"\n')
+
+    settings = load_settings(env={}, cwd=tmp_path, user_file=tmp_path / "config.toml")
+
+    assert (settings.server, settings.token) == ("https://theirs", "theirs")
+
+
 def test_a_user_whom_the_machine_does_not_know_has_to_say_where_the_registry_is(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ):

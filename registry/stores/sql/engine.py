@@ -594,7 +594,7 @@ class _Postgres:
         if isinstance(error, DataError):
             return InvalidInput(f"the ledger cannot keep this value: {error.orig}", hint="remove what is not text")
         return Unavailable(
-            f"the ledger at {self.label} cannot be used: {error.orig}",
+            f"the ledger at {self.label} cannot be used: {' '.join(str(error.orig).split())}",
             hint="see `adapterctl doctor`",
             abroad=_UNUSABLE,
         )
