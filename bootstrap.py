@@ -208,6 +208,7 @@ def _establish(ledger: SqlLedger, settings: Settings) -> None:
 
     One that was made keeps its MLflow. In a home another address is ignored, for MLflow's own programs read it, too.
     """
+    from .registry.services.doctor import check_in_place
     from .registry.stores.mlflow_server import embedded_uri, is_in_files, without_password
 
     uri = settings.mlflow_uri or ("" if settings.database_url else embedded_uri(settings.home))
@@ -227,6 +228,8 @@ def _establish(ledger: SqlLedger, settings: Settings) -> None:
             ) from None
         ledger.establish(stored)
         known = ledger.mlflow_uri
+    if not settings.database_url:
+        check_in_place(settings.home, known)
     if not settings.mlflow_uri or stored == known:
         return
     if settings.database_url:
