@@ -174,7 +174,7 @@ def baked_text(view: BakedView, out: Output) -> str:
     fields: list[tuple[str, Iterable[str]]] = [
         ("made of", [f"{view.base} + {view.ref}"]),
         ("tensors", [", ".join(f"{count} {kind}" for count, kind in kinds if count)]),
-        ("rounding", [f"{number(view.rounding)} of the delta"]),
+        ("rounding", [f"{loss(view.rounding)} of the delta"]),
         ("untied", [f"{view.untied}, which was the embedding" if view.untied else ""]),
         ("files", [f"{file.path}  {size(file.size_bytes)}  sha256:{file.sha256[:16]}" for file in view.files]),
     ]

@@ -28,7 +28,9 @@ MAX_SHARDS = 512
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "tokens_embed", "shared")
 HEADS = ("lm_head", "embed_out")
 #: Architectures whose weights are those of GPT-2's Conv1D, (d_in, d_out), in the numbered layers.
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder", "clvp_encoder")
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+#: One that has both, beside those that hold one of the above.
+_MIXED_MODELS = ("clvp",)
 #: Endings of tensors that only quantised weights have: GPTQ, AWQ, bitsandbytes, HQQ, compressed-tensors, FP8, MXFP4.
 _QUANTISED = (
     ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB", ".W_q", ".weight_packed", ".weight_scale",
@@ -276,13 +278,14 @@ class _Planner:
 
         PEFT goes by the class of the layer, and its `fan_in_fan_out` is that of the last layer that it visited.
         """
-        kinds = {part.get("model_type") for _, part in _with_nested(self.config)}
-        if kinds & {*CONV1D_MODELS}:
+        kind = self.config.get("model_type")
+        if kind in CONV1D_MODELS:
             return "transposed" if any(part.isdigit() for part in module.name.split(".")) else "plain"
-        if self.facts.fan_in_fan_out:
+        within = {part.get("model_type") for part in self.config.values() if isinstance(part, Mapping)}
+        if self.facts.fan_in_fan_out or kind in _MIXED_MODELS or within & {*CONV1D_MODELS}:
             self.findings.add(
                 "orientation_unknown",
-                f"{module.name} is square, which way it lies in a {self.config.get('model_type')} is not known here",
+                f"{module.name} is square, which way it lies in a {kind} is not known here",
                 "fan_in_fan_out is for layers such as GPT-2's; set it to false if the base has none",
             )
             return None

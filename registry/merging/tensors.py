@@ -386,5 +386,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = os.strerror(error.errno or 0).lower()
         raise Unavailable(
-            f"{path} cannot be written: {reason}", hint="free some space there, or move ADAPTERCTL_HOME"
+            f"{path} cannot be written: {reason}",
+            hint="free some space there, or write to another disk (ADAPTERCTL_HOME, --out)",
         ) from error

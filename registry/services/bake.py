@@ -39,8 +39,10 @@ README_FILE = "README.md"
 CONFIG_FILE = "config.json"
 #: As transformers' `save_pretrained` had it for years.
 SHARD_BYTES = 5_000_000_000
+#: Unless told otherwise: so many compute as fast as one can hash what they read.
+MOST_THREADS = 8
 #: What of the base goes along: tokenizer, generation settings, templates, licence. No weights, and no Python.
-_ALONG = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_ALONG = (".bpe", ".jinja", ".json", ".model", ".spm", ".tiktoken", ".txt", ".vocab")
 _ALONG_NAMED = ("LICENSE", "LICENCE", "NOTICE")
 _TEMPLATES = "additional_chat_templates"
 
@@ -90,7 +92,8 @@ def bake(
     found = bases.fingerprints(base, weights=False)
     differs = _check_base(known, base, found, force)
     model = _read_base(base)
-    with _stage(out) as stage:
+    place = out.absolute()  # so that it has a name, also where it is `.`
+    with _stage(place) as stage:
         # by its number: what a stage means may change meanwhile
         registry.pull(Ref(version.name, number=version.number), stage / "adapter")
         facts = inspect(stage / "adapter", assume_converted=True)
@@ -106,7 +109,7 @@ def bake(
             *baked.files,
             *_write_rest(new, model, plan, baked, dtype, receipt, _readme(version, known, plan, baked)),
         ]
-        _publish(new, out)
+        _publish(new, place)
     return BakedView(
         folder=str(out),
         ref=version.ref,
@@ -247,7 +250,7 @@ def _bake(
         model.files,
         new,
         shard_bytes=shard_bytes,
-        threads=threads or len(os.sched_getaffinity(0)),
+        threads=threads or min(MOST_THREADS, len(os.sched_getaffinity(0))),
         on_progress=on_progress,
     )
 

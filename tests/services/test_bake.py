@@ -247,6 +247,10 @@ REFUSED: dict[str, tuple[Tensors, Mapping[str, Any], Mapping[str, Any] | None, s
     "a square weight of unknown orientation": (
         base_tensors(), CONFIG, {"config": {"fan_in_fan_out": True}}, "orientation_unknown",
     ),
+    "a square weight beside a decoder of GPT-2": (
+        base_tensors(), CONFIG | {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}, None,
+        "orientation_unknown",
+    ),
     "a tied embedding of an encoder and decoder": (
         {key: value for key, value in base_tensors().items() if key != "lm_head.weight"},
         CONFIG | {"architectures": ["T5ForConditionalGeneration"]},
@@ -337,6 +341,16 @@ def test_without_a_folder_the_base_is_where_evaluations_find_it(two_parents, tmp
     assert (view.ref, view.base) == ("chat:v1", "tiny/base")
 
 
+def test_the_folder_that_one_is_in_can_be_written_to(baked, tmp_path, monkeypatch):
+    base = write_base(tmp_path / "base")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    baked(base, out=Path())
+
+    assert WEIGHTS in contents(tmp_path / "here")
+
+
 def test_places_that_are_taken_or_the_bases_own_are_refused(baked, tmp_path):
     base = write_base(tmp_path / "base")
     (tmp_path / "taken").mkdir()
@@ -376,6 +390,19 @@ def test_bytes_that_change_on_the_disk_fail_the_proof(baked, tmp_path):
 
     with pytest.raises(ReceiptFailed, match="does not read back as it was written"):
         baked(base, on_progress=flip)
+
+    assert left(tmp_path) == set()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ZeroDivisionError])
+def test_whatever_stops_it_leaves_nothing(baked, tmp_path, stop):
+    base = write_base(tmp_path / "base")
+
+    def after_the_first_piece(done: int, total: int) -> None:
+        raise stop
+
+    with pytest.raises(stop):
+        baked(base, on_progress=after_the_first_piece)
 
     assert left(tmp_path) == set()
 
