@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -255,6 +256,7 @@ def test_a_full_disk_is_told_and_the_stage_folder_is_gone(tmp_path, home, sql_le
     assert sql_ledger.adapter_names() == []
 
 
+PAIRS = [[f"base_model.model.layers.0.{name}.lora_{side}.weight" for side in "AB"] for name in ("q_proj", "other")]
 NAMES = [
     "__metadata__",
     "lm_head.weight",
@@ -275,17 +277,55 @@ VALID = safetensors_bytes(
 )
 
 
-@settings(max_examples=FUZZED, suppress_health_check=list(HealthCheck))
-@given(data=broken_bytes(VALID) | false_headers(VALID, NAMES))
-def test_no_mutated_file_crashes_or_hangs_the_intake(fuzz_folder, data):
-    path = fuzz_folder / WEIGHTS_FILE
-    path.write_bytes(data)
-    began = time.perf_counter()
+#: What so many mutations must have met, or they are too much alike.
+REACHED = {
+    "accepted", "truncated", "header_too_large", "not_safetensors", "bad_json", "duplicate_key", "bad_header",
+    "bad_tensor_name", "bad_dtype", "bad_shape", "bad_offsets", "not_finite", "no_tensors", "unknown_tensors",
+    "missing_lora_a", "missing_lora_b", "shape_mismatch", "rank_mismatch", "not_targeted", "mixed_kinds",
+    "several_adapters", "duplicate_tensor", "unexpected_lora_bias",
+}  # fmt: skip
 
-    refusal = refusal_of(lambda: measure(path, inspect(fuzz_folder)))
 
-    assert time.perf_counter() - began < PATIENCE_S
-    assert refusal is None or isinstance(refusal, Corrupt) or refusal.problems
+@st.composite
+def other_files(draw: st.DrawFn) -> bytes:
+    """A file whose header tells the truth, at times twice, of tensors that may not belong together, and of values that
+    are no numbers.
+    """
+    pair = st.sampled_from([*PAIRS, PAIRS[0]]).flatmap(st.permutations)
+    keys = pair | st.lists(st.sampled_from([*PAIRS[0], *NAMES]), max_size=4, unique=True)
+    value, rank = draw(st.sampled_from([0.5, 0.5, np.nan, -np.inf])), draw(st.integers(1, 5))
+    tensors = {}
+    for key in draw(keys):
+        usual = (rank, 3) if "A" in key else (3, rank)
+        shape = draw(st.sampled_from([usual, usual, usual, (3,), (), (rank, 3, 1), (3, rank, 1, 1)]))
+        dtype = draw(st.sampled_from(["F32", "F32", "F64", "F16"]))
+        tensors[key] = (dtype, np.full(shape, value, {"F32": "<f4", "F64": "<f8", "F16": "<f2"}[dtype]))
+    data = safetensors_bytes(tensors)
+    if draw(st.integers(0, 7)):
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    return header_bytes(data[8 : end - 1] + b"," + data[9:end]) + data[end:]
+
+
+def test_no_mutated_file_crashes_or_hangs_the_intake(fuzz_folder):
+    path, codes = fuzz_folder / WEIGHTS_FILE, Counter()
+
+    @settings(max_examples=FUZZED, suppress_health_check=list(HealthCheck))
+    @given(data=broken_bytes(VALID) | false_headers(VALID, NAMES) | other_files())
+    def take(data: bytes) -> None:
+        path.write_bytes(data)
+        began = time.perf_counter()
+
+        refusal = refusal_of(lambda: measure(path, inspect(fuzz_folder)))
+
+        assert time.perf_counter() - began < PATIENCE_S
+        assert refusal is None or isinstance(refusal, Corrupt) or refusal.problems
+        codes.update({problem.code for problem in refusal.problems} if refusal else {"accepted"})
+
+    take()
+
+    assert codes.total() >= FUZZED
+    assert set() == REACHED - codes.keys()
 
 
 @settings(max_examples=500, suppress_health_check=list(HealthCheck))
