@@ -94,11 +94,13 @@ def check_in_place(home: Path, mlflow_uri: str) -> None:
     if not theirs.exists():
         raise Misconfigured(
             f"the registry in {home} was made in {theirs.parent}, where its MLflow and its files are expected",
+            abroad="the home of this registry was moved: its MLflow and its files are expected where it was made",
             hint=f"move it back, or link it there: ln -s {shlex.quote(str(home))} {shlex.quote(str(theirs.parent))}",
         )
     if not theirs.samefile(own):
         raise Misconfigured(
             f"{home} is a copy of the registry in {theirs.parent}: its versions are in the MLflow there",
+            abroad="the home of this registry is a copy: its versions are in the MLflow of the first one",
             hint=f"use --home {shlex.quote(str(theirs.parent))}; `adapterctl export` and `import` make a second one",
         )
 
@@ -162,7 +164,7 @@ def _mlflow(
         store = open_versions()
         check_not_emptied(ledger, store)  # a server opened it long ago
     except AdapterctlError as error:
-        yield Check("mlflow", "error", error.abroad if abroad else error.message, error.hint)
+        yield _fault("mlflow", error, abroad=abroad)
         return
     yield Check("mlflow", "ok", f"mlflow {version('mlflow')}")
     if adoption is not None:
@@ -204,13 +206,20 @@ def _jobs(settings: Settings, ledger: Ledger) -> Iterator[Check]:
         )
 
 
+def _fault(name: str, error: AdapterctlError, *, abroad: bool) -> Check:
+    """Where the words of an error name places of ours, so may its hint, which is for those who can go there."""
+    if abroad and error.abroad != error.message:
+        return Check(name, "error", error.abroad, "an admin is told where")
+    return Check(name, "error", error.message, error.hint)
+
+
 def _fleet(settings: Settings, ledger: Ledger, bell: Doorbell, *, abroad: bool) -> Iterator[Check]:
     """Whether the broker answers, who works, and what waits for a worker that is not there."""
     try:
         bell.check()
         yield Check("broker", "ok", "answers")
     except Unavailable as error:
-        yield Check("broker", "error", error.abroad if abroad else error.message, error.hint)
+        yield _fault("broker", error, abroad=abroad)
     workers = ledger.workers()
     yield from silent_workers(workers)
     yield Check("workers", "ok", f"{sum(worker.alive for worker in workers)} alive")

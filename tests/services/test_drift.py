@@ -39,9 +39,12 @@ def test_a_copied_home_does_not_write_into_the_first_ones_mlflow(two_parents: Lo
     reader = connect(Settings(home=copied), readonly=True)
     with closing(reader.ledger):
         (told,) = [check for check in reader.doctor() if check.name == "mlflow"]
+        abroad = reader.doctor(abroad=True)
     connect(Settings(home=named)).ledger.close()  # the same folder by another name
 
     assert (told.status, told.hint.split(";")[0]) == ("error", f"use --home {home}")
+    assert "is a copy" in str(abroad)
+    assert not [check for check in abroad for place in (home, copied) if str(place) in f"{check.detail} {check.hint}"]
     assert (home / "mlflow.db").read_bytes() == before
 
 
