@@ -137,6 +137,10 @@ class Corrupt(AdapterctlError):
 class Unavailable(AdapterctlError):
     code = "unavailable"
 
+    def though(self, done: str, *, hint: str) -> Unavailable:
+        """The same where something was `done` before it, so that nobody takes it for undone."""
+        return Unavailable(f"{self.message}; {done}", hint=hint, abroad=f"{self.abroad}; {done}")
+
 
 class JobFailed(AdapterctlError):
     code = "job_failed"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from ..api import HistoryView, StageEventView
 from ..crashpoints import reached
-from ..domain.errors import DecisionOutdated, InvalidInput, NotFound, Refused, StageMoved
+from ..domain.errors import DecisionOutdated, InvalidInput, NotFound, Refused, StageMoved, Unavailable
 from ..domain.stage import (
     GENESIS,
     LEGACY_STAGES,
@@ -77,6 +77,7 @@ class Stages:
             GateRefused: a condition of the stage is not met, and it was not forced.
             StageMoved: another promotion came between, or the alias in MLflow differs.
             NotFound: MLflow has lost the version.
+            Unavailable: MLflow did not follow; where the ledger has moved before that, it says so.
             Corrupt: the stored bytes are not those that were registered.
         """
         holder = self._begin(version.name, version.adapter_id, stage)
@@ -253,7 +254,12 @@ class Stages:
                 seen=seen,
             )
             reached("stage.recorded")
-            self._project(name, event)
+            try:
+                self._project(name, event)
+            except Unavailable as error:
+                verb = f"promote {version.label} --to {stage}" if version else f"demote {name} --stage {stage}"
+                done = f"{stage} of {name} is {_label(version)} in the ledger since now"
+                raise error.though(done, hint=f"`adapterctl {verb}` writes it to MLflow") from error
             reached("stage.projected")
         return _views(self.ledger, [event])[0]
 

@@ -38,11 +38,8 @@ def tag(
         try:
             is_there = versions.project_tags(tagged, [*put, *remove])
         except Unavailable as error:
-            raise Unavailable(
-                f"{error.message}; the tags of {version.label} are recorded",
-                hint="run the same command again to write them to MLflow",
-                abroad=f"{error.abroad}; the tags of {version.label} are recorded",
-            ) from error
+            hint = "run the same command again to write them to MLflow"
+            raise error.though(f"the tags of {version.label} are recorded", hint=hint) from error
     lost = f"MLflow has no {version.label}: the tags are recorded, but not written there; `adapterctl doctor` tells why"
     return Tagged(version_view(ledger, tagged), () if is_there else (lost,))
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from adapterctl.registry.domain.errors import (
     NotFound,
     Refused,
     StageMoved,
+    Unavailable,
 )
 from adapterctl.registry.domain.refs import Ref
 from adapterctl.registry.domain.stage import GENESIS, Head, StageEvent
@@ -183,6 +185,27 @@ def test_an_alias_that_was_moved_in_mlflow_is_named_with_both_ways_out(stages, c
     assert "promote chat:v1 --to production" in moved.value.hint
     assert "adopt chat --stage production" in moved.value.hint
     assert version_store.alias("chat", "production") == second.number
+
+
+def test_a_move_that_mlflow_does_not_follow_is_told_as_done_with_what_completes_it(
+    stages, chat, sql_ledger, version_store, home
+):
+    version = chat()
+    with closing(sqlite3.connect(home / "mlflow.db")) as mlflow:
+        mlflow.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON registered_model_aliases BEGIN SELECT RAISE(ABORT, 'full'); END"
+        )
+
+        with pytest.raises(Unavailable) as told:
+            stages.promote(version, stage="production")
+        mlflow.execute("DROP TRIGGER full")
+
+    assert "production of chat is chat:v1 in the ledger since now" in told.value.message
+    assert "chat:v1" in told.value.abroad
+    assert "adapterctl promote chat:v1 --to production" in told.value.hint
+    assert sql_ledger.stage_holder(version.adapter_id, "production") == version.id
+    assert stages.promote(version, stage="production").seq == 1
+    assert version_store.alias("chat", "production") == 1
 
 
 def test_promoting_the_holder_again_sets_mlflow_right(stages, chat, sql_ledger, version_store):
