@@ -2,7 +2,7 @@
 
     version   NAME | NAME:vN | NAME:N | NAME@ALIAS | NAME@sha256:HEX | models:/NAME/N | models:/NAME@ALIAS
     parent    version[=WEIGHT]
-    source    FOLDER | hf://ORG/REPO@REVISION | runs:/RUN_ID/PATH | models:/NAME/N
+    source    FOLDER | hf://ORG/REPO[/FOLDER]@REVISION | runs:/RUN_ID/PATH | models:/NAME/N
 
 Versions are 1-based. Parsing never looks anything up; a bare name or an alias is resolved once by the registry.
 """
@@ -138,8 +138,11 @@ def parse_source(text: str) -> Source:
     """Read where an adapter to register comes from. Does not touch the disk."""
     if text.startswith("hf://"):
         location, _, revision = text.removeprefix("hf://").partition("@")
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", location, re.ASCII) or not revision:
-            raise InvalidInput(f"{text!r} is not a pinned hub repository", hint="write hf://ORG/REPO@REVISION")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", location, re.ASCII) or not is_below(location) or not revision:
+            raise InvalidInput(
+                f"{text!r} is not a pinned hub repository",
+                hint="write hf://ORG/REPO@REVISION, or hf://ORG/REPO/FOLDER@REVISION",
+            )
         return Source("hub", location, revision)
     if text.startswith("runs:/"):
         location = text.removeprefix("runs:/").strip("/")

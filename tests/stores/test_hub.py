@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 from tiny import write_tiny_adapter
 
+from adapterctl.registry.domain.errors import InvalidInput
+from adapterctl.registry.domain.refs import parse_source
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 CHILD = textwrap.dedent(
@@ -122,6 +125,19 @@ def test_a_branch_is_pinned_and_only_the_files_of_an_adapter_are_fetched(hub, tm
     assert answer["files"] == {"README.md": False, "adapter_config.json": False, "adapter_model.safetensors": False}
     assert not Path(str(answer["folder"])).exists()
     assert not any("modeling_evil" in path for path in Hub.asked)
+
+
+def test_an_adapter_in_a_folder_of_a_repository_is_found_and_named(hub, tmp_path):
+    Hub.files = {f"fr/chat/{name}": data for name, data in Hub.files.items()}
+
+    answer = fetch("hf://org/adapter/fr/chat@main", tmp_path, hub.server_port)
+    elsewhere = fetch("hf://org/adapter@main", tmp_path, hub.server_port)
+
+    assert answer["source"] == f"hf://org/adapter/fr/chat@{COMMIT}"
+    assert set(answer["files"]) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert (elsewhere["code"], elsewhere["hint"]) == ("not_found", "write hf://org/adapter/fr/chat@main")
+    with pytest.raises(InvalidInput, match="not a pinned hub repository"):
+        parse_source("hf://org/adapter/../other@main")
 
 
 @pytest.mark.parametrize(
