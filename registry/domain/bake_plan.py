@@ -8,7 +8,8 @@ from names, shapes and `config.json` alone, and what these leave open is refused
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -215,7 +216,8 @@ class _Planner:
 
     def _place(self, module: LoraModule) -> str | None:
         """The base's name of a module: its own, or one with leading parts more or less, as for a model saved without
-        its head or inside another one. None where there is none or several, and for a tied head, which has no tensor.
+        its head, inside another one, or nested otherwise. None where there is none or several, and for a tied head,
+        which has no tensor.
         """
         if f"{module.name}.weight" in self.tensors:
             return module.name
@@ -391,7 +393,9 @@ def _tail(module: str) -> str:
 
 
 def _leaves_out(one: str, other: str) -> bool:
-    """Whether the parts before the common tail of the one are, in order, among those of the other, or the reverse."""
-    heads = sorted((name.removesuffix(_tail(name)).split(".")[:-1] for name in (one, other)), key=len)
-    rest: Iterable[str] = iter(heads[1])
-    return all(part in rest for part in heads[0])
+    """Whether all parts before the common tail of the one are, in any order, among those of the other, or the reverse.
+
+    Models of text and images have been nested anew: `language_model.model.layers` became `model.language_model.layers`.
+    """
+    parts = [Counter(name.removesuffix(_tail(name)).split(".")[:-1]) for name in (one, other)]
+    return parts[0] <= parts[1] or parts[1] <= parts[0]

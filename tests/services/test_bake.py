@@ -221,6 +221,17 @@ def test_a_base_saved_without_its_head_or_inside_another_model_is_the_same_base(
         assert np.array_equal(loaded(tmp_path / "two")[change(key)], value)
 
 
+def test_a_model_that_was_nested_anew_since_the_base_was_saved_is_the_same_model(baked, tmp_path):
+    vision = {f"vision_tower.encoder.{name.removeprefix('model.')}.weight": ("F32", F32) for name in LINEAR}
+    base = renamed(lambda key: f"language_model.{key}") | vision
+    linear = {name.replace("model.", "model.language_model."): shape for name, shape in LINEAR.items()}
+
+    view = baked(write_base(tmp_path / "base", base), adapter={"linear": linear})
+
+    assert (view.changed, view.copied) == (4, 4 + len(vision))
+    assert json.loads((tmp_path / "out" / RECEIPT_FILE).read_text())["rounding"]["worst"]["tensor"] in base
+
+
 def loaded(folder: Path) -> dict[str, np.ndarray]:
     from safetensors import deserialize  # deferred: only this test reads by it
 
