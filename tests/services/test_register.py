@@ -154,6 +154,7 @@ def test_a_base_that_differs_from_the_config_and_a_name_in_the_keys_are_said(tak
 
     assert any("the config says tiny/base" in warning for warning in done.warnings)
     assert any("carry the adapter name 'default'" in warning for warning in done.warnings)
+    assert any("--rank 4` makes a version with PEFT's names" in warning for warning in done.warnings)
 
 
 @pytest.mark.parametrize(
