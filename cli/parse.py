@@ -10,7 +10,7 @@ from dataclasses import replace
 import typer
 
 from ..registry.domain.errors import InvalidInput
-from ..registry.domain.refs import ParentRef, check_name, parse_parent
+from ..registry.domain.refs import ParentRef, Ref, check_name, parse_parent, parse_ref
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d|)")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -30,6 +30,17 @@ def pairs(texts: Iterable[str], *, option: str) -> dict[str, str]:
             raise InvalidInput(f"{option} gives {key!r} twice: {found[key]!r} and {value!r}", hint="keep one of them")
         found[key] = value
     return found
+
+
+def stated_version(text: str) -> Ref:
+    """For what cannot be undone, or stops others: a name alone is the newest version, which may be a minute old."""
+    ref = parse_ref(text)
+    if ref == Ref(ref.name):
+        raise InvalidInput(
+            f"{text!r} is an adapter, and not one of its versions",
+            hint=f"write {ref.name}:vN; adapterctl ls {ref.name}",
+        )
+    return ref
 
 
 def in_utf8(text: str) -> str:

@@ -256,8 +256,9 @@ def rm(
 
     Example: adapterctl rm translate:v1 --reason 'trained on leaked data' --yes
     """
+    asked = parse.stated_version(ref)
     registry = session.registry()
-    version = registry.version(parse_ref(ref))
+    version = registry.version(asked)
     if version.state == "removed":
         session.out.say(f"{version.ref} was removed before; nothing is new")
     elif not yes:

@@ -201,8 +201,9 @@ def recall(
 
     Example: adapterctl recall translate:v3 --reason 'trained on leaked data'
     """
+    asked = parse.stated_version(ref)
     registry = session.registry()
-    impact = (registry.undo_recall if undo else registry.recall)(parse_ref(ref), reason=reason)
+    impact = (registry.undo_recall if undo else registry.recall)(asked, reason=reason)
     session.out.data(
         impact,
         text=lambda: views.recall_text(impact, session.out),

@@ -392,8 +392,8 @@ def test_register_refuses_a_folder_that_is_no_adapter(run: Run, tmp_path: Path):
         ["tag", "translate", "=1"],
         ["tag", "translate", "k=\udcff"],
         ["tag", "translate", "k=1", "--reason", "a\udcff"],
-        ["recall", "translate", "--reason", "\udcff"],
-        ["rm", "translate", "--yes", "--reason", "\udcff"],
+        ["recall", "translate:v1", "--reason", "\udcff"],
+        ["rm", "translate:v1", "--yes", "--reason", "\udcff"],
     ],
     ids=" ".join,
 )
@@ -532,6 +532,15 @@ def test_rm_asks_and_needs_an_answer(run: Run, pair: Path):
     assert "adapterctl rm translate:v1 --yes" in ran.stderr
     assert run("rm", "translate:v1", "--yes", "--reason", "test").stdout == "translate:v1\n"
     assert run("ls", "translate", "--removed", "-o", "json").data[0]["state"] == "removed"
+
+
+@pytest.mark.parametrize("words", [["rm", "--yes"], ["recall", "--reason", "x"], ["recall", "--undo", "--reason", "x"]])
+def test_what_is_removed_or_recalled_is_a_version_and_not_the_newest(run: Run, pair: Path, words: list[str]):
+    ran = run(words[0], "translate", *words[1:], code=2)
+
+    assert "is an adapter, and not one of its versions" in ran.stderr
+    assert "write translate:vN; adapterctl ls translate" in ran.stderr
+    assert run("ls", "translate", "-o", "json").data[0]["recall"] is None
 
 
 def test_rm_of_a_parent_is_refused(run: Run, pair: Path):
