@@ -422,26 +422,24 @@ def _check_words(registration: Registration) -> None:
 
 
 def check_word(what: str, key: str, value: str) -> None:
-    """Raise `InvalidInput` for a tag or a parameter that MLflow would not take, or that is ours.
-
-    A key that MLflow would shorten is refused too: two of them could become one there.
-    """
+    """Raise `InvalidInput` for a tag or a parameter that MLflow would not take, or that is ours."""
     check_key(what, key)
+    _check_text(f"{what} {key!r}", value)
+
+
+def check_key(what: str, key: str) -> None:
+    """As `check_word`; a key that MLflow would shorten is refused too: two of them could become one there."""
+    if not _KEY.fullmatch(key) or key.startswith(_RESERVED):
+        raise InvalidInput(
+            f"{what} {key[:80]!r} is not allowed",
+            hint="use letters, digits and ' _ . / -', at most 200; adapterctl. and mlflow. are reserved",
+        )
     parts = key.split("/")
     kept = [part for part in parts if part.strip(". ")]
     if kept != parts:
         raise InvalidInput(
             f"{what} {key!r} has an empty part beside a slash, which MLflow leaves out",
             hint=f"write {'/'.join(kept)!r}",
-        )
-    _check_text(f"{what} {key!r}", value)
-
-
-def check_key(what: str, key: str) -> None:
-    if not _KEY.fullmatch(key) or key.startswith(_RESERVED):
-        raise InvalidInput(
-            f"{what} {key[:80]!r} is not allowed",
-            hint="use letters, digits and ' _ . / -', at most 200; adapterctl. and mlflow. are reserved",
         )
 
 

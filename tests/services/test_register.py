@@ -377,6 +377,7 @@ def test_words_that_mlflow_has_no_room_for_are_refused_first(take, tmp_path: Pat
         ({"params": {"lr": "1\t2"}}, r"parameter 'lr' has the control character '\\t' at its character 2"),
         ({"dataset": "\0"}, r"the dataset has the control character '\\x00' at its character 1"),
         ({"tags": {"a//b/": "1"}}, "tag 'a//b/' has an empty part beside a slash"),
+        ({"metrics": {"a/b": 1.0, "a//b": 2.0}}, "metric 'a//b' has an empty part beside a slash"),
     ],
 )
 def test_a_refused_word_is_named_with_its_place(take, tmp_path: Path, words: dict[str, Any], message: str):
