@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..domain.errors import InvalidAdapter, NotAllowed, NotFound, Unavailable
+from ..domain.errors import InvalidAdapter, InvalidInput, NotAllowed, NotFound, Unavailable
 from ..domain.refs import Source
 
 _CONFIG_FILE = "adapter_config.json"
@@ -25,8 +25,9 @@ def hub_folder(source: Source, wanted: Mapping[str, int]) -> Iterator[tuple[Path
     """The adapter's files at `source` while the context lasts, and the source at its commit.
 
     `source` is `hf://ORG/REPO[/FOLDER]@REVISION`. `wanted` has the names, and the bytes that each may have; a listing
-    without sizes leaves that to who reads them. Raises `NotFound` (also where no adapter is listed), `NotAllowed` (a
-    gated repository), `InvalidAdapter` (a file is too large) or `Unavailable` (offline, or no client is installed).
+    without sizes leaves that to who reads them. Raises `InvalidInput` (no name of a repository), `NotFound` (also where
+    no adapter is listed), `NotAllowed` (a gated repository), `InvalidAdapter` (a file is too large) or `Unavailable`
+    (offline, or no client is installed).
     """
     if find_spec("huggingface_hub") is None:
         raise Unavailable(
@@ -39,6 +40,7 @@ def hub_folder(source: Source, wanted: Mapping[str, int]) -> Iterator[tuple[Path
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -63,6 +65,10 @@ def hub_folder(source: Source, wanted: Mapping[str, int]) -> Iterator[tuple[Path
             for name in wanted:
                 if prefix + name in sizes:
                     api.hf_hub_download(repository, prefix + name, revision=info.sha, local_dir=folder)
+        except HFValidationError as error:
+            raise InvalidInput(
+                f"{source} cannot be a repository: {error}", hint="write hf://ORG/REPO@REVISION"
+            ) from error
         except GatedRepoError as error:
             raise NotAllowed(
                 f"{source} is gated", hint="accept its terms on the hub and run `hf auth login`"

@@ -141,7 +141,13 @@ def test_an_adapter_in_a_folder_of_a_repository_is_found_and_named(hub, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("source", "code"), [("hf://org/adapter@nonsense", "not_found"), ("hf://org/nothing@main", "not_found")]
+    ("source", "code"),
+    [
+        ("hf://org/adapter@nonsense", "not_found"),
+        ("hf://org/nothing@main", "not_found"),
+        ("hf://org/two--dashes@main", "invalid_input"),
+        ("hf://../..@main", "invalid_input"),
+    ],
 )
 def test_what_is_not_there_is_said(hub, tmp_path, source, code):
     assert fetch(source, tmp_path, hub.server_port)["code"] == code
