@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..domain.errors import Corrupt, Misconfigured, NotAllowed, NotFound, Unavailable
 from ..settings import MLFLOW_DATABASE
-from .mlflow_server import ENVIRONMENT, artifact_root, client_uri, embedded_uri
+from .mlflow_server import ENVIRONMENT, artifact_root, client_uri, embedded_uri, without_password
 
 for _name, _value in ENVIRONMENT.items():  # read by MLflow while it is imported
     os.environ.setdefault(_name, _value)
@@ -181,7 +181,7 @@ class Mlflow:
             raise Misconfigured(
                 f"MLflow's experiment {EXPERIMENT!r} belongs to {f'registry {owner}' if owner else 'someone else'},"
                 f" the ledger is registry {self._registry_id}",
-                hint=f"{self.uri} was made with another home; use that one",
+                hint=f"{without_password(self.uri)} was made with another home; use that one",
             )
         return str(experiment.experiment_id)
 
@@ -302,7 +302,7 @@ class Mlflow:
                 number = self.client.get_model_version_by_alias(name, alias).version
             return str(self.client.get_model_version_download_uri(name, number))
         except MlflowException as error:
-            raise NotFound(f"MLflow has no {kind} {location!r}", hint=f"looked at {self.uri}") from error
+            raise NotFound(f"MLflow has no {kind} {location!r}", hint="its pages show what there is") from error
 
     @contextmanager
     def as_global_uri(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sqlalchemy import text
 from tiny import write_tiny_adapter
 
 from adapterctl.bootstrap import connect
-from adapterctl.registry.domain.errors import Misconfigured
+from adapterctl.registry.domain.errors import Misconfigured, NotFound
 from adapterctl.registry.domain.job import JobState
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
@@ -105,6 +106,22 @@ def test_settings_that_hold_a_password_do_not_show_it(shared: Settings):
 
     assert PASSWORD not in shown
     assert "canary" not in shown
+
+
+def test_errors_about_mlflow_do_not_tell_its_password(
+    shared: Settings, registry: LocalRegistry, new_database: Callable[[str], str], postgres_schema: str, tmp_path: Path
+):
+    source = str(write_tiny_adapter(tmp_path / "a"))
+    registry.register(source, name="translate")
+    other = connect(replace(shared, database_url=new_database(postgres_schema)))
+
+    with closing(other.ledger), pytest.raises(Misconfigured, match="belongs to registry") as foreign:
+        other.register(source, name="translate")
+    with pytest.raises(NotFound) as missing:
+        registry.register("models:/nothing/1", name="chat")
+
+    for error in (foreign.value, missing.value):
+        assert PASSWORD not in f"{error.message} {error.hint} {error.abroad}"
 
 
 @pytest.mark.parametrize(
