@@ -113,7 +113,9 @@ def read_facts(config: Mapping[str, Any], header: Header, *, assume_converted: b
     findings = Findings()
     found = tensors_by_module(header, findings, read=_slot, unknown=_add_unknown)
     settings = read_config(config, findings, modules=len(found), assume_converted=assume_converted)
-    modules = [_module(name, found[name], settings, findings) for name in sorted(found)]
+    # refused, and by that alone: PEFT multiplies ranks by the number of experts and nests one wrapper in another
+    known = [] if config.get("target_parameters") else sorted(found)
+    modules = [_module(name, found[name], settings, findings) for name in known]
     raise_all(InvalidAdapter, "the adapter cannot be accepted", findings.problems())
     assert settings is not None  # what could not be read is a finding
     return AdapterFacts(

@@ -368,6 +368,19 @@ def test_shapes_that_disagree_are_refused(tmp_path, a, b, code):
     assert codes_of(write_tiny_adapter(tmp_path, extra=pair)) == {code}
 
 
+def test_experts_in_one_parameter_are_refused_by_that_alone(tmp_path):
+    """As PEFT saves them: the rank of all experts together, and the second parameter under the wrapper of the first."""
+    experts = {"model.layers.0.mlp.experts": (8, 8), "model.layers.0.mlp.experts.base_layer": (8, 8)}
+    config = {
+        "target_parameters": ["gate_up_proj", "down_proj"],
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "rank_pattern": {},
+    }
+
+    assert codes_of(write_tiny_adapter(tmp_path, linear=experts, rank=12, config=config)) == {"target_parameters"}
+
+
 def test_weights_that_are_no_floats_are_refused(tmp_path):
     folder = write_tiny_adapter(tmp_path, dtype="F32")
     path = folder / "adapter_model.safetensors"
