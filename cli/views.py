@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Check,
         Converted,
         DiffView,
+        EventView,
         GarbageView,
         GateCheck,
         GatesView,
@@ -432,6 +433,29 @@ def history_text(view: HistoryView, out: Output) -> str:
         return f"{view.name}: no stage has changed yet"
     header = ["#", "WHEN (UTC)", "STAGE", "ACTION", "VERSION", "BEFORE", "WHO", "HASH", "EVIDENCE", "REASON"]
     return out.table(header, rows, right={0})
+
+
+def events_table(events: Sequence[EventView], out: Output) -> str:
+    if not events:
+        return "nothing happened"
+    rows = [
+        [str(e.id), when(e.at), e.kind, _about(e), e.stage or "-", e.previous or "-", e.actor, e.reason] for e in events
+    ]
+    return out.table(["#", "WHEN (UTC)", "WHAT", "OF", "STAGE", "BEFORE", "WHO", "REASON"], rows, right={0})
+
+
+def feed_text(event: EventView) -> str:
+    """An event in one line, for those who watch."""
+    at = event.at.replace("T", " ").removesuffix("Z")
+    stage = f"  {event.stage}" if event.stage else ""
+    before = f" (was {event.previous})" if event.previous else ""
+    reason = f": {event.reason}" if event.reason else ""
+    return printable(f"{event.id}  {at}  {event.kind:<8} {_about(event)}{stage}{before}, by {event.actor}{reason}")
+
+
+def _about(event: EventView) -> str:
+    """The version; the adapter where there is none, as when a stage was emptied."""
+    return event.ref or event.name or "-"
 
 
 def stage_event_text(event: StageEventView) -> str:

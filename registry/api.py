@@ -18,6 +18,7 @@ from .domain.access import EVERY_NAME, Scope, Token
 from .domain.base_dtype import FULL
 from .domain.errors import AdapterctlError
 from .domain.evals import EvalReport, Interval
+from .domain.event import EventKind
 from .domain.job import Job, JobEvent, LogPiece, QueueDepth
 from .domain.lycoris import Conversion, Method
 from .domain.plan import Forecast, Interference, Pair
@@ -511,6 +512,36 @@ class HistoryView:
 
 
 @dataclass(frozen=True, slots=True)
+class EventView:
+    """What happened to the adapter `name`, as it is called now, or to the registry (None); see `domain/event.py`.
+
+    `id` is where to go on after it. `ref` is the version that it is about, which serves `stage` now where a stage
+    moved (None: nothing does), and `previous` the one that did before. `link` leads from the server's root to its page.
+    """
+
+    id: int
+    at: str
+    kind: EventKind
+    name: str | None
+    ref: str | None
+    stage: str
+    previous: str | None
+    actor: str
+    reason: str
+    evidence: str | None
+    link: str
+
+
+@dataclass(frozen=True, slots=True)
+class EventsView:
+    """Events in the order in which they became visible. `cursor` is where to go on, and `more` whether at once."""
+
+    events: tuple[EventView, ...]
+    cursor: int
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
 class GatesView:
     """The gates that count. `gates` is what the file said; `digest` is None where no file was ever set."""
 
@@ -778,6 +809,37 @@ class RegistryAPI(Protocol):
     def history(
         self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None
     ) -> HistoryView: ...
+
+    def events(
+        self,
+        *,
+        after: int | None = 0,
+        name: str | None = None,
+        kind: Sequence[str] = (),
+        stage: str | None = None,
+        limit: int = 100,
+    ) -> EventsView:
+        """What happened after that event, the earliest first; None asks for nothing but the cursor of now.
+
+        `name` is an adapter or a glob of adapters; `kind` of `domain/event.py`, or `move`. No event ever appears before
+        one that was seen. Raises `NotFound` for a name that is no adapter, `InvalidInput` for an event still to come.
+        """
+        ...
+
+    def follow_events(
+        self,
+        *,
+        after: int | None = None,
+        name: str | None = None,
+        kind: Sequence[str] = (),
+        stage: str | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> Iterator[EventView]:
+        """Each event after that one, once, and those to come as they come; ends only where its caller stops.
+
+        Goes on for two minutes where the database or the server is gone, and `tell`s so; then raises `Unavailable`.
+        """
+        ...
 
     # gates
     def gates(self) -> GatesView: ...

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from .domain.access import Caller, Scope, Token
 from .domain.evals import EvalReport
+from .domain.event import Event, EventKind
 from .domain.job import Job, JobEvent, JobState, LogPiece, NewJob, Progress, QueueDepth
 from .domain.recall import Recall, RecallAction, Recalls
 from .domain.stage import ApprovalAction, MoveAction, NoteAction, StageEvent
@@ -423,6 +424,22 @@ class Ledger(Protocol):
 
     def stage_history(self, adapter_id: str, stage: str | None = None) -> list[StageEvent]:
         """The chain of an adapter (over all its stages), oldest first; `stage` filters what is returned."""
+        ...
+
+    def feed(
+        self,
+        after: int | None,
+        *,
+        limit: int,
+        kinds: Sequence[EventKind] = (),
+        stage: str | None = None,
+        names: str | None = None,
+    ) -> tuple[list[Event], int]:
+        """The first events after that one (None: the last one), and the id of the last one that there is.
+
+        Whoever has seen an event meets none before it later. `names` is a glob of adapters as they are called now.
+        Raises `InvalidInput` for an event that is still to come: it was of another ledger, or of one that was restored.
+        """
         ...
 
     def decisions(self, digests: Sequence[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from ...registry.domain.stage import Head
 from .. import parse, views
 from ..complete import complete_names, complete_refs, complete_stages
 from ..connect import Session, add_verbs
+from ..feed import show_events
 from ..output import printable
 from ..signing import sign as sign_head
 from ..signing import signature_findings
@@ -127,10 +128,21 @@ def adopt(session: Session, name: Name, stage: Stage, reason: Reason = "", force
 
 def history(
     session: Session,
-    name: Name,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="An adapter.  [default: all]", autocompletion=complete_names),
+    ] = None,
     stage: Annotated[
         str | None, typer.Option(metavar="STAGE", help="Changes of this stage only.", autocompletion=complete_stages)
     ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND", help="Events of this kind only, e.g. merge, recall; move is any of a stage."),
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option(metavar="ID", help="Events after that one; 'now' waits for those to come.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens, until Ctrl-C.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check that no row was edited, removed or added.")] = False,
     head: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A head kept elsewhere: finds a cut or rewritten history.")
@@ -145,13 +157,23 @@ def history(
         Path | None, typer.Option(metavar="FILE", help="With --export-head: a private key to sign it with, Ed25519.")
     ] = None,
 ) -> None:
-    """Show every change of an adapter's stages.
+    """Show every change of an adapter's stages, or all that happened.
 
     Who, what, when and why; also what a server saw being done to it in MLflow. Exits with 1 when --verify
-    finds something.
+    finds something. Without NAME, or with --follow, --after or --kind, the events of the registry: what was
+    registered, merged, recalled and removed as well. NAME may be a glob then.
 
     Example: adapterctl history translate-chat --verify
     """
+    checks = {"--verify": verify, "--head": head, "--key": key, "--export-head": export_head, "--sign": sign}
+    if name is None or kind or after is not None or follow or {"*", "?", "["} & set(name):
+        given = [option for option, value in checks.items() if value]
+        if given:
+            raise InvalidInput(
+                f"{given[0]} is for the whole history of one adapter", hint=f"adapterctl history NAME {given[0]}"
+            )
+        show_events(session, after, follow, name=name, kind=kind or (), stage=stage)
+        return
     if head is not None and not verify:
         raise InvalidInput("--head is for --verify", hint=f"adapterctl history {name} --verify --head {head}")
     if key is not None and head is None:

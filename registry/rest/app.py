@@ -6,13 +6,15 @@ Made by the composition root, run by `adapterctl serve` under uvicorn, or by any
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 from asyncio import create_task, sleep
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import lru_cache
-from threading import Lock, Thread
+from threading import Event, Lock, Thread, current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -54,12 +56,14 @@ _log = logging.getLogger("adapterctl.rest")
 
 def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_app: Any = None, *, version: str) -> Door:
     """Everything that one address serves."""
+    leaving = Event()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             waking = create_task(_wake_again(registry))
             stack.callback(waking.cancel)
+            stack.enter_context(_set_by_signals(leaving))
             if mlflow_app is not None:  # a mounted application is not told of start and end by itself
                 await stack.enter_async_context(mlflow_app.router.lifespan_context(mlflow_app))
             yield
@@ -93,7 +97,7 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
     areas |= {"/v1/openapi.json", "/metrics", *OPEN_PATHS}
     door = Door(app, rules, lookup, metrics, areas, witness)
     app.state.acting, app.state.access, app.state.door = acting, access, door
-    app.state.desk, app.state.turns = Desk(registry), Turns()
+    app.state.desk, app.state.turns, app.state.leaving = Desk(registry), Turns(), leaving
     app.state.upload_bytes = rules.upload_bytes
     # not `include_router`: FastAPI tries every route of an included router twice, a third of what a request costs
     app.routes.extend(sorted((*router.routes, *pages.routes), key=_is_seldom))
@@ -112,6 +116,35 @@ async def _wake_again(registry: ServedRegistry) -> None:
             await run_in_threadpool(registry.wake_for_unattended)
         except (AdapterctlError, OSError) as error:  # next time, perhaps
             _log.warning("it is not known whether jobs wait for nobody: %s", error)
+
+
+@contextmanager
+def _set_by_signals(leaving: Event) -> Iterator[None]:
+    """Set the event where the process is told to end.
+
+    A server tells its application of that only when every answer was given, and a stream of events has no end.
+    """
+    if current_thread() is not main_thread():
+        yield
+        return
+
+    def listen_to(number: int, then: Callable[[int, FrameType | None], object]) -> None:
+        def heard(number: int, frame: FrameType | None) -> None:
+            leaving.set()
+            then(number, frame)
+
+        signal.signal(number, heard)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if callable(handler):
+            listen_to(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if callable(handler):
+                signal.signal(number, handler)
 
 
 class _Beside(Mount):

@@ -23,6 +23,8 @@ from ..api import (
     Check,
     DiffView,
     Direction,
+    EventsView,
+    EventView,
     GarbageView,
     GateCheck,
     GatesView,
@@ -53,7 +55,7 @@ from ..domain.suite import Suite
 from ..domain.tuning import TuneRequest
 from ..domain.verdict import Decision
 from ..domain.version import Base, FileRecord
-from ..patience import patiently
+from ..patience import listen_patiently, patiently
 from .problems import from_problem
 from .transport import Answer, Http, NoAnswer, Transport
 
@@ -275,7 +277,7 @@ class RemoteRegistry:
         while not job.ended:
             _check_time(job, timeout_s, deadline)
             try:
-                for kind, event_id, data in self._events(job_id, seen, deadline):
+                for kind, event_id, data in self._messages(f"/v1/jobs/{_quoted(job_id)}/events", seen, deadline):
                     broken = 0
                     if kind == "event":
                         seen = event_id
@@ -378,6 +380,52 @@ class RemoteRegistry:
     ) -> HistoryView:
         query = {"stage": stage, "verify": "true" if verify else None, "head": head}
         return self._get(f"/v1/adapters/{_quoted(name)}/history", HistoryView, query)
+
+    def events(
+        self,
+        *,
+        after: int | None = 0,
+        name: str | None = None,
+        kind: Sequence[str] = (),
+        stage: str | None = None,
+        limit: int = 100,
+    ) -> EventsView:
+        query = {"after": "now" if after is None else after, "name": name, "kind": list(kind), "stage": stage}
+        found: tuple[EventView, ...] = ()
+        while True:
+            page = self._get("/v1/events", dict[str, Any], {**query, "max_results": min(PAGE, limit - len(found))})
+            found += wire.from_builtins(page["events"], tuple[EventView, ...])
+            more = page["next_page_token"] is not None
+            if not more or len(found) >= limit:
+                return EventsView(found, page["cursor"], more)
+            query["after"] = page["cursor"]
+
+    def follow_events(
+        self,
+        *,
+        after: int | None = None,
+        name: str | None = None,
+        kind: Sequence[str] = (),
+        stage: str | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> Iterator[EventView]:
+        # `after` is for the first visit; later, the id that was seen last counts
+        start = "now" if after is None else after
+        target = _target("/v1/events", {"after": start, "name": name, "kind": list(kind), "stage": stage})
+        return listen_patiently(lambda place: self._listen(target, place), after, known=self._answered, tell=tell)
+
+    def _listen(self, target: str, after: int | None) -> Iterator[tuple[int, EventView | None]]:
+        broken = 0
+        while True:
+            try:
+                for kind, event_id, data in self._messages(target, after):
+                    broken, after = 0, event_id
+                    yield event_id, wire.from_json(data, EventView) if kind == "event" else None
+            except (OSError, http.client.HTTPException) as error:
+                broken += 1
+                if broken >= TRIES:
+                    raise self._unreachable(error) from error
+            time.sleep(0.1 * 2**broken)
 
     # gates
 
@@ -507,11 +555,15 @@ class RemoteRegistry:
                 time.sleep(0.1 * 3 ** (attempt - 1))
         raise AssertionError("unreachable")
 
-    def _events(self, job_id: str, seen: int, deadline: float | None) -> Iterator[tuple[str, int, bytes]]:
-        """(kind, id, data) of the job's event stream; ends quietly at the deadline."""
+    def _messages(
+        self, target: str, seen: int | None, deadline: float | None = None
+    ) -> Iterator[tuple[str, int, bytes]]:
+        """(kind, id, data) of a stream of events; the kind is empty where an id comes alone. Ends at the deadline."""
         silence = SILENT_S if deadline is None else max(0.05, min(SILENT_S, deadline - time.monotonic()))
-        headers = self._headers() | {"Accept": "text/event-stream", "Last-Event-ID": str(seen)}
-        answer = self._transport.send("GET", f"/v1/jobs/{_quoted(job_id)}/events", headers, None, silence)
+        headers = self._headers() | {"Accept": "text/event-stream"}
+        if seen is not None:
+            headers["Last-Event-ID"] = str(seen)
+        answer = self._transport.send("GET", target, headers, None, silence)
         with closing(answer):
             if answer.status >= 300:
                 _checked(answer)
@@ -522,8 +574,8 @@ class RemoteRegistry:
                 name, _, value = line.rstrip(b"\r\n").partition(b": ")
                 if name:
                     fields[name] = value
-                elif b"event" in fields:
-                    yield fields[b"event"].decode(), int(fields.get(b"id", b"0")), fields.get(b"data", b"")
+                elif fields:
+                    yield fields.get(b"event", b"").decode(), int(fields.get(b"id", b"0")), fields.get(b"data", b"")
                     fields = {}
 
     def _download(self, path: str, record: FileRecord, target: Path) -> None:

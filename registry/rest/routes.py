@@ -20,7 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, Response
 
 from .. import wire
 from ..api import (
@@ -28,6 +28,8 @@ from ..api import (
     Check,
     DiffView,
     Direction,
+    EventsView,
+    EventView,
     GarbageView,
     GateCheck,
     GatesView,
@@ -59,7 +61,7 @@ from ..domain.suite import Suite, check_known_suite
 from ..domain.verdict import Decision
 from ..domain.version import Base
 from . import bodies
-from .events import job_events
+from .events import job_events, registry_events, stream
 from .problems import RESPONSES
 from .replays import Repeatable
 from .upload import RECEIVED_PARTS, receive
@@ -139,6 +141,15 @@ class JobPage:
 
 
 @dataclass(frozen=True, slots=True)
+class EventPage:
+    """`cursor` is where to go on later, as `after` or as `Last-Event-ID`, also where nothing was found."""
+
+    events: tuple[EventView, ...]
+    cursor: int
+    next_page_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BaseView:
     base: Base
     spellings: tuple[str, ...]
@@ -152,6 +163,9 @@ class Taken:
 def _json_body(schema: Mapping[str, Any]) -> dict[str, Any]:
     """What the description says of a body that is read by `wire`, not by pydantic."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": dict(schema)}}}}
+
+
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 # adapters and versions
@@ -423,6 +437,37 @@ def history(name: str, call: Read, stage: Text = None, verify: bool = False, hea
     return _reply(call.registry.history(check_name(name), stage=stage, verify=verify, head=head))
 
 
+@router.get("/events", response_model=EventPage, responses=_STREAM)
+def events(
+    request: Request,
+    call: Read,
+    after: Annotated[str, Query(pattern=r"^(now|\d{1,18})$", description="The id of an event, or now.")] = "0",
+    name: Annotated[str | None, Query(max_length=512, description="An adapter, or a glob of adapters.")] = None,
+    kind: Annotated[list[str] | None, Query(max_length=32, description="move means every move of a stage.")] = None,
+    stage: Text = None,
+    max_results: MaxResults = 100,
+    page_token: PageToken = None,
+) -> Response:
+    """What happened in the registry, the earliest first: as JSON, or as server-sent events (Accept: text/event-stream).
+
+    The stream goes on with what happens, from `Last-Event-ID` where a client comes back. No event ever appears before
+    one that was seen. It sends messages `event`, each with its id, and in between the id up to which there was nothing.
+    """
+
+    def look(after: int | None) -> EventsView:
+        return call.registry.events(after=after, name=name, kind=kind or (), stage=stage, limit=max_results)
+
+    start = None if after == "now" else int(after)
+    if not _wants_stream(request):
+        page = look(_place(page_token) if page_token else start)
+        return _reply(EventPage(page.events, page.cursor, _token([page.cursor]) if page.more else None))
+    seen = _last_event_id(request)
+    start = start if seen is None else seen
+    # what is wrong with the question is told before the stream begins
+    cursor = look(start).cursor
+    return stream(registry_events(look, cursor if start is None else start, request.app.state.leaving))
+
+
 # gates
 
 
@@ -572,22 +617,22 @@ def job(job_id: str, call: Read) -> Response:
 @router.get(
     "/jobs/{job_id}/events",
     response_model=list[JobEvent],
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=_STREAM,
 )
-def events(request: Request, job_id: str, call: Read, after: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0) -> Response:
+def events_of_job(
+    request: Request, job_id: str, call: Read, after: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0
+) -> Response:
     """What happened to a job: as JSON, or as server-sent events until it ended (Accept: text/event-stream).
 
     Events of the stream: `event`, one line of the history, with its number as id; `job`, the job whenever it changed;
     `end`. A client that comes back sends `Last-Event-ID`.
     """
     call.registry.job(job_id)
-    if "text/event-stream" not in request.headers.get("accept", ""):
+    if not _wants_stream(request):
         return _reply(call.registry.job_events(job_id, after))
-    seen = request.headers.get("last-event-id", "")
-    start = int(seen) if seen.isascii() and seen.isdigit() and len(seen) < 10 else after
-    return StreamingResponse(
-        job_events(call.registry, job_id, start), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
-    )
+    seen = _last_event_id(request)
+    start = after if seen is None else seen
+    return stream(job_events(call.registry, job_id, start, request.app.state.leaving))
 
 
 @router.get("/jobs/{job_id}/log", response_model=list[LogPiece])
@@ -792,6 +837,16 @@ def _accepted(value: Any, job: Job) -> Response:
     return _reply(value, status=202, headers=headers)
 
 
+def _wants_stream(request: Request) -> bool:
+    return "text/event-stream" in request.headers.get("accept", "")
+
+
+def _last_event_id(request: Request) -> int | None:
+    """What a client that comes back has seen."""
+    seen = request.headers.get("last-event-id", "")
+    return int(seen) if seen.isascii() and seen.isdigit() and len(seen) < 10 else None
+
+
 def _submitted(submitted: Submitted) -> Response:
     if submitted.job is not None:
         return _accepted(submitted, submitted.job)
@@ -861,6 +916,13 @@ def _read_token(token: str) -> list[Any]:
     if not isinstance(key, list) or not key:
         raise _bad_token()
     return key
+
+
+def _place(page_token: str) -> int:
+    place = _read_token(page_token)[0]
+    if not isinstance(place, int) or isinstance(place, bool):
+        raise _bad_token()
+    return place
 
 
 def _bad_token() -> InvalidInput:

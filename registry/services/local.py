@@ -23,6 +23,8 @@ from ..api import (
     DiffView,
     Direction,
     Drawing,
+    EventsView,
+    EventView,
     GarbageView,
     GateCheck,
     GatesView,
@@ -56,7 +58,7 @@ from ..domain.tuning import TuneRequest
 from ..domain.verdict import Decision
 from ..domain.version import Base
 from ..domain.worker import Worker
-from ..patience import patiently
+from ..patience import listen_patiently, patiently
 from ..ports import Access, Doorbell, Folders, Ledger, VersionStore
 from ..settings import Settings
 from . import (
@@ -65,6 +67,7 @@ from . import (
     diff,
     doctor,
     evaluate,
+    feed,
     garbage,
     gates,
     import_results,
@@ -500,6 +503,29 @@ class LocalRegistry:
     ) -> HistoryView:
         names = self.settings.stages
         return stage_history(self.ledger, name, names=names, stage=stage, verify=verify, head=head)
+
+    def events(
+        self,
+        *,
+        after: int | None = 0,
+        name: str | None = None,
+        kind: Sequence[str] = (),
+        stage: str | None = None,
+        limit: int = 100,
+    ) -> EventsView:
+        return feed.events(self.ledger, after, feed.read_filter(name, kind, stage), limit=limit)
+
+    def follow_events(
+        self,
+        *,
+        after: int | None = None,
+        name: str | None = None,
+        kind: Sequence[str] = (),
+        stage: str | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> Iterator[EventView]:
+        asked = feed.read_filter(name, kind, stage)
+        return listen_patiently(lambda place: feed.listen(self.ledger, place, asked), after, known=True, tell=tell)
 
     # gates
 

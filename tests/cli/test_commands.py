@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -473,6 +474,56 @@ def test_stages_are_promoted_rolled_back_and_remembered(run: Run, pair: Path, ad
     assert [event["action"] for event in history.data["events"]] == ["promote", "promote", "rollback", "demote"]
     assert history.data["findings"] == []
     assert "every link holds" in history.stderr
+
+
+def test_history_of_no_adapter_tells_what_happened_in_the_registry(run: Run, pair: Path):
+    run("promote", "translate:v1", "--to", "production", "--reason", "fits")
+    run("recall", "chat:v1", "--reason", "leaked")
+
+    table = run("history").stdout.splitlines()
+    assert [line.split()[3:5] for line in table[1:]] == [
+        ["register", "translate:v1"],
+        ["register", "chat:v1"],
+        ["promote", "translate:v1"],
+        ["recall", "chat:v1"],
+    ]
+    events = run("history", "-o", "json").data
+    assert [(event["id"], event["kind"], event["ref"]) for event in events][2] == (3, "promote", "translate:v1")
+    assert run("history", "t*", "-q").stdout.split() == ["1", "3"]
+    assert run("history", "--kind", "move", "--kind", "recall", "-q").stdout.split() == ["3", "4"]
+    assert run("history", "--stage", "production", "--after", "2", "-q").stdout.split() == ["3"]
+    assert run("history", "--after", "now").stdout == "nothing happened\n"
+    assert run("history", "translate", "--after", "3", "-o", "json").data == []
+    assert run("history", "translate", "-o", "json").data["name"] == "translate"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--verify",), 2, "--verify is for the whole history of one adapter"),
+        (("translate", "--follow", "--export-head", "file"), 2, "--export-head is for the whole history"),
+        (("--kind", "promoted"), 2, "no kind of event"),
+        (("--after", "yesterday"), 2, "'yesterday' is no event"),
+        (("--after", "7"), 2, "event 7 is not there, the last one is 2"),
+        (("nobody", "--follow"), 3, "no adapter 'nobody'"),
+    ],
+)
+def test_events_that_cannot_be_shown_are_refused(run: Run, pair: Path, words: tuple[str, ...], code: int, said: str):
+    assert said in run("history", *words, code=code).stderr
+
+
+def test_history_that_is_followed_goes_on_until_it_is_left(run: Run, pair: Path):
+    command = [sys.executable, "-m", "adapterctl", "history", "-f", "-o", "json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as following:
+        first = [json.loads(following.stdout.readline()) for _ in range(2)]
+        run("promote", "translate:v1", "--to", "production", "--reason", "fits")
+        later = json.loads(following.stdout.readline())
+        following.send_signal(signal.SIGINT)
+        rest, said = following.communicate(timeout=60)
+
+    assert [event["kind"] for event in first] == ["register", "register"]
+    assert (later["id"], later["kind"], later["ref"], later["previous"]) == (3, "promote", "translate:v1", None)
+    assert (following.returncode, rest, said) == (130, "", "")
 
 
 def test_history_finds_a_head_that_is_no_longer_there(run: Run, pair: Path, tmp_path: Path):

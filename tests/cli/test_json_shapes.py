@@ -20,6 +20,7 @@ COMMANDS = {
     "method": "methods svd",
     "lineage": "lineage translate-chat:v1",
     "history": "history translate",
+    "events": "history --kind merge",
     "jobs-ls": "jobs ls",
     "base-ls": "base ls",
     "doctor": "doctor",

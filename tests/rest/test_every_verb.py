@@ -36,6 +36,7 @@ from adapterctl.registry.domain.recipe import LayerWeights, MergeRequest, Resize
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.domain.stage import Head
 from adapterctl.registry.domain.tuning import TuneRequest
+from adapterctl.registry.rest import events as events_over_rest
 from adapterctl.registry.services.bake import bake
 from adapterctl.registry.services.carry import LISTING, export, read_family, take_in
 from adapterctl.registry.services.layouts import lay_out
@@ -839,6 +840,56 @@ def test_what_nobody_refers_to_is_told_and_then_freed(registry: RegistryAPI, mer
     assert registry.verify(ref(merged)).files == "intact"
     with pytest.raises(InvalidInput, match="older_than_s"):
         registry.gc(older_than_s=-1.0)
+
+
+def test_what_happened_is_told_in_pages_and_as_it_goes_on(
+    registry: RegistryAPI, add: Add, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(events_over_rest, "LIFE_S", 0.1)  # a client in this process gets a stream when it has ended
+    before = registry.events(after=None)
+    version, other = add(tags={"team": "mt"}), add()
+    registry.promote(ref(version), to="production", reason="fits")
+    registry.recall(ref(other), reason="leaked")
+    registry.demote(version.name, stage="production")
+
+    found = registry.events(after=before.cursor)
+    first = registry.events(after=before.cursor, limit=2)
+    rest = registry.events(after=first.cursor)
+
+    assert (before.events, before.more, found.more, first.more) == ((), False, False, True)
+    assert [(each.kind, each.name, each.ref, each.stage, each.previous, each.reason) for each in found.events] == [
+        ("register", version.name, version.ref, "", None, ""),
+        ("register", other.name, other.ref, "", None, ""),
+        ("promote", version.name, version.ref, "production", None, "fits"),
+        ("recall", other.name, other.ref, "", None, "leaked"),
+        ("demote", version.name, None, "production", version.ref, ""),
+    ]
+    assert {each.actor for each in found.events} == {version.created_by}
+    assert found.events[0].link == f"/adapters/{version.name}/v1"
+    assert found.events[0].at == version.created_at
+    assert first.events + rest.events == found.events
+    assert found.cursor == rest.cursor == found.events[-1].id
+    moves = registry.events(after=before.cursor, name=f"{version.name}*", kind=["move"], stage="production").events
+    assert [each.kind for each in moves] == ["promote", "demote"]
+    following = registry.follow_events(after=before.cursor, kind=["move", "recall"])
+    assert [next(following).kind for _ in range(3)] == ["promote", "recall", "demote"]
+    registry.approve(ref(version), to="production")
+    assert next(registry.follow_events(after=found.cursor, name=version.name)).kind == "approve"
+
+
+def test_events_that_cannot_be_told_are_refused(registry: RegistryAPI, add: Add):
+    add()
+
+    for wrong in ({"kind": ["promoted"]}, {"name": "Not a name"}, {"after": 10**8}, {"after": -1}, {"limit": 0}):
+        with pytest.raises(InvalidInput):
+            registry.events(**wrong)
+    with pytest.raises(NotFound, match="nobody"):
+        registry.events(name="nobody")
+    with pytest.raises(NotFound, match="nobody"):
+        next(registry.follow_events(after=0, name="nobody"))
+    for wrong in ({"kind": ["promoted"]}, {"after": 10**8}, {"after": -1}):
+        with pytest.raises(InvalidInput):
+            next(registry.follow_events(**wrong))
 
 
 def test_every_verb_is_in_these_tests():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -45,22 +46,33 @@ def test_following_outlasts_a_database_that_is_gone_and_its_address_stays_inside
         serving = threading.Thread(target=server.run, args=[[socket]], daemon=True)
         serving.start()
         url = f"http://127.0.0.1:{socket.getsockname()[1]}"
-        following = subprocess.Popen(
-            [sys.executable, "-m", "adapterctl", "jobs", "logs", "-f", job.id],
-            env=os.environ | {"ADAPTERCTL_SERVER": url, "ADAPTERCTL_TOKEN": secret},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        with closing(registry.ledger), following:
+        registry.set_gates({"gates": []})
+
+        def follow(*words: str) -> subprocess.Popen[str]:
+            return subprocess.Popen(
+                [sys.executable, "-m", "adapterctl", *words],
+                env=os.environ | {"ADAPTERCTL_SERVER": url, "ADAPTERCTL_TOKEN": secret},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+
+        following, watching = follow("jobs", "logs", "-f", job.id), follow("history", "--follow", "-o", "name")
+        with closing(registry.ledger), following, watching:
             first = following.stdout.readline()
+            assert watching.stdout.readline() == "1\n"
             database.stop()
             warned = following.stderr.readline()
+            assert "nothing will be missed, asking again for 120 s" in watching.stderr.readline()
             with pytest.raises(Unavailable) as met:
                 remote(url, secret).job(job.id)
             database.process = database.start()
             until_it_answers(lambda: registry.cancel(job.id))
             rest, said = following.communicate(timeout=120)
+            registry.set_gates({"gates": [{"stage": "production", "tags": ["owner"]}]})
+            assert watching.stdout.readline() == "2\n"
+            watching.send_signal(signal.SIGINT)
+            assert (watching.wait(30), watching.stderr.read()) == (130, "")
         server.should_exit = True
         serving.join(30)
 

@@ -48,6 +48,7 @@ NEEDED = {
         "GET /v1/bases",
         "GET /v1/diff",
         "GET /v1/doctor",
+        "GET /v1/events",
         "GET /v1/jobs",
         "GET /v1/jobs/{job_id}",
         "GET /v1/jobs/{job_id}/events",

@@ -163,17 +163,19 @@ def edges_at(connection: Connection, column: Column[str], nodes: Iterable[str]) 
     return [Edge(*row) for row in rows(connection, _EDGES_AT[column.name], these(nodes))]
 
 
-def add_recall(connection: Connection, version_id: str, action: RecallAction, *, actor: str, reason: str) -> Recall:
-    """Append a row, unless the version stands so already: then the row that says so is returned."""
+def add_recall(
+    connection: Connection, version_id: str, action: RecallAction, *, actor: str, reason: str
+) -> tuple[Recall, int | None]:
+    """Append a row, and give its id; or the row that says so already, and None."""
     lock_recalls(connection)
     last = _newest(connection, version_id)
     if last is not None and last.action == action:
-        return last
+        return last, None
     row = {"version_id": version_id, "action": action, "reason": reason, "actor": actor, "at": Now()}
-    connection.execute(insert(recall).values(row))
+    row_id = connection.execute(insert(recall).values(row).returning(recall.c.id)).scalar_one()
     added = _newest(connection, version_id)
     assert added is not None
-    return added
+    return added, row_id
 
 
 def lock_recalls(connection: Connection, *, shared: bool = False) -> None:

@@ -23,6 +23,7 @@ from ... import wire
 from ...crashpoints import reached
 from ...domain.errors import Conflict, DecisionOutdated, HasDescendants, InvalidInput, NotFound, Refused, StageMoved
 from ...domain.evals import REGISTERED, EvalReport
+from ...domain.event import RECALLS, EventKind
 from ...domain.job import Job, JobState, NewJob
 from ...domain.recall import DESCENT, Recall, RecallAction, Recalls
 from ...domain.refs import first_few
@@ -41,6 +42,7 @@ from ...domain.version import (
 )
 from ...ports import GateFile, Lock
 from .engine import Database, Now, among, insert_once, rows, these
+from .feed import FeedRows, tell
 from .graph import add_recall, check_not_recalled, descend, edges_at, labels, lock_recalls, recalled, walk
 from .jobs import JobRows, end_job, held, queue_jobs
 from .tables import (
@@ -70,7 +72,7 @@ DETAILS_KEPT = 64
 VERSIONS_KEPT = 256
 
 
-class SqlLedger(JobRows, WorkerRows):
+class SqlLedger(JobRows, WorkerRows, FeedRows):
     """`registry.ports.Ledger` on a database whose tables exist (see `migrations.migrate`)."""
 
     def __init__(self, database: Database) -> None:
@@ -331,6 +333,9 @@ class SqlLedger(JobRows, WorkerRows):
                     raise Conflict(
                         f"job {job[0]} is no longer running as attempt {job[1]}", hint=f"adapterctl jobs show {job[0]}"
                     )
+            if known is None:
+                made: EventKind = "merge" if spec.kind == "merge" else "register"
+                tell(connection, made, adapter_id=adapter_id, version_id=version_id)
             reached("ledger.writing")
         reached("ledger.committed")
         return self._existing_version(version_id)
@@ -346,9 +351,10 @@ class SqlLedger(JobRows, WorkerRows):
             if not lost:
                 _check_childless(connection, version_id, label)
             _check_unheld(connection, version_id, label)
-            connection.execute(
-                update(version).where(version.c.id == version_id, version.c.state == "live").values(removed)
-            )
+            live = update(version).where(version.c.id == version_id, version.c.state == "live")
+            adapter_id = connection.execute(live.values(removed).returning(version.c.adapter_id)).scalar_one_or_none()
+            if adapter_id is not None:
+                tell(connection, "remove", adapter_id=adapter_id, version_id=version_id)
 
     def set_metrics(self, version_id: str, metrics: Mapping[str, float], *, source: str) -> None:
         _check_finite(metrics)
@@ -400,8 +406,13 @@ class SqlLedger(JobRows, WorkerRows):
         self, version_id: str, action: RecallAction, *, actor: str, reason: str, then: Sequence[NewJob] = ()
     ) -> tuple[Recall, tuple[Job, ...]]:
         with self._db.write() as connection:
-            added = add_recall(connection, version_id, action, actor=actor, reason=reason)
-            return added, tuple(each for each, _ in queue_jobs(connection, then))
+            said, row = add_recall(connection, version_id, action, actor=actor, reason=reason)
+            queued = tuple(each for each, _ in queue_jobs(connection, then))
+            if row is not None:
+                of = select(version.c.adapter_id).where(version.c.id == version_id)
+                adapter_id = connection.execute(of).scalar_one()
+                tell(connection, RECALLS[action], adapter_id=adapter_id, version_id=version_id, recall_id=row)
+            return said, queued
 
     def recalls(self) -> Recalls:
         with self._db.read() as connection:
@@ -621,7 +632,8 @@ class SqlLedger(JobRows, WorkerRows):
             if current is not None and current.digest == digest:
                 return current
             row = {"digest": digest, "body": body, "set_by": set_by, "at": Now()}
-            connection.execute(insert(gate_file).values(row))
+            added = connection.execute(insert(gate_file).values(row).returning(gate_file.c.id)).scalar_one()
+            tell(connection, "gates", gate_file_id=added)
             found = _gate_file(connection)
         assert found is not None
         return found
@@ -887,7 +899,7 @@ def _append_event(
     previous_id: str | None = None,
     evidence: str | None = None,
 ) -> StageEvent:
-    """One more link of the adapter's chain. The caller holds its lock."""
+    """One more link of the adapter's chain, the last thing that a transaction does. The caller holds its lock."""
     last = _history(connection, adapter_id, newest_only=True)
     new = StageEvent(
         seq=last[0].seq + 1 if last else 1,
@@ -905,6 +917,7 @@ def _append_event(
     ).sealed()
     row = {column.name: getattr(new, column.name) for column in stage_history.columns}
     connection.execute(insert(stage_history).values(row))
+    tell(connection, action, stage=stage_name, adapter_id=adapter_id, version_id=version_id, seq=new.seq)
     return new
 
 

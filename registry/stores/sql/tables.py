@@ -1,8 +1,8 @@
 """Our tables. `migrations/` builds them; a test holds both against each other.
 
-Facts of record (`edge`, `base_assignment`, `stage_history`, `recall`, `decision`, `gate_file`) are append-only by
-triggers. Rules that concurrent writers could break are unique indexes: one live job a key, one live version of the same
-content or recipe in an adapter.
+Facts of record (`edge`, `base_assignment`, `stage_history`, `recall`, `decision`, `gate_file`, `event`) are append-only
+by triggers. Rules that concurrent writers could break are unique indexes: one live job a key, one live version of the
+same content or recipe in an adapter.
 """
 
 from __future__ import annotations
@@ -284,6 +284,25 @@ gate_file = Table(
     Column("set_by", Text, nullable=False),
     Column("at", Float, nullable=False),
 )
+
+# What happened, each row a pointer to the fact that it tells of. Who writes one locks the row of the counter until the
+# commit: numbers become visible in their order. That lock has to be a writer's last, so there are no foreign keys here,
+# whose checks would take others.
+event = Table(
+    "event",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("kind", Text, nullable=False),
+    Column("stage", Text, nullable=False),
+    Column("adapter_id", Text),
+    Column("version_id", Text),
+    Column("seq", Integer),
+    Column("recall_id", Integer),
+    Column("gate_file_id", Integer),
+)
+
+# one row
+event_counter = Table("event_counter", metadata, Column("last", Integer, nullable=False))
 
 # Suites that jobs refer to by digest, whatever became of their files.
 suite = Table(
