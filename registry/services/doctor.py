@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..api import Check
+from ..api import DAY_S, Check
 from ..domain.errors import AdapterctlError, Misconfigured, NotFound, Unavailable
 from ..domain.job import JobState
 from ..domain.worker import QUEUES, Worker, served
@@ -185,13 +185,15 @@ def _recalled(ledger: Ledger) -> Iterator[Check]:
 
 
 def _jobs(settings: Settings, ledger: Ledger) -> Iterator[Check]:
-    failed = ledger.jobs(states=[JobState.FAILED], limit=_MANY + 1)
+    since = ledger.now() - DAY_S  # it is run daily; what failed before was told, and no row of it is ever taken away
+    failed = [job for job in ledger.jobs(states=[JobState.FAILED], limit=_MANY + 1) if (job.ended_at or 0) >= since]
     waiting = sum(depth.jobs for depth in ledger.queue_depths())
     if failed:
+        count = len(failed) if len(failed) <= _MANY else f"more than {_MANY}"
         yield Check(
             "jobs",
             "warning",
-            f"{len(failed) if len(failed) <= _MANY else f'more than {_MANY}'} failed, the last: {failed[0].title}",
+            f"{count} failed within a day, the last: {failed[0].title}",
             f"adapterctl jobs show {failed[0].id}",
         )
     else:

@@ -26,7 +26,7 @@ from tiny_merge import WEIGHTS, deltas, distance, facts_of
 from adapterctl.bootstrap import connect
 from adapterctl.migrations import VERSION_TABLE
 from adapterctl.registry.domain.digest import file_digest
-from adapterctl.registry.domain.job import NewJob
+from adapterctl.registry.domain.job import JobState, NewJob
 
 Run = Callable[..., Any]
 
@@ -360,6 +360,18 @@ def test_all_jobs_that_are_not_ended_are_listed_and_of_others_the_newest(run: Ru
     assert len(some.data) == 100
     assert "the newest 100; --limit N for more" in some.stderr
     assert len(run("jobs", "ls", "--limit", "101", "-q").stdout.split()) == 101
+
+
+def test_doctor_tells_of_a_failed_job_for_a_day(run: Run, home: Path):
+    with closing(connect().ledger) as ledger:
+        job, _ = ledger.submit(NewJob("merge", "k", "merge a b", {}, "ada"))
+        ledger.claim("w", 60)
+        ledger.finish(job.id, 1, JobState.FAILED, error={"code": "failure", "message": "no"})
+
+    assert "1 failed within a day, the last: merge a b" in run("doctor", code=None).stdout
+    with closing(sqlite3.connect(home / "registry.db")) as database, database:
+        database.execute("UPDATE job SET ended_at = ended_at - 86401")
+    assert "0 queued or running" in run("doctor", code=None).stdout
 
 
 def test_register_refuses_a_folder_that_is_no_adapter(run: Run, tmp_path: Path):

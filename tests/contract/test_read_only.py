@@ -7,11 +7,12 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from adapterctl.migrations import migrate
-from adapterctl.registry.domain.errors import Corrupt, Misconfigured, NotAllowed, NotFound
+from adapterctl.registry.domain.errors import Corrupt, Misconfigured, NotAllowed, NotFound, Unavailable
 from adapterctl.registry.domain.job import NewJob
 from adapterctl.registry.domain.version import AdapterVersion
 from adapterctl.registry.ports import Ledger
@@ -112,6 +113,21 @@ def test_a_home_without_a_registry_is_said_to_be_empty(home: Path):
         SqlLedger(Database(sqlite_url(home))).versions()
 
     assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("free", "hint"), [(4096, "its disk is full: free some space there"), (1 << 30, "see `adapterctl doctor`")]
+)
+def test_a_database_that_a_full_disk_keeps_from_being_read_says_so(
+    home: Path, free: int, hint: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    (home / "registry.db").mkdir()  # cannot be opened, whoever asks
+
+    with pytest.raises(Unavailable) as met:
+        SqlLedger(Database(sqlite_url(home))).versions()
+
+    assert met.value.hint == hint
 
 
 def test_a_file_that_is_no_database_is_said_to_be_damaged(home: Path):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -67,6 +68,8 @@ from ...ports import Lock
 BUSY_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10
 MAPPED_BYTES = 1 << 28
+#: What SQLite needs beside its file to read it at all.
+NEEDED_BYTES = 64 << 10
 _SQLITE = "sqlite:///"
 _POSTGRES = ("postgresql", "postgres")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -482,9 +485,10 @@ class _Sqlite:
 
     def in_our_words(self, error: DBAPIError) -> AdapterctlError:
         if isinstance(error, OperationalError):
-            return Unavailable(
-                f"{self.label} cannot be used: {error.orig}", hint="see `adapterctl doctor`", abroad=_UNUSABLE
-            )
+            # SQLite says "disk I/O error", for a read, too: even that takes a little room beside the file
+            full = self._path.parent.exists() and shutil.disk_usage(self._path.parent).free < NEEDED_BYTES
+            hint = "its disk is full: free some space there" if full else "see `adapterctl doctor`"
+            return Unavailable(f"{self.label} cannot be used: {error.orig}", hint=hint, abroad=_UNUSABLE)
         return Corrupt(
             f"{self.label} is damaged: {error.orig}", hint="restore it from a backup", abroad="the ledger is damaged"
         )
