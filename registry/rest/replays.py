@@ -2,8 +2,8 @@
 
 https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/
 Kept for a day in the ledger, so that any server answers. Only success is kept: a request that failed changed nothing
-and may be tried again under its key. Uploads and new tokens are left out: the first are known by their content, the
-answer to the second holds a secret.
+and may be tried again under its key. Left out are uploads, which are known by their content; new tokens, whose answer
+holds a secret; and what only reads, which is done again as it was: nobody who may only read writes to the ledger.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 
+from ..domain.access import Scope
 from ..domain.errors import InvalidInput
 from ..ports import Access, Replay
 
@@ -29,10 +30,12 @@ class Repeatable(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
+        scopes = [getattr(each.call, "needed_scope", Scope.READ) for each in self.dependant.dependencies]
+        changes = any(scope is not Scope.READ for scope in scopes)
 
         async def answer(request: Request) -> Response:
             key = request.headers.get("idempotency-key")
-            if key is None or not _is_repeatable(request):
+            if key is None or not changes or not _is_repeatable(request):
                 return await handle(request)
             if not _KEY.fullmatch(key):
                 raise InvalidInput("Idempotency-Key is not 1 to 255 printable characters", hint="use a UUID")

@@ -276,6 +276,20 @@ def test_a_request_that_failed_may_be_sent_again_under_its_key(served: Any):
     assert (failed.status_code, done.status_code) == (404, 200)
 
 
+def test_what_only_reads_is_not_kept_for_a_second_answer(served: Any, tmp_path: Path):
+    for seed, name in enumerate(("left", "right")):
+        served.registry.register(str(write_tiny_adapter(tmp_path / name, seed=seed)), name=name)
+    headers = {"Idempotency-Key": "k6", **served.auth("read")}
+
+    first, again = (
+        served.client.post("/v1/plans", json={"parents": ["left", "right"]}, headers=headers) for _ in range(2)
+    )
+
+    assert first.status_code == again.status_code == 200
+    assert "idempotent-replayed" not in again.headers
+    assert first.json() == again.json()
+
+
 def test_the_secret_of_a_new_token_is_not_kept_for_a_second_answer(served: Any):
     headers = {"Idempotency-Key": "k5", **served.auth("admin")}
 
