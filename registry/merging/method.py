@@ -143,7 +143,8 @@ def merge_method(
     """Register the decorated function as merge method `name`; its docstring's first line becomes the summary.
 
     Args:
-        exact: True when the result is the weighted sum itself, at every rank that the method accepts.
+        exact: True when the result is the weighted sum itself, at every rank that the method accepts; of a choice
+            (`sum`) up to its limit, as its summary says.
         when: one sentence that says when to choose it.
         cost: work a module, in d (width) and R (sum of the ranks).
         paper: source of the formula.
