@@ -8,11 +8,14 @@ saved by two tools have one digest. Canonical JSON is RFC 8785 (https://www.rfc-
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import rfc8785
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def canonical_json(value: Any) -> bytes:
@@ -29,6 +32,11 @@ def file_digest(path: Path) -> str:
     """SHA-256 (64 hex digits) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_digest(text: str) -> bool:
+    """Whether this is a SHA-256 as all of them are written here: 64 hex digits in lower case."""
+    return _DIGEST.fullmatch(text) is not None
 
 
 def content_digest(

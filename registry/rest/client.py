@@ -7,7 +7,6 @@ Idempotency-Key and is sent again when the connection broke; a stream of events 
 from __future__ import annotations
 
 import http.client
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +45,7 @@ from ..api import (
     VersionView,
 )
 from ..domain.access import EVERY_NAME, Caller, Scope, Token, check_secret
+from ..domain.digest import is_digest
 from ..domain.errors import InvalidInput, Unavailable, WaitTimedOut
 from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece
@@ -70,7 +70,6 @@ WORK_TIMEOUT_S = 900.0
 SILENT_S = 30.0
 TRIES = 4
 _BLOCK = 1 << 20
-_DIGEST = re.compile("[0-9a-f]{64}")
 _OPTIONAL_FILE = "README.md"
 _FILES = ("adapter_config.json", "adapter_model.safetensors", _OPTIONAL_FILE)
 
@@ -506,7 +505,7 @@ class RemoteRegistry:
 
     def _keep_suite(self, suite: str) -> str:
         """The digest of a suite that the server keeps; a file of ours is sent there first."""
-        if _DIGEST.fullmatch(suite) and not Path(suite).exists():
+        if is_digest(suite) and not Path(suite).exists():
             return suite
         return self._post("/v1/suites", self._own.load_suite(Path(suite)), SuiteView).digest
 

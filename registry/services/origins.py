@@ -7,11 +7,11 @@ more and recalls reach further, never less. Such parents are edges of the kind `
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..domain.adapter import AdapterFacts
+from ..domain.digest import is_digest
 from ..domain.errors import Corrupt, InvalidAdapter, Recalled
 from ..domain.header import strict_json_object
 from ..domain.recipe import Recipe
@@ -20,8 +20,6 @@ from ..ports import Ledger, Parent
 from ..wire import from_builtins
 from .recall import check_not_recalled
 from .views import recall_views
-
-_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ def recipe_in(facts: AdapterFacts) -> Recipe | None:
         recipe = from_builtins(strict_json_object(text.encode(), what="adapterctl.recipe"), Recipe)
     except Corrupt as error:
         raise InvalidAdapter(f"the recipe in the header cannot be read: {error.message}") from error
-    if not recipe.parents or not all(_DIGEST.fullmatch(parent.digest) for parent in recipe.parents):
+    if not recipe.parents or not all(is_digest(parent.digest) for parent in recipe.parents):
         raise InvalidAdapter("the recipe in the header names parents by what is no content digest")
     if recipe.digest != facts.metadata.get("adapterctl.recipe_digest"):
         raise InvalidAdapter(

@@ -5,11 +5,11 @@ The file is untrusted: plain YAML, data only from the suite's own folder, sizes 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..api import SuiteView
+from ..domain.digest import is_digest
 from ..domain.errors import InvalidInput, NotFound
 from ..domain.prompts import PromptForm, prompt_form
 from ..domain.suite import Suite, check_suite
@@ -123,5 +123,5 @@ def named_suite(ledger: Ledger, text: str) -> Suite:
 
 def find_suite(ledger: Ledger, text: str) -> Suite:
     """The suite that `text` names: the digest of a kept one, or the path of a YAML file."""
-    kept = ledger.kept_suite(text) if re.fullmatch("[0-9a-f]{64}", text) else None
+    kept = ledger.kept_suite(text) if is_digest(text) else None
     return load_suite(Path(text)) if kept is None else from_json(kept, Suite)

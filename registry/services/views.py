@@ -8,12 +8,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from ..api import AdapterView, ParentView, RecallView, VersionView
-from ..domain.errors import Corrupt
+from ..domain.digest import is_digest
+from ..domain.errors import Corrupt, InvalidAdapter
 from ..domain.evals import HERE, REGISTERED
+from ..domain.header import strict_json_object
 from ..domain.lycoris import CONVERTED, Conversion
 from ..domain.version import AdapterVersion, Edge
 from ..ports import Ledger
-from ..wire import from_json
+from ..wire import from_builtins
 
 
 def iso_time(seconds: float) -> str:
@@ -60,8 +62,9 @@ def version_view(ledger: Ledger, version: AdapterVersion) -> VersionView:
 
 def _conversion(metadata: Mapping[str, str]) -> Conversion | None:
     """What the header of a converted adapter says; None where it says nothing, or nothing that can be read."""
-    with suppress(Corrupt, KeyError):
-        return from_json(metadata[CONVERTED], Conversion)
+    with suppress(Corrupt, InvalidAdapter, KeyError):
+        said = from_builtins(strict_json_object(metadata[CONVERTED].encode(), what=CONVERTED), Conversion)
+        return said if is_digest(said.weights) and is_digest(said.config) else None
     return None
 
 

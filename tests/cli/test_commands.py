@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -20,7 +19,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from tiny import LINEAR, safetensors_bytes, write_tiny_lycoris
+from tiny import LINEAR, header_bytes, safetensors_bytes, write_tiny_lycoris
 from tiny_merge import WEIGHTS, deltas, distance, facts_of
 
 from adapterctl.bootstrap import connect
@@ -37,11 +36,7 @@ def adapter(tmp_path: Path, tiny_adapter: Callable[..., Path]) -> Callable[..., 
     return lambda **options: str(tiny_adapter(tmp_path / f"adapter-{next(made)}", **options))
 
 
-def test_a_loha_is_refused_converted_registered_and_known_by_its_header(
-    run: Run, home: Path, ledger_schema: Path, mlflow_schema: Path, tmp_path: Path
-):
-    shutil.copy(ledger_schema, home / "registry.db")
-    shutil.copy(mlflow_schema, home / "mlflow.db")
+def test_a_loha_is_refused_converted_registered_and_known_by_its_header(pair: Path, run: Run, tmp_path: Path):
     source, out = str(write_tiny_lycoris(tmp_path / "loha")), str(tmp_path / "lora")
 
     refused = run("register", source, "--name", "paint", code=5)
@@ -56,6 +51,22 @@ def test_a_loha_is_refused_converted_registered_and_known_by_its_header(
     assert shown["converted"]["method"] == "loha"
     assert shown["converted"]["weights"] == file_digest(Path(source) / "adapter_model.safetensors")
     assert "exactly from LoHa" in run("show", "paint").stdout
+
+
+def test_a_header_that_says_nothing_true_of_a_conversion_is_passed_over(pair: Path, run: Run, adapter: Any):
+    claim = {"method": "loha", "rev": 1, "weights": "0" * 64, "config": "1" * 64, "dtype": "F32"}
+    claims = ["[" * 100_000, "{}", *(json.dumps(claim | one) for one in ({}, {"method": "x"}, {"weights": "x\x1b[2J"}))]
+
+    for number, said in enumerate(claims):
+        folder = Path(adapter(seed=90 + number))
+        data = (folder / WEIGHTS).read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end]) | {"__metadata__": {"adapterctl.converted": said}}
+        (folder / WEIGHTS).write_bytes(header_bytes(json.dumps(header).encode()) + data[end:])
+        run("register", str(folder), "--name", f"claims-{number}")
+    shown = [run("show", f"claims-{number}", "-o", "json").data["converted"] for number in range(len(claims))]
+
+    assert [each and each["weights"] for each in shown] == [None, None, "0" * 64, None, None]
 
 
 def test_a_conversion_that_is_cut_tells_what_each_module_lost(run: Run, tmp_path: Path):

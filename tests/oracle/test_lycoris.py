@@ -5,6 +5,7 @@ Deltas are held against `get_delta_weight` in float64, to 1e-12; outputs to the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, PeftModel
+from peft import LoHaConfig, LoKrConfig, PeftModel, get_peft_model
+from peft.tuners.lora import save_as_lora
 from peft.tuners.lycoris_utils import LycorisLayer
-from tiny_merge import deltas
+from tiny_merge import deltas, distance
 
 from adapterctl.registry.services.convert import convert
 from adapterctl.registry.services.register import inspect
@@ -156,6 +158,26 @@ def test_one_dimension_in_effective_form_is_the_kernel_that_is_said(bench: Any, 
     assert relative(bench.merged("conv1d", tmp_path / "lora")[0], expected) <= OUTPUT
 
 
+def test_peft_loads_no_convolution_whose_kernel_was_forgotten(bench: Any, tmp_path: Path):
+    source = save(SETUPS["loha conv2d, flat"], bench, tmp_path / "source")
+
+    convert(source, tmp_path / "lora")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        bench.merged("conv2d", tmp_path / "lora")
+
+
+def test_peft_loads_no_grouped_convolution(tmp_path: Path):
+    grouped = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, groups=2))
+    config = LoHaConfig(target_modules=["0"], r=2, use_effective_conv2d=True, init_weights=False)
+    get_peft_model(copy.deepcopy(grouped), config).save_pretrained(str(tmp_path / "source"))
+
+    convert(tmp_path / "source", tmp_path / "lora")
+
+    with pytest.warns(UserWarning, match="groups"), pytest.raises((RuntimeError, ValueError)):
+        PeftModel.from_pretrained(grouped, str(tmp_path / "lora"))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
 def test_half_precision_becomes_float32_without_any_loss(kind: type, dtype: torch.dtype, bench: Any, tmp_path: Path):
@@ -185,6 +207,17 @@ def test_a_cut_is_the_float64_optimum_and_its_loss_is_told(kind: type, dtype: st
     assert {each.module: each.loss for each in made.modules} == pytest.approx(
         {name: (lost[name] / size[name]) ** 0.5 for name in exact}, rel=1e-4
     )
+
+
+@pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
+def test_peft_converts_to_the_same_delta_at_the_same_rank(kind: type, bench: Any, tmp_path: Path):
+    source = bench.save_adapter("llama", tmp_path / "source", seed=1, kind=kind, target_modules=ATTENTION)
+    save_as_lora(tmp_path / "peft", PeftModel.from_pretrained(bench.base("llama"), str(source)), rank=5)
+
+    convert(source, tmp_path / "ours", rank=5)
+
+    # PEFT's is an SVD in float32
+    assert distance(deltas(tmp_path / "ours"), deltas(tmp_path / "peft")) <= 1e-5
 
 
 def test_what_is_written_leaves_nothing_to_resolve(bench: Any, tmp_path: Path):
