@@ -241,7 +241,11 @@ def _establish(ledger: SqlLedger, settings: Settings) -> None:
 
 
 def job_handlers(registry: LocalRegistry) -> Mapping[str, JobHandler]:
-    """What the supervisor can do, by kind of job."""
+    """What the supervisor can do, by kind of job; in a process of ours, for which no model of MLflow's is active."""
+    from .registry.stores.mlflow_server import ACTIVE_MODEL
+
+    for name in ACTIVE_MODEL:
+        os.environ.pop(name, None)
     # Here, before there are threads. MLflow imports it while it opens its store, and a statement that the thread of a
     # lease builds in that moment meets a module that is half there: the thread died, and the job with it.
     import sqlalchemy.orm  # noqa: F401

@@ -19,6 +19,9 @@ ENVIRONMENT: Mapping[str, str] = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for data
 }
 
+#: MLflow's client ties every metric that names no model to the one of these variables, whoever logs it.
+ACTIVE_MODEL = ("MLFLOW_ACTIVE_MODEL_ID", "_MLFLOW_ACTIVE_MODEL_ID")
+
 #: What a server of MLflow must not do here.
 SWITCHED_OFF: Mapping[str, str] = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,13 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
+from adapterctl.bootstrap import connect, job_handlers
 from adapterctl.registry.domain.errors import Corrupt, Misconfigured, NotFound, Refused, Unavailable
 from adapterctl.registry.domain.evals import EvalReport, TaskResult
 from adapterctl.registry.domain.version import AdapterVersion, Base
 from adapterctl.registry.ports import Parent
 from adapterctl.registry.services.pull import damage
+from adapterctl.registry.settings import Settings
 from adapterctl.registry.stores.artifacts import local_folder
 from adapterctl.registry.stores.mlflow_server import embedded_uri
 from adapterctl.registry.stores.mlflow_versions import MlflowVersions
@@ -430,6 +433,21 @@ def report(family) -> EvalReport:
         seconds=1.0,
         outputs=({"prompt": "bon|jour", "output": "<script>alert(1)</script>"},),
     )
+
+
+def test_a_model_that_is_active_for_whoever_started_the_work_gets_no_figures(
+    client, store, family, report, tmp_path, monkeypatch
+):
+    version = family["translate-chat"]
+    monkeypatch.setenv("MLFLOW_ACTIVE_MODEL_ID", "m-of-somebody-else")
+    registry = connect(Settings(home=tmp_path / "home"))
+    registry.ledger.close()
+
+    job_handlers(registry)
+    with ThreadPoolExecutor(1) as fresh:  # MLflow reads the variable once for each thread
+        fresh.submit(store.log_report, version, report, dataset_digest="e" * 64).result()
+
+    assert client.get_run(version.placement.run_id).data.metrics["fr-en/nll"] == 2.25
 
 
 def test_a_report_is_a_nested_run_with_dataset_and_metrics_on_the_model(shelf, client, store, family, report):
