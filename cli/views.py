@@ -176,7 +176,7 @@ def baked_text(view: BakedView, out: Output) -> str:
         ("made of", [f"{view.base} + {view.ref}"]),
         ("tensors", [", ".join(f"{count} {kind}" for count, kind in kinds if count)]),
         ("rounding", [f"{loss(view.rounding)} of the delta"]),
-        ("untied", [f"{view.untied}, which was the embedding" if view.untied else ""]),
+        ("untied", [f"{view.untied}, which was tied to the embedding" if view.untied else ""]),
         ("files", [f"{file.path}  {size(file.size_bytes)}  sha256:{file.sha256[:16]}" for file in view.files]),
     ]
     return "\n".join([f"{out.paint(printable(view.folder), 'bold')}  {size(view.size_bytes)}", *_fields(fields, out)])

@@ -203,8 +203,8 @@ class BakedView:
     """A full model that was written into `folder`: the base with a version in it.
 
     `dtype` is what all floating tensors were brought into, None where each kept its own. `rounding` is the norm of what
-    rounding did to the changed tensors, as a share of the norm of the delta that was added. `untied` names the tensor
-    that was split off where base and head had been one.
+    rounding did to the changed tensors, as a share of the norm of the delta that was added. `untied` names the head
+    where the base ties it to its embedding, and the new model does not.
     """
 
     folder: str

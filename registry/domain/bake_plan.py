@@ -82,7 +82,7 @@ class Target:
 class BakePlan:
     """Every tensor of the new model, in the order in which their sources lie in the base's files.
 
-    `untied` names the tensor that was split off where the base used one for its embedding and its head.
+    `untied` names the head where the base ties it to its embedding, and the new model does not.
     """
 
     targets: tuple[Target, ...]
@@ -207,12 +207,12 @@ class _Planner:
             if place is not None:
                 self._add(module, place, adds)
         targets = [self._target(key, tensor, adds.get(key)) for key, tensor in self.tensors.items()]
-        untied = self._untie(found, adds, targets)
-        if untied is not None:
+        untied, fresh = self._untie(found)
+        if fresh is not None:
             prefix = _left_out(found)
             # transformers 4 takes a head beside names without the prefix of the model below it for a broken file
-            targets = _in_place([replace(target, key=prefix + target.key) for target in targets], untied)
-        return BakePlan(tuple(targets), untied.key if untied else None)
+            targets = _in_place([replace(target, key=prefix + target.key) for target in targets], fresh)
+        return BakePlan(tuple(targets), untied)
 
     def _place(self, module: LoraModule) -> str | None:
         """The base's name of a module: its own, or one with leading parts more or less, as for a model saved without
@@ -299,25 +299,26 @@ class _Planner:
         return Target(key, tensor, dtype, *(add or ()))
 
     def _tied(self) -> bool:
-        """Whether embedding and head are one tensor. A head that is stored is its own, whatever the config says."""
-        said = self.config.get("tie_word_embeddings", True)
-        return bool(said) and not any(_last(key.removesuffix(".weight")) in HEADS for key in self.tensors)
+        """Whether embedding and head are one tensor in the base's files."""
+        return self._says_tied() and self._stored_head() is None
 
-    def _untie(
-        self,
-        found: Mapping[str, str | None],
-        adds: Mapping[str, tuple[LoraModule, Part]],
-        targets: Sequence[Target],
-    ) -> Target | None:
-        """The head as a tensor of its own, where it was the embedding's and only one of them has a delta, or each its.
+    def _says_tied(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings", True))
+
+    def _stored_head(self) -> str | None:
+        return next((key for key in self.tensors if _last(key.removesuffix(".weight")) in HEADS), None)
+
+    def _untie(self, found: Mapping[str, str | None]) -> tuple[str | None, Target | None]:
+        """The name of a head that is tied to the embedding where one of them has a delta, and the head as a tensor of
+        its own, unless it is one already: then the config alone ties it, and transformers 4 would drop it.
 
         PEFT's unmerged layers compute that: a delta of the one is none of the other. Its `merge_and_unload` may give
         both of them both deltas, as they share one tensor (https://github.com/huggingface/peft/issues/2018).
         """
         head = next((module for module in self.facts.modules if _last(module.name) in HEADS), None)
         embedding = next((module for module in self.facts.modules if self._is_input_embedding(module)), None)
-        if (head is None and embedding is None) or not self._tied() or not self._has_head():
-            return None
+        if (head is None and embedding is None) or not self._says_tied() or not self._has_head():
+            return None, None
         if not self._is_causal():
             touched = head or embedding
             self.findings.add(
@@ -325,14 +326,15 @@ class _Planner:
                 f"{touched.name if touched else ''} is tied to other layers of {self._architecture()}",
                 "untie them with transformers, save that, and bake into it",
             )
-            return None
+            return None, None
+        if (stored := self._stored_head()) is not None:
+            return stored, None
         wanted = (head.d_out, head.d_in) if head else None
         source = self._embedding(found[embedding.name] if embedding else None, wanted)
         if source is None:
-            return None
-        key = f"{head.name if head else HEADS[0]}.weight"
-        plain = self._target(key, source, None)
-        return replace(plain, module=head, part="plain") if head else plain
+            return None, None
+        plain = self._target(f"{head.name if head else HEADS[0]}.weight", source, None)
+        return plain.key, replace(plain, module=head)
 
     def _embedding(self, name: str | None, shape: tuple[int, int] | None) -> BaseTensor | None:
         """The tensor that is tied to the head: of this name, or the only input embedding of this shape."""

@@ -307,7 +307,7 @@ def _readme(version: VersionView, known: Base, plan: BakePlan, baked: Baked) -> 
     """A model card that says what the receipt says."""
     base = json.dumps(known.name, ensure_ascii=False)
     recipe = f"* recipe: `sha256:{version.recipe_digest}`\n" if version.recipe_digest else ""
-    untied = f"* `{plan.untied}` is a tensor of its own: base and head shared one\n" if plan.untied else ""
+    untied = f"* `{plan.untied}` is a tensor of its own: the base ties it to its embedding\n" if plan.untied else ""
     return f"""---
 base_model: {base}
 base_model_relation: finetune

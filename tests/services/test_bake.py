@@ -232,6 +232,19 @@ def test_a_model_that_was_nested_anew_since_the_base_was_saved_is_the_same_model
     assert json.loads((tmp_path / "out" / RECEIPT_FILE).read_text())["rounding"]["worst"]["tensor"] in base
 
 
+def test_a_head_that_is_stored_beside_the_embedding_that_it_is_tied_to_stays_what_it_is(baked, tmp_path):
+    config = CONFIG | {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}}
+    adapter = {"linear": {}, "embedding": {"model.embed_tokens": (32, 16)}}
+
+    view = baked(write_base(tmp_path / "base", config=config), adapter=adapter)
+
+    before, after = loaded(tmp_path / "base"), loaded(tmp_path / "out")
+    assert (view.untied, view.changed, after.keys()) == ("lm_head.weight", 1, before.keys())
+    assert np.array_equal(after["lm_head.weight"], before["lm_head.weight"])
+    fresh = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fresh["tie_word_embeddings"] is fresh["text_config"]["tie_word_embeddings"] is False
+
+
 def loaded(folder: Path) -> dict[str, np.ndarray]:
     from safetensors import deserialize  # deferred: only this test reads by it
 
