@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -212,12 +212,28 @@ def test_the_commands_of_the_containers_are_commands_of_the_program(services: di
     words = [services[service]["command"]] + ([watch[2:]] if watch[1] == "adapterctl" else [])
 
     for command in words:
-        group, rest = get_command(app), list(command)
-        while rest and rest[0] in getattr(group, "commands", {}):
-            group = group.commands[rest.pop(0)]
-        known = {option for parameter in group.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        assert not hasattr(group, "commands")  # a command, not a group of them
-        assert {word for word in rest if word.startswith("--")} <= known
+        assert_is_a_command(command)
+
+
+def assert_is_a_command(words: Sequence[str]) -> None:
+    group, rest = get_command(app), list(words)
+    while rest and rest[0] in getattr(group, "commands", {}):
+        group = group.commands[rest.pop(0)]
+    known = {option for parameter in group.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert not hasattr(group, "commands")  # a command, not a group of them
+    assert {word for word in rest if word.startswith("--")} <= known
+
+
+def test_the_unit_of_systemd_runs_a_command_and_may_write_to_its_home(checkout: Path):
+    page = (checkout / "docs" / "operations.md").read_text(encoding="utf-8")
+    unit = dict(re.findall(r"^    (\w+)=(.*)$", page, flags=re.MULTILINE))
+    program, *words = shlex.split(unit["ExecStart"])
+    (home,) = re.findall(r"^    # .*ADAPTERCTL_HOME=(\S+),", page, flags=re.MULTILINE)
+
+    assert Path(program).name == "adapterctl"
+    assert_is_a_command(words)
+    assert unit["ReadWritePaths"] == home
+    assert not any("#" in value for value in unit.values())  # systemd has no comments behind a value
 
 
 @pytest.fixture
