@@ -27,7 +27,16 @@ for _name, _value in ENVIRONMENT.items():  # read by MLflow while it is imported
     os.environ.setdefault(_name, _value)
 
 import mlflow  # noqa: E402
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Run  # noqa: E402
+from mlflow.entities import (  # noqa: E402
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelInput,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: E402
@@ -211,6 +220,17 @@ class Mlflow:
     def find_run(self, condition: str) -> Run | None:
         found = self.runs(condition)
         return self.client.get_run(found[0].info.run_id) if found else None
+
+    def log(
+        self,
+        run_id: str,
+        *,
+        metrics: Sequence[Metric] = (),
+        params: Sequence[Param] = (),
+        tags: Sequence[RunTag] = (),
+    ) -> None:
+        """Log any number of them to a run; they are there when this returns, whatever MLflow's settings say of that."""
+        self.client.log_batch(run_id, metrics, params, tags, synchronous=True)
 
     def link_inputs(self, run: Run, model_ids: Sequence[str]) -> None:
         """Make LoggedModels inputs of a run that was just read; those that are linked already are left out."""

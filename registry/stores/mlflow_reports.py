@@ -20,8 +20,6 @@ from mlflow.entities import Metric, Param, Run
 
 REPORT = "adapterctl.report"
 SEARCH = "adapterctl.tune"
-#: MLflow takes no more metrics at once.
-MAX_BATCH = 1000
 
 
 def log_report(
@@ -41,9 +39,9 @@ def log_report(
     mlflow.client.log_inputs(run_id, datasets=[dataset])
     mlflow.link_inputs(run, [model_id])
     mlflow.write_files(run_id, _files(version, report, beside))
-    mlflow.client.log_batch(run_id, metrics=[Metric(k, v, at, 0, model_id, name, digest) for k, v in figures.items()])
+    mlflow.log(run_id, metrics=[Metric(k, v, at, 0, model_id, name, digest) for k, v in figures.items()])
     reached("eval.measured")
-    mlflow.client.log_batch(version.placement.run_id, metrics=[Metric(k, v, at, 0) for k, v in figures.items()])
+    mlflow.log(version.placement.run_id, metrics=[Metric(k, v, at, 0) for k, v in figures.items()])
     mlflow.finish_run(run)
     reached("eval.logged")
 
@@ -70,8 +68,7 @@ def log_search(
     # the same value at the same time and step is stored once
     values = [Metric(mlflow_key(k), value, at, step) for k, points in series.items() for step, value in points]
     _log_params(mlflow, run, params)
-    for start in range(0, len(values), MAX_BATCH):
-        mlflow.client.log_batch(run_id, metrics=values[start : start + MAX_BATCH])
+    mlflow.log(run_id, metrics=values)
     mlflow.link_inputs(run, [parent.placement.model_id for parent in parents])
     mlflow.write_files(run_id, files)
     mlflow.finish_run(run)
@@ -99,7 +96,7 @@ def _log_params(mlflow: Mlflow, run: Run, params: Mapping[str, str]) -> None:
     """What is missing of these: a parameter cannot be changed, not even to what it is."""
     named = {mlflow_key(key): value[:5000] for key, value in params.items()}
     missing = [Param(key, value) for key, value in named.items() if key not in run.data.params]
-    mlflow.client.log_batch(run.info.run_id, params=missing)
+    mlflow.log(run.info.run_id, params=missing)
 
 
 def _files(version: AdapterVersion, report: EvalReport, beside: Beside) -> dict[str, str | bytes]:

@@ -528,7 +528,7 @@ class MlflowVersions:
         """Everything of the source run that shows where the version comes from."""
         run_id = run.info.run_id
         params = {**_params(spec), **_parent_params(parents)}
-        self._client.log_batch(
+        self._mlflow.log(
             run_id,
             # a parameter cannot be changed, not even to what it is; an earlier attempt may have logged it
             params=[Param(key, value) for key, value in params.items() if key not in run.data.params],
@@ -606,7 +606,7 @@ class MlflowVersions:
         shown = json.dumps([{"name": spec.adapter, "version": int(version.version)}])
         text = describe(spec, parents, int(version.version))
         self._client.set_logged_model_tags(model_id(version), {_MODEL_VERSIONS: shown, _NOTE: text})
-        self._client.set_tag(version.run_id, _NOTE, text)
+        self._mlflow.log(version.run_id, tags=[RunTag(_NOTE, text)])
         if version.description == describe(spec, parents):  # as it was made, before it had a number
             self._client.update_model_version(spec.adapter, version.version, description=text)
         self._set_task(spec, parents)
@@ -617,7 +617,7 @@ class MlflowVersions:
             name, weight = (TRAINED_FROM, 1.0) if parent.weight is None else (MERGE_WEIGHT, parent.weight)
             values.append(Metric(name, weight, at, position, model_id=parent.version.placement.model_id))
         if values:
-            self._client.log_batch(run.info.run_id, metrics=values)
+            self._mlflow.log(run.info.run_id, metrics=values)
         self._client.update_run(run.info.run_id, name=f"{spec.kind} {spec.adapter}:v{version.version}")
         self._mlflow.finish_run(run)
 

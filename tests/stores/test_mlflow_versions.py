@@ -416,6 +416,17 @@ def test_a_stage_of_a_version_that_mlflow_lost_is_not_found(store, put):
         store.project_stage("chat", "production", number=9, legacy={})
 
 
+def test_what_mlflow_does_not_take_is_told_though_it_is_set_to_log_in_the_background(
+    shelf, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    with closing(sqlite3.connect(home / "mlflow.db")) as database, database:
+        database.execute("CREATE TRIGGER full BEFORE INSERT ON params BEGIN SELECT RAISE(ABORT, 'full'); END")
+
+    with pytest.raises(Unavailable, match="full"):
+        shelf.put("translate", "w", params={"lr": "1"})
+
+
 # evaluations
 
 
