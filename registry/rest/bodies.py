@@ -202,7 +202,8 @@ class GcBody(Body):
     dry_run: bool = False
 
 
-class ReasonBody(Body):
+class RecallBody(Body):
+    version: Annotated[str, Field(max_length=100, description="3, @STAGE or @sha256:HEX", examples=["3"])]
     reason: Text
 
 

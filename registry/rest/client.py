@@ -238,10 +238,12 @@ class RemoteRegistry:
         return self._get(f"{_path(first)}/path", LineageView, {"other": str(second)})
 
     def recall(self, ref: Ref, *, reason: str) -> RecallImpact:
-        return self._post(f"{_path(ref)}/recall", {"reason": reason}, RecallImpact)
+        body = {"version": _selector(ref), "reason": reason}
+        return self._post(f"/v1/adapters/{_quoted(ref.name)}/recalls", body, RecallImpact)
 
     def undo_recall(self, ref: Ref, *, reason: str) -> RecallImpact:
-        _, body = self._call("DELETE", f"{_path(ref)}/recall", query={"reason": reason})
+        path = f"/v1/adapters/{_quoted(ref.name)}/recalls/{quote(_selector(ref), safe='@:')}"
+        _, body = self._call("DELETE", path, query={"reason": reason})
         return wire.from_json(body, RecallImpact)
 
     def rebuild(self, old: Ref, new: Ref, *, until: Ref | None = None, dry_run: bool = False) -> RebuildView:

@@ -347,14 +347,14 @@ def tag(name: str, version: str, body: bodies.TagsBody, call: Promote) -> Respon
     return _reply(done)
 
 
-@router.post("/adapters/{name}/versions/{version}/recall", response_model=RecallImpact)
-def recall(name: str, version: str, body: bodies.ReasonBody, call: Promote) -> Response:
+@router.post("/adapters/{name}/recalls", response_model=RecallImpact)
+def recall(name: str, body: bodies.RecallBody, call: Promote) -> Response:
     """Say that a version, and all that is made of it, should be used no more; names whom that hits."""
     call.caller.check_change(name)
-    return _reply(call.registry.recall(version_ref(name, version), reason=body.reason))
+    return _reply(call.registry.recall(version_ref(name, body.version), reason=body.reason))
 
 
-@router.delete("/adapters/{name}/versions/{version}/recall", response_model=RecallImpact)
+@router.delete("/adapters/{name}/recalls/{version}", response_model=RecallImpact)
 def undo_recall(name: str, version: str, call: Admin, reason: Annotated[str, Query(max_length=5000)] = "") -> Response:
     """Take a recall back; names whom that sets free."""
     call.caller.check_change(name)
