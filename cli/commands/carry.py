@@ -1,9 +1,9 @@
-"""For those who take adapters elsewhere: export and import with their lineage, bake into a full model."""
+"""For those who take adapters elsewhere: export, import and push with their lineage, bake into a full model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,9 +15,13 @@ from ..connect import Session, add_verbs
 from ..follow import progress_line
 from ..output import printable
 
+if TYPE_CHECKING:
+    from ...registry.api import RegistryAPI
+    from ...registry.services.carry import Family
+
 
 def add_to(app: typer.Typer) -> None:
-    add_verbs(app, {"export": export, "import": import_, "bake": bake}, group="Adapters")
+    add_verbs(app, {"export": export, "import": import_, "push": push, "bake": bake}, group="Adapters")
 
 
 def export(
@@ -87,11 +91,52 @@ def import_(
 
     Example: adapterctl import ./family --dry-run
     """
-    from ...registry.services.carry import read_family, take_in  # deferred: help needs no service
+    from ...registry.services.carry import read_family  # deferred: help needs no service
 
     # before a registry is opened, which would make one: what is refused leaves none behind
     family = read_family(folder, name=name, assume_converted=assume_converted)
-    registry = session.registry(readonly=dry_run)
+    _take_in(session, session.registry(readonly=dry_run), family, dry_run=dry_run, unproven=unproven)
+
+
+def push(
+    session: Session,
+    refs: Annotated[list[str], typer.Argument(metavar="REF...", help="Versions.", autocompletion=complete_refs)],
+    to: Annotated[str, typer.Option(metavar="SERVER", help="Its address; ADAPTERCTL_TOKEN is a token of it.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
+    unproven: Annotated[
+        bool, typer.Option("--unproven", help="Take in as a plain import a merge that its recipe does not make there.")
+    ] = False,
+) -> None:
+    """Send versions and all that they are made of to a server.
+
+    From the registry of this machine, parents first; what is there is found. Merges are made again there, and
+    must come out as the same bytes. It is `export` and `import` in one.
+
+    Example: adapterctl push translate-chat@production --to https://registry.example.org
+    """
+    # deferred: help needs none of them
+    from tempfile import TemporaryDirectory
+
+    from ...bootstrap import remote
+    from ...registry.services.carry import export as export_family
+    from ...registry.services.carry import read_family
+    from ...registry.settings import load_settings
+
+    known = load_settings()
+    if known.server not in (None, to):
+        raise InvalidInput(
+            f"commands go to {known.server}, whose token is not for {to}",
+            hint=f"ADAPTERCTL_SERVER={to} ADAPTERCTL_TOKEN=… adapterctl push …",
+        )
+    here = Session(session.home or known.home, session.out) if known.server else session
+    with TemporaryDirectory(prefix="adapterctl-push-") as folder:
+        export_family(here.registry(readonly=True), [parse_ref(ref) for ref in refs], Path(folder))
+        _take_in(session, remote(to, known.token), read_family(Path(folder)), dry_run=dry_run, unproven=unproven)
+
+
+def _take_in(session: Session, registry: RegistryAPI, family: Family, *, dry_run: bool, unproven: bool) -> None:
+    from ...registry.services.carry import take_in  # deferred: help needs no service
+
     done = []
     for each in take_in(registry, family, dry_run=dry_run, unproven=unproven):
         done.append(each)

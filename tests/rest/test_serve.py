@@ -32,6 +32,8 @@ from adapterctl.bootstrap import application, connect, mlflow_app
 from adapterctl.cli.main import app
 from adapterctl.registry.domain.access import Scope
 from adapterctl.registry.domain.errors import Misconfigured, Unavailable
+from adapterctl.registry.domain.recipe import MergeRequest
+from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.rest.app import LOOPBACK, listen
 from adapterctl.registry.settings import Settings
 from adapterctl.registry.stores.mlflow_server import SWITCHED_OFF
@@ -352,7 +354,7 @@ def test_only_admins_move_an_alias_in_mlflow(ask: Callable, scope: str, status: 
 
 def test_mlflows_own_paths_below_ours_are_not_reached(ask: Callable):
     """MLflow takes traces at /v1/traces, by no rule of ours: what we do not know there is nothing."""
-    for method, path, status in (("POST", "/v1/traces", 404), ("GET", "/adapters", 404), ("PUT", "/v1/adapters", 405)):
+    for method, path, status in (("POST", "/v1/traces", 404), ("GET", "/v1", 404), ("PUT", "/v1/adapters", 405)):
         headers = {"x-mlflow-experiment-id": "1", "Content-Type": "application/x-protobuf"}
         assert ask(path, "admin", method=method, body={}, headers=headers)[0] == status
 
@@ -401,6 +403,36 @@ def test_a_run_leads_to_no_folder_of_the_server_beside_its_own(server: Server, a
             "/v1/adapters/taken/versions", "merge", method="POST", body={"source": f"runs:/{run_id}/{path}"}
         )
         assert (status, "is not an artifact of a run" in answer) == (400, True)
+
+
+def test_a_family_of_this_machine_is_pushed_to_the_server(
+    server: Server, run: Callable, new_home: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    home = new_home("mine")
+    registry = connect(Settings(home=home, actor="bob", idle_s=1.0))
+    with closing(registry.ledger):
+        for seed, name in enumerate(("mine", "other", "alone"), start=31):
+            registry.register(str(write_tiny_adapter(tmp_path / name, seed=seed)), name=name)
+        asked = MergeRequest((parse_parent("mine:v1"), parse_parent("other:v1=0.5")), into="mine-other", method="cat")
+        list(registry.follow(registry.merge(asked).job.id, timeout_s=120))
+        made = registry.version(parse_ref("mine-other"))
+    monkeypatch.setenv("ADAPTERCTL_HOME", str(home))
+
+    planned = run("push", "mine-other", "--to", server.url, "--dry-run", "-o", "json")
+    pushed = run("push", "mine-other", "--to", server.url, "-o", "json")
+    again = run("push", "mine-other:v1", "--to", server.url, "-o", "json")
+    refused = run("push", "alone", "--to", server.url, scope="read")
+    elsewhere = run("push", "mine-other", "--to", "https://registry.example.org")
+
+    actions = [[(each["ref"], each["action"]) for each in json.loads(out)] for _, out, _ in (planned, pushed, again)]
+    assert actions[0] == [("mine", "register"), ("other", "register"), ("mine-other", "merge")]
+    assert actions[1] == [("mine:v1", "register"), ("other:v1", "register"), ("mine-other:v1", "merge")]
+    assert {action for _, action in actions[2]} == {"found"}
+    there = json.loads(run("show", "mine-other:v1", "-o", "json")[1])
+    assert (there["recipe_digest"], there["content_digest"]) == (made.recipe_digest, made.content_digest)
+    assert [(each["ref"], each["weight"]) for each in there["parents"]] == [("mine:v1", 1.0), ("other:v1", 0.5)]
+    assert (refused[0], elsewhere[0]) == (4, 2)
+    assert "token is not for https://registry.example.org" in elsewhere[2]
 
 
 def test_what_is_done_in_mlflow_past_us_is_in_the_history_with_who_did_it(server: Server, ask: Callable):
