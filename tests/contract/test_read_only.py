@@ -16,6 +16,7 @@ from adapterctl.registry.domain.errors import Corrupt, Misconfigured, NotAllowed
 from adapterctl.registry.domain.job import NewJob
 from adapterctl.registry.domain.version import AdapterVersion
 from adapterctl.registry.ports import Ledger
+from adapterctl.registry.services.doctor import check_in_place
 from adapterctl.registry.settings import load_settings
 from adapterctl.registry.stores.sql.engine import Database, sqlite_url
 from adapterctl.registry.stores.sql.ledger import SqlLedger
@@ -96,6 +97,19 @@ def test_a_home_that_is_closed_to_us_is_said_to_be(home: Path):
             SqlLedger(Database(sqlite_url(home / "closed"))).versions()
 
     assert as_somebody_else(reads) == ""
+
+
+def test_a_copy_whose_first_home_is_closed_to_us_is_refused_in_words(shared: Path):
+    shared.chmod(0o755)
+    (shared / "closed").mkdir(mode=0o700)
+    for folder in (shared, shared / "closed"):
+        (folder / "mlflow.db").touch()
+
+    def looks() -> None:
+        with pytest.raises(Misconfigured, match=f"was made in {shared / 'closed'}"):
+            check_in_place(shared, f"sqlite:///{shared}/closed/mlflow.db")
+
+    assert as_somebody_else(looks) == ""
 
 
 def test_a_settings_file_of_somebody_else_is_not_passed_over(tmp_path: Path):
