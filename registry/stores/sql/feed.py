@@ -2,7 +2,7 @@
 
 An id that the database hands out may be committed after a later one, and whoever has read the later one never looks
 back. Ours are counted by one row that a writer locks until it commits: seen from outside they have no holes, and the
-last one says what there is. docs/decisions/0016-one-feed.md tells what else was thought of.
+last one says what there is. docs/decisions/0018-one-feed.md tells what else was thought of.
 """
 
 from __future__ import annotations
