@@ -919,11 +919,11 @@ class ServedRegistry(RegistryAPI, Protocol):
         assume_converted: bool = False,
         files: Path | None = None,
     ) -> Registered:
-        """As ever; `files` is the folder where those of a `source` on another machine were put."""
+        """As in `RegistryAPI`; `files` is the folder where those of a `source` on another machine were put."""
         ...
 
     def plan(self, request: MergeRequest, *, most_work: float = math.inf) -> PlanView:
-        """As ever. Raises `Refused`, or leaves a loss out, where it takes more than so many multiplications."""
+        """As in `RegistryAPI`. Beyond `most_work` multiplications it leaves a loss out, or raises `Refused`."""
         ...
 
     def plan_resize(self, request: ResizeRequest, *, most_work: float = math.inf) -> PlanView: ...
@@ -977,7 +977,7 @@ class ServedRegistry(RegistryAPI, Protocol):
         self, *, state: str | None = None, kind: str | None = None, limit: int = 100, before: str | None = None
     ) -> list[Job]: ...
     def doctor(self, *, adopt: bool = False, force: Sequence[str] = (), abroad: bool = False) -> list[Check]:
-        """As ever; `abroad` leaves out addresses and folders of the server."""
+        """As in `RegistryAPI`; `abroad` leaves out addresses and folders of the server."""
         ...
 
     def workers(self) -> list[Worker]: ...

@@ -28,14 +28,12 @@ from ..domain.header import DTYPE_BYTES, TensorEntry, read_header
 from ..domain.version import FileRecord
 from .blas import keep_freed_memory, one_thread
 from .grams import Array
-from .tensors import STORED, TensorReader, TensorWriter, Written, checksum, widen
+from .tensors import STORED, TensorReader, TensorWriter, Written, checksum, round_once, widen
 
 #: Bytes of the base that are read, hashed and worked on together.
 PIECE_BYTES = 4 << 20
 #: Elements that are computed at a time, so that what is float64 of them stays in the cache of one core.
 BAND = 1 << 16
-#: Below this bfloat16 has fewer than 8 bits, the last of which is worth 2^-133.
-_SMALLEST_NORMAL = 2.0**-126
 
 Progress = Callable[[int, int], None]
 
@@ -263,25 +261,6 @@ def _make(target: Target, delta: _Delta, stored: NDArray[Any], row: int, made: N
             hint="choose another --dtype, and look whether the base has such values",
         )
     return error, norm
-
-
-def round_once(values: Array, dtype: str, out: NDArray[Any]) -> None:
-    """float64 `values` as they are stored in `dtype`, to nearest, ties to even; not by way of float32."""
-    if dtype != "BF16":
-        out[...] = values
-        return
-    # As float64 with 8 bits of precision they are float32, and its upper half, exactly.
-    bits = values.view(np.uint64)
-    kept = bits >> np.uint64(45)
-    kept &= np.uint64(1)
-    kept += np.uint64((1 << 44) - 1)
-    kept += bits
-    kept &= np.uint64((1 << 64) - (1 << 45))
-    narrow = kept.view(np.float64).astype(np.float32)
-    if (narrow.view(np.uint32) & np.uint32(0xFFFF)).any():  # below the normal numbers there are fewer bits than 8
-        small = np.abs(values) < _SMALLEST_NORMAL
-        narrow[small] = np.ldexp(np.rint(np.ldexp(values[small], 133)), -133)
-    out[...] = narrow.view(np.uint32) >> np.uint32(16)
 
 
 def _proved(

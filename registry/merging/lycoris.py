@@ -25,7 +25,7 @@ from ..domain.errors import InvalidAdapter, Problem, Refused
 from ..domain.lycoris import LycorisModule, Method
 from .core import truncate
 from .grams import Array, Block, Grams, gram_in_blocks
-from .tensors import TensorReader, TensorWriter, check_finite, encode, widen
+from .tensors import STORED, TensorReader, TensorWriter, check_finite, round_once, widen
 
 Indices = NDArray[np.intp]
 
@@ -52,7 +52,10 @@ class Product:
 
     def stored(self, dtype: str) -> Stored:
         """Both factors as they are stored in a safetensors dtype; too large values become infinite."""
-        return Stored(encode(self.b, dtype), encode(self.a, dtype), dtype)
+        b, a = np.empty(self.b.shape, STORED[dtype]), np.empty(self.a.shape, STORED[dtype])
+        round_once(self.b, dtype, b)
+        round_once(self.a, dtype, a)
+        return Stored(b, a, dtype)
 
     def grams(self) -> Grams:
         return Grams(gram_in_blocks(self.a), gram_in_blocks(self.b.T), np.ones(self.rank), (Block(0, 0, self.rank),))

@@ -34,6 +34,8 @@ _Hashed = tuple[str, str, tuple[int, ...], str]
 
 #: numpy type of the stored bytes; numpy has no bfloat16, so BF16 is the 16 bits as they are.
 STORED: Mapping[str, str] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+#: Below this bfloat16 has fewer than 8 bits, the last of which is worth 2^-133.
+_SMALLEST_NORMAL = 2.0**-126
 #: Of a delta: factors of 32 bits stay below 1e84, and the squares of larger ones leave the range of float64.
 LARGEST_NORM = 1e100
 #: Of float64, into which a tensor is widened piece by piece to be measured.
@@ -318,7 +320,10 @@ def file_size(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Map
 
 
 def encode(array: Array, dtype: str) -> NDArray[Any]:
-    """Values as they are stored in `dtype` (contiguous, little-endian), rounded to nearest, ties to even."""
+    """Values as they are stored in `dtype` (contiguous, little-endian), rounded to nearest, ties to even.
+
+    To BF16 by way of float32, which rounds float64 twice: `round_once` does not.
+    """
     if dtype != "BF16":
         return np.ascontiguousarray(array, dtype=STORED[dtype])
     bits = array.astype("<f4", copy=False).view(np.uint32)
@@ -329,6 +334,25 @@ def encode(array: Array, dtype: str) -> NDArray[Any]:
     rounded += np.uint32(0x7FFF)
     rounded >>= np.uint32(16)
     return rounded.astype("<u2")
+
+
+def round_once(values: Array, dtype: str, out: NDArray[Any]) -> None:
+    """float64 `values` as they are stored in `dtype`, to nearest, ties to even; not by way of float32."""
+    if dtype != "BF16":
+        out[...] = values
+        return
+    # As float64 with 8 bits of precision they are float32, and its upper half, exactly.
+    bits = values.view(np.uint64)
+    kept = bits >> np.uint64(45)
+    kept &= np.uint64(1)
+    kept += np.uint64((1 << 44) - 1)
+    kept += bits
+    kept &= np.uint64((1 << 64) - (1 << 45))
+    narrow = kept.view(np.float64).astype(np.float32)
+    if (narrow.view(np.uint32) & np.uint32(0xFFFF)).any():  # below the normal numbers there are fewer bits than 8
+        small = np.abs(values) < _SMALLEST_NORMAL
+        narrow[small] = np.ldexp(np.rint(np.ldexp(values[small], 133)), -133)
+    out[...] = narrow.view(np.uint32) >> np.uint32(16)
 
 
 def sync_folder(folder: Path) -> None:

@@ -30,6 +30,7 @@ from .locate_base import locate_base
 from .register import CONFIG_FILE as ADAPTER_CONFIG
 from .register import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from .register import inspect
+from .staging import check_new
 
 if TYPE_CHECKING:
     from ..merging.bake import Baked, Rounding
@@ -141,8 +142,7 @@ def _find(known: Base, spellings: Sequence[str], settings: Settings) -> Path:
 
 
 def _check_places(base: Path, out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Conflict(f"{out} exists and is not an empty folder", hint="give a new folder")
+    check_new(out)
     if base.resolve() in (out.resolve(), *out.resolve().parents):
         raise InvalidInput(f"{out} is in the folder of the base, which is only read", hint="give a folder elsewhere")
 

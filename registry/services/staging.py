@@ -40,8 +40,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises `Conflict` where `target` exists and is not an empty folder, `Unavailable` where it cannot be written.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise Conflict(f"{target} exists and is not an empty folder", hint="give a new folder")
+    check_new(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -57,6 +56,12 @@ def new_folder(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(target: Path) -> None:
+    """Raises `Conflict` where `target` exists and is not an empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise Conflict(f"{target} exists and is not an empty folder", hint="give a new folder")
 
 
 def sweep(root: Path) -> None:

@@ -17,8 +17,8 @@ from tiny_merge import facts_of
 from adapterctl.registry.domain.bake_plan import BakePlan, BaseTensor, plan_bake
 from adapterctl.registry.domain.header import read_header
 from adapterctl.registry.merging import bake as kernel
-from adapterctl.registry.merging.bake import bake, round_once
-from adapterctl.registry.merging.tensors import STORED, widen
+from adapterctl.registry.merging.bake import bake
+from adapterctl.registry.merging.tensors import STORED, round_once, widen
 
 BITS = {"BF16": (8, -133, 2.0**128), "F16": (11, -24, 2.0**16), "F32": (24, -149, 2.0**128)}
 

@@ -141,3 +141,11 @@ def test_rounding_is_the_distance_that_the_dense_products_have(seed, rows, colum
 
     # the dense difference cancels, so it is the less exact of the two
     assert rounding(whole, stored) == pytest.approx(expected, rel=1e-6, abs=1e-13 * norm(whole))
+
+
+def test_a_factor_is_rounded_once_and_not_by_way_of_float32():
+    above_a_tie = np.full((1, 1), 1 + 2.0**-8 + 2.0**-40)
+
+    stored = Product(above_a_tie, above_a_tie).stored("BF16")
+
+    assert stored.b[0, 0] == stored.a[0, 0] == 0x3F81, "1.0 is the even neighbour of the tie that float32 would make"
