@@ -19,7 +19,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Gauge, disable_created_metrics, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -78,6 +78,8 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
         redoc_url=None,
         redirect_slashes=False,
     )
+    # else each series has a second one, of the time at which it was made, which tells nobody anything
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
     areas = {area_of(route.path) for each in (router, pages) for route in each.routes if isinstance(route, Route)}
 

@@ -178,6 +178,15 @@ def test_a_method_that_a_stranger_made_up_becomes_no_figure_of_its_own(served: A
     assert "BREW" not in "".join(lines)
 
 
+def test_figures_come_without_the_time_at_which_each_was_made(served: Any):
+    served.client.get("/v1/jobs", headers=served.auth("read"))
+
+    figures = served.client.get("/metrics", headers=served.auth("read")).text
+
+    assert "adapterctl_requests_total{" in figures
+    assert "_created" not in figures
+
+
 def test_a_bad_request_id_is_replaced(served: Any):
     answer = served.client.get("/healthz", headers={"X-Request-Id": "a b\tc"})
 
