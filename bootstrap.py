@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .registry.domain.errors import Misconfigured, NotFound
-from .registry.settings import Settings, load_settings
+from .registry.settings import Settings, check_address, load_settings
 
 # Everything else is imported where it is used: a command that goes to a server needs no SQLAlchemy and no services.
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def connect(settings: Settings | None = None, *, readonly: bool = False) -> Loca
 
     Raises:
         Misconfigured: the tables are those of a newer adapterctl, MLflow belongs to another registry, or it cannot
-            name a file in that home.
+            name a file in that home; or it is not certain where the password in an address ends.
         NotAllowed: the home cannot be written.
         Unavailable: the database server cannot be reached.
     """
@@ -78,6 +78,9 @@ def connect(settings: Settings | None = None, *, readonly: bool = False) -> Loca
     if not settings.database_url and {"?", "%"} & set(str(settings.home)):
         # MLflow takes an address, where the one begins options and the other a number, and makes folders beside ours
         raise Misconfigured(f"the home {settings.home} has a '?' or a '%' in its path", hint="give another: --home DIR")
+    if settings.database_url:
+        for name in ("mlflow_uri", "broker_url"):
+            check_address(name, getattr(settings, name) or "")
     url = settings.database_url or sqlite_url(settings.home)
     database = Database(url)
     if not readonly:

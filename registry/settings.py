@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .domain.base_dtype import DTYPES, FULL
 from .domain.errors import Misconfigured
@@ -131,6 +132,26 @@ def _check_token_is_for(
     raise Misconfigured(
         f"{project_file} leads to the server {server}, and the token is for {its or 'no server'}",
         hint=f"to go there: adapterctl login {shlex.quote(server)}, or set ADAPTERCTL_SERVER and ADAPTERCTL_TOKEN",
+    )
+
+
+def check_address(setting: str, url: str) -> None:
+    """Raise `Misconfigured`, without a word of `url`, unless it is certain where the password in it ends.
+
+    What reads an address may cut it at the first '@', at the last one, or at a '/', '?' or '#' before it, and takes the
+    rest of the password for a host, which errors name. Source: RFC 3986, section 3.2, where an '@' ends the one
+    user information.
+    """
+    try:
+        authority = urlsplit(url).netloc
+    except ValueError:  # of a '[', for one, and some of its messages quote what they could not read
+        authority = ""
+    if "://" not in url or url.count("@") <= min(1, authority.count("@")):
+        return
+    raise Misconfigured(
+        f"{setting} has special characters from which it is not certain where its password ends",
+        hint="percent-encode them in user, password and options: %40 for @, %3A for :, %2F for /, %3F for ?, %23 for #,"
+        " %5B for [, %25 for %",
     )
 
 

@@ -20,9 +20,9 @@ from adapterctl.registry.domain.job import JobState
 from adapterctl.registry.domain.recipe import MergeRequest
 from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.services.local import LocalRegistry
-from adapterctl.registry.settings import Settings
+from adapterctl.registry.settings import Settings, check_address
 from adapterctl.registry.stores.mlflow_server import without_password
-from adapterctl.registry.stores.sql.engine import Database
+from adapterctl.registry.stores.sql.engine import Database, psycopg_url
 
 
 @pytest.fixture
@@ -144,6 +144,49 @@ def test_a_ledger_and_an_mlflow_that_do_not_belong_together_are_refused(
 
     assert hint in caught.value.hint
     assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["database_url", "mlflow_uri", "broker_url"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "{scheme}://ada:S3cret@Tail@127.0.0.1:1/name",
+        "{scheme}://ada:S3cret@Tail/more@127.0.0.1:1/name",
+        "{scheme}://ada:S3cret/Tail@127.0.0.1:1/name",
+        "{scheme}://ada:S3cret?Tail@127.0.0.1:1/name",
+        "{scheme}://ada:S3cret#Tail@127.0.0.1:1/name",
+        "{scheme}://ada:S3cret[Tail@127.0.0.1:1/name",
+        "{scheme}://ada:S3cret@Tail:more@127.0.0.1:1/name",
+        "{scheme}://127.0.0.1:1/name?user=ada&password=S3cret@Tail",
+    ],
+)
+@pytest.mark.parametrize("readonly", [False, True], ids=["to write", "to read"])
+def test_an_address_from_which_it_is_not_certain_where_its_password_ends_is_refused_and_not_shown(
+    home: Path, setting: str, address: str, readonly: bool
+):
+    good = {"database_url": "postgresql://127.0.0.1:1/name", "mlflow_uri": "postgresql://127.0.0.1:1/mlflow"}
+    bad = address.format(scheme="redis" if setting == "broker_url" else "postgresql")
+
+    with pytest.raises(Misconfigured, match=setting) as caught:
+        connect(Settings(home=home, actor="ada", **{**good, setting: bad}), readonly=readonly)
+
+    assert "percent-encode" in str(caught.value.hint)
+    for part in ("S3cret", "Tail", "more"):
+        assert part not in f"{caught.value} {caught.value.hint} {caught.value.abroad}"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://ada:S3cret%40Tail@127.0.0.1:1/name",
+        "postgresql://ada:a:b@[::1]:1/name?sslmode=require",
+        "postgresql:///name?host=/var/run/postgresql&password=a%40b",
+    ],
+)
+def test_an_address_with_encoded_characters_is_taken(address: str):
+    check_address("database_url", address)
+
+    assert "%40" not in str(psycopg_url(address).password)
 
 
 def test_another_mlflow_is_refused(shared: Settings, registry: LocalRegistry):

@@ -64,6 +64,7 @@ from ...domain.errors import (
 )
 from ...locks import FileLock, locked, locked_if_free
 from ...ports import Lock
+from ...settings import check_address
 
 BUSY_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10
@@ -633,6 +634,7 @@ _CONNECT = {
 
 def psycopg_url(url: str) -> URL:
     """A PostgreSQL address as SQLAlchemy takes it, for the one driver that is installed. Raises `Misconfigured`."""
+    check_address("database_url", url)
     try:
         return make_url(url).set(drivername="postgresql+psycopg")
     except (ArgumentError, ValueError) as error:
