@@ -14,6 +14,7 @@ from ...registry.domain.refs import Ref, parse_ref
 from .. import parse, views
 from ..complete import complete_names, complete_refs, complete_stages
 from ..connect import Session, add_verbs, confirm
+from ..diff_text import diff_text
 from ..output import printable
 
 if TYPE_CHECKING:
@@ -221,9 +222,7 @@ def diff(
         raise InvalidInput("--top is how many modules of --layers to show", hint="add --layers")
     found = session.registry(readonly=True).diff(parse_ref(first), parse_ref(second), layers=layers)
     shown = replace(found, layers=found.layers[:top]) if found.layers and top else found
-    session.out.data(
-        shown, text=lambda: views.diff_text(found, session.out, top=top), names=[found.first, found.second]
-    )
+    session.out.data(shown, text=lambda: diff_text(found, session.out, top=top), names=[found.first, found.second])
 
 
 def pull(

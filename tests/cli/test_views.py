@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from adapterctl.cli import views
+from adapterctl.cli.diff_text import diff_text
 from adapterctl.cli.output import Output
 from adapterctl.registry.api import (
     DiffView,
@@ -114,7 +115,7 @@ def test_layers_of_two_merges_are_told_with_what_changed():
     )
     view = DiffView("a:v1", "a:v2", False, {}, ("m1",), (), 0.5, 1.0, layers=rows)
 
-    lines = views.diff_text(view, Output(), top=2).splitlines()
+    lines = diff_text(view, Output(), top=2).splitlines()
 
     assert "  they hold 50.00% of the squared distance, the modules that one alone has the rest" in lines
     assert "  B lost more of its exact sum than A in 1 modules, less in 0" in lines
@@ -162,7 +163,7 @@ def test_a_plan_of_many_parents_names_the_pairs_that_have_most_to_do_with_each_o
 def test_layers_that_are_equal_are_no_table():
     rows = tuple(LayerDiff(name, 0.0, 0.0, 1.0, (2.0, 2.0), 1.0, 1.0) for name in ("up", "down"))
 
-    lines = views.diff_text(DiffView("a:v1", "a:v1", True, {}, (), (), 1.0, 0.0, layers=rows), Output()).splitlines()
+    lines = diff_text(DiffView("a:v1", "a:v1", True, {}, (), (), 1.0, 0.0, layers=rows), Output()).splitlines()
 
     assert lines[-2:] == ["A is a:v1, B is a:v1; 2 modules in both", "  the deltas of these modules are equal"]
     assert "  cosine of the deltas 1.0000, distance 0" in lines
@@ -171,8 +172,8 @@ def test_layers_that_are_equal_are_no_table():
 def test_a_distance_from_nothing_and_one_next_to_nothing_are_told():
     view = DiffView("a:v1", "a:v2", False, {}, (), (), 0.0, None)
 
-    assert "  the delta of a:v1 is zero" in views.diff_text(view, Output()).splitlines()
-    near = views.diff_text(dataclasses.replace(view, cosine=1.0, distance=1e-5), Output())
+    assert "  the delta of a:v1 is zero" in diff_text(view, Output()).splitlines()
+    near = diff_text(dataclasses.replace(view, cosine=1.0, distance=1e-5), Output())
     assert "  cosine of the deltas 1.0000, distance <0.01%" in near.splitlines()
 
 
@@ -183,9 +184,9 @@ def test_diff_shows_metrics_one_by_one_and_modules_that_one_side_lacks():
         cosine=None, distance=None,
     )  # fmt: skip
 
-    lines = views.diff_text(view, Output()).splitlines()
+    lines = diff_text(view, Output()).splitlines()
 
-    assert "no module is in both" in views.diff_text(dataclasses.replace(view, layers=()), Output()).splitlines()
+    assert "no module is in both" in diff_text(dataclasses.replace(view, layers=()), Output()).splitlines()
     assert "  1 modules only in a:v1: m1" in lines
     assert "  4 modules only in a:v2: n1, n2, n3, …" in lines
     assert [line.split() for line in lines[-3:]] == [
