@@ -17,7 +17,7 @@ from typing import Any
 
 from ..crashpoints import reached
 from ..domain.base_dtype import BITSANDBYTES, FULL, check_dtype, told
-from ..domain.digest import json_digest
+from ..domain.digest import is_digest, json_digest
 from ..domain.errors import Corrupt, InvalidInput, JobFailed, Refused, Unavailable
 from ..domain.eval_plan import BASE, EvalPlan, Pair, Subject, report_key
 from ..domain.evals import HERE, EvalReport
@@ -359,8 +359,15 @@ def import_reports(ledger: Ledger, reports: Sequence[EvalReport]) -> int:
     """Take in reports that were made elsewhere, where this registry knows their base; returns how many were taken.
 
     They get the keys that an evaluation here would give them, so that it need not be run, and say where they are from.
-    A report names its subject and suite by content; it means nothing for an adapter with other bytes.
+    A report names its subject and suite by content; it means nothing for an adapter with other bytes, nor for these on
+    another base. Raises `InvalidInput`, before any is taken, for a subject that is no whole digest.
     """
+    for report in reports:
+        if report.subject != BASE and not is_digest(report.subject):
+            raise InvalidInput(
+                f"{report.subject!r} is no subject of a report",
+                hint=f"expected the SHA-256 of an adapter's content, or {BASE}",
+            )
     versions = {} if _missing() else _versions()  # without the extra there is nothing that they could spare
     taken = 0
     for report in reports:
@@ -372,7 +379,8 @@ def import_reports(ledger: Ledger, reports: Sequence[EvalReport]) -> int:
         report = replace(report, key=key, base_id=base.id, engine={**report.engine, "source": IMPORTED})
         ledger.put_report(report)
         for version in ledger.versions_by_digest(report.subject) if report.subject != BASE else []:
-            show_metrics(ledger, version, report)
+            if version.spec.base.id == base.id:
+                show_metrics(ledger, version, report)
         taken += 1
     return taken
 

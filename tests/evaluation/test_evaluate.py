@@ -20,7 +20,7 @@ from adapterctl.registry.domain.job import Job, NewJob
 from adapterctl.registry.domain.refs import parse_ref
 from adapterctl.registry.domain.version import AdapterVersion, NewVersion
 from adapterctl.registry.ports import Parent
-from adapterctl.registry.services import evaluate
+from adapterctl.registry.services import bases, evaluate
 from adapterctl.registry.services.beside import beside
 from adapterctl.registry.services.register import Registration, inspect, publish, register
 from adapterctl.registry.services.retain import retention_view
@@ -291,6 +291,23 @@ def test_committed_results_spare_the_computation_and_say_so(family: World, tmp_p
     assert (taken, fresh.computed) == (2, [])
     (report,) = fresh.ledger.reports_for(version.spec.content_digest, base_id)
     assert (report.engine["source"], report.engine["torch"]) == ("committed result", "1.0")
+
+
+def test_a_report_says_nothing_of_the_same_bytes_on_another_base_nor_of_all_that_begin_alike(
+    family: World, tmp_path: Path, mlflow_schema: Path
+):
+    family.request("translate")
+    family.work()
+    version = _version(family, "translate")
+    (report,) = family.ledger.reports_for(version.spec.content_digest, version.spec.base.id)
+    fresh = _another_registry(family, tmp_path, mlflow_schema)
+    other = bases.add_base(fresh.ledger, "other/base")
+
+    with pytest.raises(InvalidInput, match="no subject of a report"):
+        evaluate.import_reports(fresh.ledger, [replace(report, subject=report.subject[:4])])
+    assert evaluate.import_reports(fresh.ledger, [replace(report, base_id=other.id)]) == 1
+
+    assert not any(fresh.ledger.metrics([_version(fresh, "translate").id]).values())
 
 
 def _another_registry(family: World, tmp_path: Path, mlflow_schema: Path) -> World:
