@@ -178,6 +178,26 @@ def adapters(call: Read, max_results: MaxResults = 100, page_token: PageToken = 
     return _reply(AdapterPage(tuple(found), following))
 
 
+@router.get("/adapters/{name}", response_model=AdapterView)
+def adapter(name: str, call: Read) -> Response:
+    """One adapter, with its newest version and what serves its stages."""
+    call.registry.versions(check_name(name))  # says of a name that is unknown what is like it
+    found = next((each for each in call.registry.adapters() if each.name == name), None)
+    if found is None:
+        raise NotFound(f"every version of {name} was removed", hint=f"GET /v1/versions?name={name}&removed=true")
+    return _reply(found)
+
+
+@router.get("/adapters/{name}/versions", response_model=VersionPage)
+def versions_of(
+    name: str, call: Read, removed: bool = False, max_results: MaxResults = 100, page_token: PageToken = None
+) -> Response:
+    """The versions of one adapter, by number; `/v1/versions` filters, and lists those of all."""
+    found = call.registry.versions(check_name(name), removed=removed)
+    page, following = _page(found, lambda each: [each.name, each.number], max_results, page_token)
+    return _reply(VersionPage(tuple(page), following))
+
+
 @router.get("/versions", response_model=VersionPage)
 def versions(
     call: Read,

@@ -19,6 +19,7 @@ from adapterctl.bootstrap import connect
 from adapterctl.registry.domain import errors
 from adapterctl.registry.domain.access import Scope
 from adapterctl.registry.domain.job import JobState, NewJob
+from adapterctl.registry.domain.refs import parse_ref
 from adapterctl.registry.rest.app import create_app
 from adapterctl.registry.rest.door import JSON_BYTES, Rules, everyone
 from adapterctl.registry.rest.problems import STATUS, from_problem, to_problem
@@ -518,6 +519,30 @@ def test_changes_are_recorded_under_the_name_of_the_token(served: Any, parts: li
     )
 
     assert answer.json()["actor"] == "grace"
+
+
+def test_an_adapter_is_shown_and_its_versions_listed_where_they_are_registered(served: Any, tmp_path: Path):
+    for number in (1, 2, 3):
+        folder = write_tiny_adapter(tmp_path / str(number), seed=900 + number)
+        served.registry.register(str(folder), name="listed")
+    served.registry.remove(parse_ref("listed:v2"), reason="a test")
+
+    def get(path: str) -> Any:
+        return served.client.get(f"/v1/adapters/{path}", headers=served.auth("read"))
+
+    shown = get("listed").json()
+    first = get("listed/versions?max_results=1").json()
+    rest = get(f"listed/versions?page_token={first['next_page_token']}").json()
+
+    assert (shown["name"], shown["versions"], shown["latest"]) == ("listed", 2, "v3")
+    assert [each["ref"] for each in first["versions"] + rest["versions"]] == ["listed:v1", "listed:v3"]
+    assert rest["next_page_token"] is None
+    assert [each["number"] for each in get("listed/versions?removed=true").json()["versions"]] == [1, 2, 3]
+    for missing in ("liste", "liste/versions"):
+        assert (get(missing).status_code, get(missing).json()["hint"]) == (404, "did you mean listed?")
+    for number in (1, 3):
+        served.registry.remove(parse_ref(f"listed:v{number}"), reason="a test")
+    assert "every version of listed was removed" in get("listed").json()["detail"]
 
 
 def test_a_server_is_ready_only_while_its_ledger_answers(

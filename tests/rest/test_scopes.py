@@ -33,6 +33,8 @@ NEEDED = {
         "HEAD /adapters/{name}/{version}",
         "HEAD /adapters/{name}/{version}/lineage.svg",
         "GET /v1/adapters",
+        "GET /v1/adapters/{name}",
+        "GET /v1/adapters/{name}/versions",
         "GET /v1/versions",
         "GET /v1/adapters/{name}/versions/{version}",
         "GET /v1/adapters/{name}/versions/{version}/receipt",
