@@ -280,10 +280,10 @@ class _Planner:
 
         PEFT goes by the class of the layer, and its `fan_in_fan_out` is that of the last layer that it visited.
         """
-        kind = self.config.get("model_type")
+        kind = str(self.config.get("model_type"))
         if kind in CONV1D_MODELS:
             return "transposed" if any(part.isdigit() for part in module.name.split(".")) else "plain"
-        within = {part.get("model_type") for part in self.config.values() if isinstance(part, Mapping)}
+        within = {str(part.get("model_type")) for part in self.config.values() if isinstance(part, Mapping)}
         if self.facts.fan_in_fan_out or kind in _MIXED_MODELS or within & {*CONV1D_MODELS}:
             self.findings.add(
                 "orientation_unknown",
@@ -303,7 +303,8 @@ class _Planner:
         return self._says_tied() and self._stored_head() is None
 
     def _says_tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", True))
+        # transformers ties what does not say otherwise, but a head that is stored beside layers we know less of is none
+        return bool(self.config.get("tie_word_embeddings", self._stored_head() is None or self._is_causal()))
 
     def _stored_head(self) -> str | None:
         return next((key for key in self.tensors if _last(key.removesuffix(".weight")) in HEADS), None)
@@ -355,7 +356,7 @@ class _Planner:
     def _is_input_embedding(self, module: LoraModule) -> bool:
         if module.kind != "embedding":
             return False
-        sizes = {part.get("vocab_size") for _, part in _with_nested(self.config)}
+        sizes = [part.get("vocab_size") for _, part in _with_nested(self.config)]
         name = _last(module.name)
         return name in INPUT_EMBEDDINGS or (module.a.shape[1] in sizes and "pos" not in name and name != "wpe")
 

@@ -93,7 +93,7 @@ def check_alias(alias: str) -> str:
 
 def is_below(path: str) -> bool:
     """Whether a relative path of plain parts leads below the folder that it is joined to, whatever lies there."""
-    return not {"", ".", ".."} & set(path.split("/"))
+    return "\0" not in path and not {"", ".", ".."} & set(path.split("/"))
 
 
 def is_like(name: str, globs: Iterable[str]) -> bool:

@@ -352,6 +352,8 @@ def round_once(values: Array, dtype: str, out: NDArray[Any]) -> None:
     if (narrow.view(np.uint32) & np.uint32(0xFFFF)).any():  # below the normal numbers there are fewer bits than 8
         small = np.abs(values) < _SMALLEST_NORMAL
         narrow[small] = np.ldexp(np.rint(np.ldexp(values[small], 133)), -133)
+    if (nan := np.isnan(values)).any():  # one whose bits are all set was carried on into a zero
+        narrow[nan] = np.nan
     out[...] = narrow.view(np.uint32) >> np.uint32(16)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..api import BakedView, RegistryAPI, VersionView
 from ..domain.bake_plan import INDEX_FILE, WEIGHTS_FILE, BakePlan, BaseTensor, baked_config, plan_bake
 from ..domain.digest import file_digest
-from ..domain.errors import Conflict, InvalidAdapter, InvalidInput, Recalled, Refused, Unavailable
+from ..domain.errors import Conflict, InvalidAdapter, InvalidInput, NotFound, Recalled, Refused, Unavailable
 from ..domain.header import read_header
 from ..domain.refs import Ref, is_below
 from ..domain.version import Base, FileRecord
@@ -93,7 +93,7 @@ def bake(
     found = bases.fingerprints(base, weights=False)
     differs = _check_base(known, base, found, force)
     model = _read_base(base)
-    place = out.absolute()  # so that it has a name, also where it is `.`
+    place = out.resolve()  # so that it has a name, also where it is `.`, and can be replaced, also where it is a link
     with _stage(place) as stage:
         # by its number: what a stage means may change meanwhile
         registry.pull(Ref(version.name, number=version.number), stage / "adapter")
@@ -166,7 +166,7 @@ def _read_base(folder: Path) -> _BaseModel:
     for number, name in enumerate(names):
         try:
             header = read_header((folder / name).resolve())  # links are followed: the hub's cache is made of them
-        except InvalidAdapter as error:
+        except (InvalidAdapter, NotFound) as error:
             hint = "fetch it again, or save the base with transformers"
             raise Refused(f"{folder / name} cannot be read: {error.message}", hint=hint) from error
         tensors += [BaseTensor(number, entry) for entry in header.tensors]
@@ -203,7 +203,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise InvalidInput(f"{path} is not there", hint="give the folder of a model that transformers saved") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidInput(f"{path} cannot be read: {error}", hint="fetch the base again") from error
     if not isinstance(found, dict):
         raise InvalidInput(f"{path} is no JSON object", hint="fetch the base again")

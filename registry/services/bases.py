@@ -132,7 +132,7 @@ def _config_digest(path: Path) -> str:
     try:
         fields = json.loads(path.read_bytes())
         return json_digest({key: value for key, value in fields.items() if key not in _INCIDENTAL_FIELDS})
-    except (ValueError, AttributeError) as error:  # AttributeError: JSON, but no object
+    except (ValueError, RecursionError, AttributeError) as error:  # AttributeError: JSON, but no object
         raise InvalidInput(f"{path} is not a model config: {error}", hint="check the file") from error
 
 

@@ -57,7 +57,7 @@ def quantised_to(folder: Path) -> str | None:
         config = json.loads((folder / "config.json").read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Unavailable(f"{folder}/config.json cannot be read: {error}", hint="put the base's files right") from error
     return stored_dtype(config) if isinstance(config, dict) else None
 

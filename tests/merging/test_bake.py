@@ -64,6 +64,17 @@ def test_a_value_that_float32_would_make_a_tie_goes_where_it_belongs():
     assert out[0] == 0x3F81, "by way of float32 it would be 1.0, the even neighbour"
 
 
+def test_a_nan_of_any_bits_stays_one():
+    out, back = np.empty(4, "<u2"), np.empty(4)
+
+    with np.errstate(invalid="ignore"):  # one of them signals
+        values = np.array([0xFFFFFFFF, 0x7FFFFFFF, 0x7FC00000, 0x7F800001], np.uint32).view(np.float32)
+        round_once(values.astype(np.float64), "BF16", out)
+    widen(out, "BF16", back)
+
+    assert np.isnan(back).all()
+
+
 def plan_of(base: Path, adapter: Path) -> BakePlan:
     tensors = [BaseTensor(0, entry) for entry in read_header(base).tensors]
     return plan_bake(facts_of(adapter), {"architectures": ["Any"], "model_type": "gpt2"}, tensors)

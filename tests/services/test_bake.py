@@ -338,6 +338,61 @@ def test_folders_that_are_no_whole_base_are_refused(baked, tmp_path):
             baked(folder)
 
 
+def test_files_of_a_base_that_lead_nowhere_are_refused(baked, tmp_path):
+    base = write_base(tmp_path / "base")
+    (base / WEIGHTS).rename(base / "model-1.safetensors")
+    maps: list[Any] = [{"a": "gone.safetensors"}, {"a": "a\0b"}, {"a": "../b.safetensors"}, {"a": ""}, []]
+    deep = '{"a":' * 100_000
+
+    for text in [*(json.dumps({"weight_map": listed}) for listed in maps), deep]:
+        (base / "model.safetensors.index.json").write_text(text)
+        with pytest.raises((Refused, InvalidInput), match=r"cannot be read|is no index of weights") as refused:
+            baked(base)
+        assert "base" in refused.value.hint
+    (base / "config.json").write_text(deep)
+    with pytest.raises(InvalidInput, match=r"config\.json is not a model config"):
+        baked(base)
+
+    assert left(tmp_path) == set()
+
+
+def test_a_config_whose_values_are_of_another_kind_than_usual_is_no_crash(baked, tmp_path):
+    odd = {"model_type": ["llama"], "vocab_size": [32], "text_config": {"model_type": ["gpt2"], "vocab_size": {}}}
+
+    view = baked(
+        write_base(tmp_path / "base", config=CONFIG | odd), adapter={"embedding": {"model.embed_tokens": (32, 16)}}
+    )
+
+    assert view.changed == 5
+
+
+def test_a_stored_head_of_another_architecture_is_its_own_unless_the_config_ties_it(baked, tmp_path):
+    config, adapter = CONFIG | {"architectures": ["LlavaForConditionalGeneration"]}, {"linear": {"lm_head": (32, 16)}}
+
+    view = baked(write_base(tmp_path / "base", config=config), adapter=adapter)
+
+    assert (view.changed, view.untied) == (1, None)
+    assert "tie_word_embeddings" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    with pytest.raises(Refused, match="lm_head is tied to other layers of Llava"):
+        baked(
+            write_base(tmp_path / "base-2", config=config | {"tie_word_embeddings": True}),
+            out=tmp_path / "out-2",
+            adapter=adapter,
+        )
+
+
+def test_a_folder_that_is_a_link_gets_the_model_where_the_link_leads(baked, tmp_path):
+    base = write_base(tmp_path / "base")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+
+    baked(base)
+
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "real" / WEIGHTS).is_file()
+    assert left(tmp_path) == {"out", "real"}
+
+
 def test_another_base_than_the_one_it_is_pinned_to_takes_force_and_is_written_down(baked, two_parents, tmp_path):
     base = write_base(tmp_path / "base")
     two_parents.add_base("tiny/pinned", folder=base)
