@@ -106,7 +106,7 @@ def _versions(registry: RegistryAPI, refs: Sequence[Ref]) -> list[VersionView]:
 
 
 def _move_in(places: Mapping[str, VersionView], room: Path, folder: Path) -> None:
-    """Give every folder its name; before that nothing is seen, and what is there already has to be the same."""
+    """Give every folder its name, one after the other, or none; what is there already has to be the same."""
     new = []
     for place, version in places.items():
         target = folder / place
@@ -116,9 +116,16 @@ def _move_in(places: Mapping[str, VersionView], room: Path, folder: Path) -> Non
             raise Conflict(
                 f"{target} is there, with other files than those of {version.ref}", hint="give another folder"
             )
-    for place in new:
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (room / place).replace(folder / place)
+    moved = []
+    try:
+        for place in new:
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (room / place).replace(folder / place)
+            moved.append(place)
+    except OSError:
+        for place in moved:
+            (folder / place).replace(room / place)
+        raise
 
 
 def _same_files(one: Path, other: Path) -> bool:
@@ -180,8 +187,8 @@ def _for_hub(version: VersionView, files: Path) -> list[Problem]:
     text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
     found = _FRONT_MATTER.match(text)
     try:
-        known = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
+        known = (yaml.safe_load(found[1]) or {}) if found else {}
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that there is not
         known = None
     if not isinstance(known, dict):
         problem = f"the README of {version.ref} begins with something that is no YAML mapping"

@@ -6,9 +6,7 @@ left behind, so a kill at any point leaves no partial file for long.
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,18 +36,21 @@ def stage_folder(home: Path) -> Iterator[Path]:
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` that gets its name when the block ends without an error, and is gone otherwise.
 
-    Raises `Conflict` where `target` exists and is not an empty folder, `Unavailable` where it cannot be written.
+    Where `target` is a link, the folder that it leads to is meant. Raises `Conflict` where it exists and is not empty,
+    `Unavailable` where it cannot be written.
     """
     check_new(target)
+    place = target.resolve()
+    # no mkdtemp: what comes out is as open as any new folder, and the umask is read by changing it, for all threads
+    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
     except OSError as error:
         raise Unavailable(f"{target} cannot be written: {error.strerror}", hint="give another folder") from error
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        temporary.replace(target)
+        temporary.replace(place)
     except OSError as error:
         raise Unavailable(
             f"{target} cannot be written: {error.strerror}", hint="free space or give another folder"
@@ -102,10 +103,3 @@ def _make(folder: Path, stack: ExitStack) -> None:
 
 def _lock_path(folder: Path) -> Path:
     return folder.with_name(folder.name + ".lock")
-
-
-def _umask() -> int:
-    # The only portable way to read it; mkdtemp makes its folder private, what comes out is as open as any new file.
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tiny import write_tiny_adapter
 
-from adapterctl.registry.domain.errors import Conflict, InvalidInput, Recalled, Refused
+from adapterctl.registry.domain.errors import Conflict, InvalidInput, Recalled, Refused, Unavailable
 from adapterctl.registry.domain.refs import parse_ref
 from adapterctl.registry.services.layouts import lay_out, next_steps, vllm_rank
 from adapterctl.registry.services.local import LocalRegistry
@@ -156,3 +156,23 @@ def test_the_hub_takes_one_version_of_an_adapter_and_no_card_that_is_broken(two_
     with pytest.raises(Refused, match="no YAML mapping"):
         out(two_parents, tmp_path / "hub", "hub", second)
     assert not (tmp_path / "hub" / "twice").exists()
+
+
+@pytest.mark.parametrize("front", ["- a list", "date: 2024-13-45", "a: 0b_", "[" * 1000])
+def test_a_card_that_begins_with_no_mapping_is_refused(two_parents, tmp_path, front):
+    ref = register(two_parents, tmp_path / "adapter", "odd", f"---\n{front}\n---\n# Odd\n")
+
+    with pytest.raises(Refused, match="no YAML mapping"):
+        out(two_parents, tmp_path / "hub", "hub", ref)
+
+    assert not list((tmp_path / "hub").iterdir())
+
+
+def test_a_folder_that_cannot_be_named_takes_back_those_before_it(two_parents, tmp_path):
+    last = f"translate.v1.{two_parents.version(parse_ref('translate:v1')).content_digest[:8]}"
+    (tmp_path / last).symlink_to(tmp_path / "nowhere")
+
+    with pytest.raises(Unavailable, match="cannot be written"):
+        out(two_parents, tmp_path, "vllm", "chat:v1", "translate:v1")
+
+    assert [path.name for path in tmp_path.iterdir()] == [last]
