@@ -22,11 +22,10 @@ from sqlalchemy import text
 
 from adapterctl.registry.domain.digest import file_digest
 from adapterctl.registry.domain.job import Job, JobState
-from adapterctl.registry.domain.version import AdapterVersion
+from adapterctl.registry.domain.version import AdapterVersion, local_folder
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.services.staging import sweep
 from adapterctl.registry.settings import Settings
-from adapterctl.registry.stores.artifacts import local_folder
 from adapterctl.registry.stores.mlflow_server import client_uri, embedded_uri
 from adapterctl.registry.stores.sql.engine import Database
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pwd
 import shlex
+import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -161,6 +162,18 @@ def user_config(env: Mapping[str, str] | None = None) -> Path:
     # where nobody knows a home folder "~" stays, which is no file
     config_home = Path(env.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
     return config_home / "adapterctl" / "config.toml"
+
+
+def open_secrets(path: Path) -> list[str]:
+    """Settings in a file of settings that may be secrets, where others than its owner may read it; else none.
+
+    Raises `Misconfigured` where the file cannot be read.
+    """
+    if not path.is_file() or not path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        return []
+    values = _from_file(path)
+    addresses = [key for key in ("database_url", "mlflow_uri", "broker_url") if "@" in str(values.get(key, ""))]
+    return [*(["token"] if values.get("token") else []), *addresses]
 
 
 def _login(env: Mapping[str, str]) -> str:

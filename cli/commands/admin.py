@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...registry.domain.errors import AdapterctlError, InvalidInput, Unavailable
+from ...registry.domain.errors import AdapterctlError, InvalidInput, Misconfigured, Unavailable
 from .. import parse, views
 from ..connect import Session, add_verbs, confirm
 from .service import run_server
+
+if TYPE_CHECKING:
+    from ...registry.api import Check
 
 GROUP = "The registry"
 
@@ -52,11 +56,28 @@ def doctor(
             from ...registry.services.doctor import examine_home  # deferred: help examines nothing
 
             checks = [*examine_home(session.settings().home), *checks]
+    checks += _own_settings()
     session.out.data(
         checks, text=lambda: views.checks_text(checks, session.out), names=[check.name for check in checks]
     )
     if any(check.status == "error" for check in checks):
         raise typer.Exit(1)
+
+
+def _own_settings() -> list[Check]:
+    """A warning where others may read the secrets of whoever asks; it is about this machine, not a server's."""
+    from ...registry.api import Check  # deferred: help needs no views and no settings
+    from ...registry.settings import open_secrets, user_config
+
+    path = user_config()
+    try:
+        secrets = open_secrets(path)
+    except Misconfigured:
+        return []  # it was told why nothing was checked
+    if not secrets:
+        return []
+    said = f"{path} holds {', '.join(secrets)} and can be read by others (mode {path.stat().st_mode & 0o777:03o})"
+    return [Check("settings", "warning", said, f"chmod 600 {shlex.quote(str(path))}")]
 
 
 def gc(

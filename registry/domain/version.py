@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from .adapter import AdapterFacts
 
@@ -162,3 +164,11 @@ def summarise(spec: NewVersion) -> Summary:
         method=spec.recipe["method"] if spec.recipe else None,
         loss=spec.receipt.get("loss") if spec.receipt else None,
     )
+
+
+def local_folder(location: str) -> Path | None:
+    """The folder that an artifact location names, whether it is there or not; None where it lies elsewhere."""
+    parts = urlsplit(location)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return Path(unquote(parts.path))
+    return Path(location) if location.startswith("/") else None

@@ -17,10 +17,13 @@ from pathlib import Path
 from ..api import DAY_S, Check
 from ..domain.errors import AdapterctlError, Misconfigured, NotFound, Unavailable
 from ..domain.job import JobState
+from ..domain.refs import first_few
+from ..domain.version import AdapterVersion, local_folder
 from ..domain.worker import QUEUES, Worker, served
 from ..ports import Doorbell, Ledger, VersionStore
 from ..settings import MLFLOW_DATABASE, Settings
 from .drift import Rules, check_not_emptied, differences
+from .pull import damage
 from .reconcile import Adoption
 from .schedule import unattended
 from .views import recall_views
@@ -31,6 +34,8 @@ _LOW_SPACE_BYTES = 1 << 30
 _FULL_BYTES = 50 << 20
 #: Failed jobs that are counted one by one.
 _MANY = 100
+#: Versions whose files are looked for, the newest.
+MOST_VERSIONS = 10_000
 
 
 def examine(
@@ -70,6 +75,7 @@ def _examine(
         *examine_home(settings.home),
         Check("ledger", "ok", f"registry {registry_id}, {len(ledger.versions())} versions"),
         *_mlflow(settings, ledger, open_versions, rules, adoption, abroad=abroad),
+        *(_files(ledger) if settings.database_url is None else ()),
         *_recalled(ledger),
         *_jobs(settings, ledger),
         *(_fleet(settings, ledger, bell, abroad=abroad) if settings.broker_url else ()),
@@ -171,6 +177,34 @@ def _mlflow(
         yield from adoption().accept_all()
     else:
         yield from (each.check for each in differences(ledger, store, settings.stages, rules))
+
+
+def _files(ledger: Ledger) -> Iterator[Check]:
+    """Whether the files of live versions are there in the sizes of the manifest; no byte of them is read.
+
+    Only of folders of this machine: a store elsewhere would have to be asked for each file.
+    """
+    live = sorted(ledger.versions(), key=lambda each: each.created_at, reverse=True)
+    placed = ((each, local_folder(each.placement.location)) for each in live[:MOST_VERSIONS])
+    here = [(each, folder) for each, folder in placed if folder is not None]
+    found = {each.id: lines for each, folder in here if (lines := _lacking(each, folder))}
+    # one that was removed meanwhile lost its files rightly
+    bad = [each for each in ledger.versions_by_id(list(found)).values() if each.state == "live"] if found else []
+    if bad:
+        bad.sort(key=lambda each: (each.name, each.number))
+        first, names = bad[0], first_few([each.label for each in bad])
+        hint = f"adapterctl verify {first.label} --no-rerun names all that is wrong; restore the files from a backup"
+        yield Check("files", "error", f"files are damaged of {names}: {found[first.id][0]}", hint)
+    elif here:
+        said = f"those of {'the newest ' if len(live) > MOST_VERSIONS else ''}{len(here)} versions have their sizes"
+        yield Check("files", "ok", said)
+
+
+def _lacking(version: AdapterVersion, folder: Path) -> list[str]:
+    try:
+        return damage(folder, version.placement.files, content=False)
+    except OSError as error:  # a folder that is closed to us
+        return [f"{error.filename} cannot be read: {error.strerror}"]
 
 
 def _recalled(ledger: Ledger) -> Iterator[Check]:

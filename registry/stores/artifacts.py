@@ -12,21 +12,12 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from ..domain.digest import file_digest
 from ..domain.errors import Corrupt
-from ..domain.version import AdapterVersion, FileRecord
+from ..domain.version import AdapterVersion, FileRecord, local_folder
 
 _READ_ONLY = 0o444
-
-
-def local_folder(location: str) -> Path | None:
-    """The folder that an artifact location names, whether it is there or not; None where it lies elsewhere."""
-    parts = urlsplit(location)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
-        return Path(unquote(parts.path))
-    return Path(location) if location.startswith("/") else None
 
 
 def own_folder(version: AdapterVersion) -> Path | None:

@@ -23,10 +23,10 @@ from ..crashpoints import reached
 from ..domain.digest import json_digest
 from ..domain.errors import NotFound, Refused
 from ..domain.evals import EvalReport
-from ..domain.version import AdapterVersion, Base, FileRecord, NewVersion, Placement
+from ..domain.version import AdapterVersion, Base, FileRecord, NewVersion, Placement, local_folder
 from ..ports import Attempt, Beside, Double, Parent, SeenModel, SeenVersion
 from ..wire import from_json, to_builtins, to_json
-from .artifacts import files_are_gone, list_files, local_folder, move_into_place, own_folder
+from .artifacts import files_are_gone, list_files, move_into_place, own_folder
 from .mlflow_access import (
     ADAPTER_ID,
     EXISTS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -26,6 +27,8 @@ from adapterctl.bootstrap import connect
 from adapterctl.migrations import VERSION_TABLE
 from adapterctl.registry.domain.digest import file_digest
 from adapterctl.registry.domain.job import JobState, NewJob
+from adapterctl.registry.domain.version import local_folder
+from adapterctl.registry.services import doctor
 
 Run = Callable[..., Any]
 
@@ -651,6 +654,57 @@ def test_doctor_checks_a_registry_and_tells_of_a_missing_one(run: Run, pair: Pat
     assert missing.stdout.startswith("warning  home ")
     assert "adapterctl demo" in missing.stdout
     assert not (tmp_path / "none").exists()
+
+
+def test_doctor_names_versions_whose_files_are_missing_or_cut_short(
+    run: Run, adapter: Any, pair: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def files() -> tuple[str, str]:
+        told = run("doctor", "-o", "json", code=None).data
+        return next((check["status"], check["detail"] + check["hint"]) for check in told if check["name"] == "files")
+
+    run("register", adapter(seed=3), "--name", "removed")
+    whole = files()
+    with closing(connect().ledger) as ledger:
+        folders = {each.name: local_folder(each.placement.location) for each in ledger.versions()}
+    run("rm", "removed:v1", "--yes")
+    cut = folders["translate"] / "adapter_model.safetensors"
+    cut.chmod(0o600)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    one = files()
+    shutil.rmtree(folders["chat"])
+    two = files()
+    monkeypatch.setattr(doctor, "MOST_VERSIONS", 1)
+    newest = files()
+
+    assert whole[0] == "ok"
+    assert one[0] == "error"
+    assert "files are damaged of translate:v1: adapter_model.safetensors has" in one[1]
+    assert "adapterctl verify translate:v1 --no-rerun" in one[1]
+    assert "files are damaged of chat:v1, translate:v1: " in two[1]
+    assert "chat:v1" in newest[1]
+    assert "translate:v1" not in newest[1]
+
+
+def test_doctor_warns_of_a_token_that_others_can_read(
+    run: Run, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def found(text: str, mode: int) -> list[Any]:
+        file.write_text(text)
+        file.chmod(mode)
+        return [check for check in run("doctor", "-o", "json", code=None).data if check["name"] == "settings"]
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "of ada"))
+    file = tmp_path / "of ada" / "adapterctl" / "config.toml"
+    file.parent.mkdir(parents=True)
+
+    (warned,) = found('token = "canary"', 0o640)
+
+    assert warned["status"] == "warning"
+    assert warned["detail"] == f"{file} holds token and can be read by others (mode 640)"
+    assert warned["hint"] == f"chmod 600 '{file}'"
+    assert found('token = "canary"', 0o600) == []
+    assert found('actor = "ada"', 0o644) == []
 
 
 def test_an_error_of_the_database_of_mlflow_is_told_once_and_in_our_words(fresh: Run, pair: Path):

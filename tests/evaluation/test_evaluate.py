@@ -18,7 +18,7 @@ from adapterctl.registry.domain.errors import InvalidInput, JobCancelled, JobFai
 from adapterctl.registry.domain.eval_plan import BASE
 from adapterctl.registry.domain.job import Job, NewJob
 from adapterctl.registry.domain.refs import parse_ref
-from adapterctl.registry.domain.version import AdapterVersion, NewVersion
+from adapterctl.registry.domain.version import AdapterVersion, NewVersion, local_folder
 from adapterctl.registry.ports import Parent
 from adapterctl.registry.services import bases, evaluate
 from adapterctl.registry.services.beside import beside
@@ -27,7 +27,6 @@ from adapterctl.registry.services.retain import retention_view
 from adapterctl.registry.services.schedule import Done, Task
 from adapterctl.registry.services.suites import add_suite, load_suite, suites_of
 from adapterctl.registry.settings import Settings
-from adapterctl.registry.stores.artifacts import local_folder
 from adapterctl.registry.stores.mlflow_access import VERSION_ID
 from adapterctl.registry.stores.mlflow_versions import MlflowVersions
 from adapterctl.registry.stores.sql.engine import Database, sqlite_url

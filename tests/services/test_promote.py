@@ -29,12 +29,11 @@ from adapterctl.registry.domain.errors import (
 )
 from adapterctl.registry.domain.refs import Ref
 from adapterctl.registry.domain.stage import GENESIS, Head, StageEvent
-from adapterctl.registry.domain.version import AdapterVersion
+from adapterctl.registry.domain.version import AdapterVersion, local_folder
 from adapterctl.registry.services.gates import kept_decision, set_gates
 from adapterctl.registry.services.promote import DECISIONS, Stages, check_stage, history
 from adapterctl.registry.services.register import Registration, register
 from adapterctl.registry.services.resolve import resolve
-from adapterctl.registry.stores.artifacts import local_folder
 from adapterctl.registry.stores.sql.tables import stage_history
 
 STAGES = ("staging", "production", "canary")
@@ -611,7 +610,7 @@ from adapterctl.registry.domain.refs import Ref
 from adapterctl.registry.services.gates import kept_decision, set_gates
 from adapterctl.registry.services.promote import Stages
 from adapterctl.registry.services.resolve import resolve
-from adapterctl.registry.stores.artifacts import local_folder
+from adapterctl.registry.domain.version import local_folder
 from adapterctl.registry.stores.sql.tables import stage_history
 from adapterctl.registry.stores.mlflow_versions import MlflowVersions
 from adapterctl.registry.stores.sql.engine import Database, sqlite_url

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
+from adapterctl.registry.domain.version import local_folder
 from adapterctl.registry.ports import Parent
 from adapterctl.registry.services.pull import damage
-from adapterctl.registry.stores.artifacts import local_folder
 from adapterctl.registry.wire import to_json
 
 PLACE = """

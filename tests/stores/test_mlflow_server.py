@@ -17,9 +17,9 @@ from urllib.request import Request, urlopen
 import pytest
 
 from adapterctl.registry.domain.errors import Misconfigured
+from adapterctl.registry.domain.version import local_folder
 from adapterctl.registry.ports import Parent
 from adapterctl.registry.services.pull import damage
-from adapterctl.registry.stores.artifacts import local_folder
 from adapterctl.registry.stores.mlflow_server import ENVIRONMENT, SWITCHED_OFF, artifact_root, embedded_uri
 from adapterctl.registry.stores.mlflow_versions import MlflowVersions
 

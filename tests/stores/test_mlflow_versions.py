@@ -20,11 +20,10 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from adapterctl.bootstrap import connect, job_handlers
 from adapterctl.registry.domain.errors import Corrupt, Misconfigured, NotFound, Refused, Unavailable
 from adapterctl.registry.domain.evals import EvalReport, TaskResult
-from adapterctl.registry.domain.version import AdapterVersion, Base
+from adapterctl.registry.domain.version import AdapterVersion, Base, local_folder
 from adapterctl.registry.ports import Parent
 from adapterctl.registry.services.pull import damage
 from adapterctl.registry.settings import Settings
-from adapterctl.registry.stores.artifacts import local_folder
 from adapterctl.registry.stores.mlflow_server import embedded_uri
 from adapterctl.registry.stores.mlflow_versions import MlflowVersions
 
