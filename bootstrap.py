@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .registry.domain.errors import Misconfigured, NotFound
-from .registry.settings import Settings, check_address, load_settings
+from .registry.settings import MLFLOW_DATABASE, Settings, check_address, load_settings
 
 # Everything else is imported where it is used: a command that goes to a server needs no SQLAlchemy and no services.
 if TYPE_CHECKING:
@@ -231,7 +231,8 @@ def _establish(ledger: SqlLedger, settings: Settings) -> None:
             ) from None
         ledger.establish(stored)
         known = ledger.mlflow_uri
-    if not settings.database_url:
+    # an MLflow that is asked for by its address may be made in a new folder
+    if not settings.database_url and (stored != known or (settings.home / MLFLOW_DATABASE).exists()):
         check_in_place(settings.home, known)
     if not settings.mlflow_uri or stored == known:
         return

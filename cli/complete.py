@@ -127,9 +127,11 @@ def _ask(settings: Settings, what: str, field: str, **query: str) -> list[str]:
 def _query(settings: Settings, query: str, argument: str) -> list[str]:
     import sqlite3  # deferred: see above
 
+    from ..registry.settings import LEDGER_DATABASE
+
     if settings.database_url:
         return []
-    address = f"{(settings.home / 'registry.db').as_uri()}?mode=ro"
+    address = f"{(settings.home / LEDGER_DATABASE).as_uri()}?mode=ro"
     with closing(sqlite3.connect(address, uri=True, timeout=0.2)) as ledger:
         return [row[0] for row in ledger.execute(f"{query} LIMIT {_LIMIT}", (argument,))]
 

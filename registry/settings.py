@@ -22,7 +22,7 @@ from .domain.worker import GPU_QUEUE
 
 PROJECT_FILE = "adapterctl.toml"
 #: In the home of an embedded registry.
-MLFLOW_DATABASE = "mlflow.db"
+LEDGER_DATABASE, MLFLOW_DATABASE = "registry.db", "mlflow.db"
 #: Below these, every job would lose its lease or its time before it began, or nothing could be sent.
 LEAST = {
     "threads": 0,

@@ -21,7 +21,7 @@ from ..domain.refs import first_few
 from ..domain.version import AdapterVersion, local_folder
 from ..domain.worker import QUEUES, Worker, served
 from ..ports import Doorbell, Ledger, VersionStore
-from ..settings import MLFLOW_DATABASE, Settings
+from ..settings import LEDGER_DATABASE, MLFLOW_DATABASE, Settings
 from .drift import Rules, check_not_emptied, differences
 from .pull import damage
 from .reconcile import Adoption
@@ -95,15 +95,22 @@ def check_in_place(home: Path, mlflow_uri: str) -> None:
     MLflow and among its files, and known to the ledger of the copy alone.
     """
     theirs, own = Path(mlflow_uri.removeprefix("sqlite:///")), home / MLFLOW_DATABASE
-    if not mlflow_uri.startswith("sqlite:") or theirs.name != MLFLOW_DATABASE or not own.exists():
+    if not mlflow_uri.startswith("sqlite:") or theirs.name != MLFLOW_DATABASE:
         return
-    if not os.path.exists(theirs):  # and not `Path.exists`, which raises in a folder closed to us
+    # `Path.exists` of theirs would raise in a folder closed to us
+    if own.exists():
+        is_there = os.path.exists(theirs)
+        is_own = is_there and theirs.samefile(own)
+    else:  # before the first version; a folder that is no home is where somebody wanted MLflow
+        is_there = os.path.exists(theirs.parent)
+        is_own = is_there and (not os.path.exists(theirs.parent / LEDGER_DATABASE) or theirs.parent.samefile(home))
+    if not is_there:
         raise Misconfigured(
             f"the registry in {home} was made in {theirs.parent}, where its MLflow and its files are expected",
             abroad="the home of this registry was moved: its MLflow and its files are expected where it was made",
             hint=f"move it back, or link it there: ln -s {shlex.quote(str(home))} {shlex.quote(str(theirs.parent))}",
         )
-    if not theirs.samefile(own):
+    if not is_own:
         raise Misconfigured(
             f"{home} is a copy of the registry in {theirs.parent}: its versions are in the MLflow there",
             abroad="the home of this registry is a copy: its versions are in the MLflow of the first one",

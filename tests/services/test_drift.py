@@ -62,6 +62,30 @@ def test_a_moved_home_says_where_it_was_and_makes_nothing_there(two_parents: Loc
     assert not first.exists()
 
 
+def test_a_home_that_is_copied_or_moved_before_its_first_version_makes_nothing_in_the_first_one(tmp_path: Path):
+    first, second, moved = tmp_path / "first", tmp_path / "second", tmp_path / "moved"
+    connect(Settings(home=first)).ledger.close()
+    shutil.copytree(first, second)
+
+    with pytest.raises(Misconfigured, match=f"{second} is a copy of the registry in {first}"):
+        connect(Settings(home=second))
+    connect(Settings(home=first)).ledger.close()
+    first.rename(moved)
+    with pytest.raises(Misconfigured, match=f"the registry in {moved} was made in {first}"):
+        connect(Settings(home=moved))
+    first.symlink_to(moved)
+    connect(Settings(home=moved)).ledger.close()
+
+
+def test_a_home_whose_mlflow_was_asked_for_elsewhere_needs_none_of_its_own(tmp_path: Path):
+    asked = Settings(home=tmp_path / "home", mlflow_uri=f"sqlite:///{tmp_path}/to be made/mlflow.db")
+    for _ in range(2):
+        connect(asked).ledger.close()
+    (tmp_path / "to be made").mkdir()
+
+    connect(Settings(home=tmp_path / "home")).ledger.close()
+
+
 def test_every_deed_behind_our_back_is_seen(two_parents: LocalRegistry, client):
     assert told(two_parents) == []
 

@@ -64,7 +64,7 @@ from ...domain.errors import (
 )
 from ...locks import FileLock, locked, locked_if_free
 from ...ports import Lock
-from ...settings import check_address
+from ...settings import LEDGER_DATABASE, check_address
 
 BUSY_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10
@@ -121,7 +121,7 @@ def _strings_postgresql(element: _Strings, compiler: SQLCompiler, **kw: Any) -> 
 
 def sqlite_url(home: Path) -> str:
     """Address of the embedded registry in `home`."""
-    return f"{_SQLITE}{home.absolute() / 'registry.db'}"
+    return f"{_SQLITE}{home.absolute() / LEDGER_DATABASE}"
 
 
 def is_shared(url: str) -> bool:
