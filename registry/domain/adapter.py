@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .errors import InvalidAdapter, Problem, raise_all
+from .errors import InvalidAdapter, InvalidInput, Problem, raise_all
 from .header import Header
 from .header import TensorEntry as TensorEntry  # part of a module's facts, so it is found here too
 from .lora_config import Findings, LoraConfig, read_config
@@ -143,6 +143,14 @@ def carried_name(facts: AdapterFacts) -> str | None:
     """The adapter name inside the keys, if there is one: PEFT writes none, and does not load keys that have one."""
     match = _KEY.fullmatch(facts.modules[0].a.key)
     return (match["name"] or match["embedding_name"]) if match else None
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises `InvalidInput` for what weights are not written in; None leaves it open."""
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise InvalidInput(
+            f"dtype {dtype!r} is not one of {', '.join(WEIGHT_DTYPES)}", hint="leave it out, or give one"
+        )
 
 
 def tensors_by_module(

@@ -160,8 +160,9 @@ def read_lycoris(
     """What the two files say together, or `InvalidAdapter` with everything that is wrong with them.
 
     `kernels` gives the kernel of convolutions by their name or its end, for most files do not tell a convolution from a
-    linear layer. Raises `InvalidInput` for one that names no module.
+    linear layer. Raises `InvalidInput` for one that names no module, or is none.
     """
+    _check_kernels(kernels or {})
     method = _method(config)
     findings = Findings()
     check_fields(config, LYCORIS_ROLES[method], _REFUSALS, findings)
@@ -209,6 +210,14 @@ def _add_unknown(entry: TensorEntry, findings: Findings) -> None:
 
 def _kernel_of(name: str, kernels: Mapping[str, Kernel]) -> Kernel | None:
     return next((kernel for key, kernel in kernels.items() if ends_in(name, frozenset({key}))), None)
+
+
+def _check_kernels(kernels: Mapping[str, Kernel]) -> None:
+    for key, kernel in kernels.items():
+        if not 1 <= len(kernel) <= 3 or any(axis < 1 for axis in kernel):
+            raise InvalidInput(
+                f"{kernel!r} is no kernel of {key!r}", hint="give one to three numbers from 1, such as (3, 3)"
+            )
 
 
 def _check_used(kernels: Mapping[str, Kernel], modules: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..api import BakedView, RegistryAPI, VersionView
+from ..domain.adapter import check_dtype
 from ..domain.bake_plan import INDEX_FILE, WEIGHTS_FILE, BakePlan, BaseTensor, baked_config, plan_bake
 from ..domain.digest import file_digest
 from ..domain.errors import Conflict, InvalidAdapter, InvalidInput, NotFound, Recalled, Refused, Unavailable
@@ -84,6 +85,7 @@ def bake(
     Raises `Refused` where adapter and base do not fit, or the base is another one; `Recalled` for a recalled version;
     `Conflict` for a folder that is taken; `Unavailable` for a full disk. Whatever is raised, `out` is as it was.
     """
+    check_dtype(dtype)
     version = registry.version(ref)
     if version.recall:
         raise Recalled.of(version.ref, version.recall.ref, version.recall.reason, "bake another version")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..api import Converted, ConvertedModule
+from ..domain.adapter import check_dtype
 from ..domain.digest import canonical_json, file_digest
 from ..domain.errors import InvalidInput, Refused
 from ..domain.header import read_header, strict_json_object
@@ -46,14 +47,15 @@ def convert(
             source has it.
         kernels: of convolutions, by their name or its end, where the file does not tell them.
 
-    Raises `InvalidAdapter` with every problem of the files, `Refused` where the result would not be registered,
-    `Conflict` and `Unavailable` for `out`. Nothing is left there then.
+    Raises `InvalidAdapter` with every problem of the files, `InvalidInput` for options that are none, `Refused` where
+    the result would not be registered, `Conflict` and `Unavailable` for `out`. Nothing is left there then.
     """
     # deferred: numpy is for those who read tensors
     from ..merging.blas import one_thread
     from ..merging.lycoris import REVISION, load_parts, lora_tensors, write_module
     from ..merging.tensors import TensorReader, TensorWriter, digest_of, file_size
 
+    check_dtype(dtype)
     check_folder(folder)
     config, path = read_small(folder / CONFIG_FILE), folder / WEIGHTS_FILE
     facts = read_lycoris(strict_json_object(config, what=CONFIG_FILE), read_header(path), kernels)

@@ -200,6 +200,20 @@ def test_a_kernel_for_no_module_is_an_error_of_usage(tmp_path: Path):
     assert LAYER in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"kernels": {"c": (0,)}}, {"kernels": {"c": (-1, 3)}}, {"kernels": {"c": ()}}, {"dtype": "f32"}, {"rank": 0}],
+)
+def test_options_that_are_none_are_errors_of_usage(options: Any, tmp_path: Path):
+    folder = loha()(tmp_path / "source")
+
+    with pytest.raises(InvalidInput) as caught:
+        convert(folder, tmp_path / "out", **options)
+
+    assert caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_rank_beyond_the_intake_is_refused_unless_it_is_cut(tmp_path: Path):
     folder = lokr({"lokr_w1": (70, 70), "lokr_w2": (70, 70)}, base={})(tmp_path / "source")
 

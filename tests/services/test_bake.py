@@ -311,6 +311,8 @@ def test_what_float16_cannot_hold_is_refused_where_it_was_copied_and_where_it_wa
     large = write_base(tmp_path / "base", base_tensors(model__norm__weight=("F32", np.full(16, 7e4, np.float32))))
     masked = base_tensors(model__norm__weight=("F32", np.full(16, -np.inf, np.float32)))
 
+    with pytest.raises(InvalidInput, match="dtype 'float16' is not one of"):
+        baked(large, dtype="float16")
     with pytest.raises(Refused, match=r"model\.norm\.weight has values that are NaN, infinite or beyond F16"):
         baked(large, dtype="F16")
     view = baked(write_base(tmp_path / "masked", masked), dtype="F16")
