@@ -50,9 +50,12 @@ def _of(module: ModulePlan, method: MethodSpec, rank: int, wide: type[np.floatin
     seconds = VALUE_S * values
     if method.form == "grams":
         work += method.work * (width * full**2 + 12.0 * full**3)
-    elif method.form == "elements" or method.name in ON_FACTORS:
+    elif method.form == "elements":
         seconds += SORTED_VALUE_S * full * width
         memory = 30.0 * values
+    elif method.name in ON_FACTORS:
+        seconds += SORTED_VALUE_S * shared_values(module)
+        memory = max(memory, 30.0 * shared_values(module))
     elif method.form == "deltas":
         work += work_on_delta(module, method)
         size, small = rows * columns, min(rows, columns)
@@ -63,6 +66,11 @@ def _of(module: ModulePlan, method: MethodSpec, rank: int, wide: type[np.floatin
             bytes_of = np.dtype(wide).itemsize
             memory += min(size * bytes_of, KEPT_BYTES) + 4.0 * BAND * TOGETHER * bytes_of
     return Cost(seconds + work / PER_S, int(memory))
+
+
+def shared_values(module: ModulePlan) -> float:
+    """Values of all parents, each in the space of R directions that they share, by the columns of the delta."""
+    return float(len(module.parts) * sum(part.rank for part in module.parts) * math.prod(module.a_shape[1:]))
 
 
 def work_on_delta(module: ModulePlan, method: MethodSpec) -> float:

@@ -17,7 +17,7 @@ from ..domain.errors import Refused
 from ..domain.plan import Forecast, Interference, MergePlan, ModulePlan, Pair
 from ..domain.recipe import RESIZE, OptionValue
 from .core import spectrum
-from .cost import ON_FACTORS, PER_S, SORTED_VALUE_S, cost, work_on_delta
+from .cost import ON_FACTORS, PER_S, SORTED_VALUE_S, cost, shared_values, work_on_delta
 from .grams import Array, Grams, error_squared
 from .make import arithmetic, promise
 from .method import find_method, methods
@@ -116,14 +116,7 @@ def _work_on_deltas(plan: MergePlan) -> float:
         return 0.0
     if method.name not in ON_FACTORS:
         return sum(work_on_delta(module, method) for module in plan.modules)
-    return sum(
-        SORTED_VALUE_S
-        * PER_S
-        * len(module.parts)
-        * sum(part.rank for part in module.parts)
-        * math.prod(module.a_shape[1:])
-        for module in plan.modules
-    )
+    return SORTED_VALUE_S * PER_S * sum(map(shared_values, plan.modules))
 
 
 def _no_energy(plan: MergePlan) -> Array:

@@ -39,7 +39,7 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-@pytest.mark.parametrize("method", ["cat", "svd", "ties", "ties_svd"])
+@pytest.mark.parametrize("method", ["cat", "svd", "ties", "ties_svd", "knots_ties"])
 def test_the_memory_of_a_merge_is_as_forecast_within_a_factor_of_two(parents: list[Path], tmp_path: Path, method: str):
     plan = plan_of(parents, method=method)
 
