@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         SuiteView,
         TuneView,
         Verification,
+        Verifications,
         VersionView,
     )
     from ..registry.domain.access import Token
@@ -455,6 +456,13 @@ def verification_text(view: Verification, out: Output) -> str:
         ("details", view.details),
     ]
     return "\n".join([out.paint(printable(view.ref), "bold"), *_fields(fields, out)])
+
+
+def verifications_text(found: Verifications, out: Output) -> str:
+    """One line for all, and below it each version that is bad."""
+    again = f", {found.rerun} merges were made again" if found.rerun else ""
+    total = f"{found.checked - len(found.bad)} of {found.checked} versions are as registered{again}"
+    return "\n\n".join([total, *(verification_text(each, out) for each in found.bad)])
 
 
 def jobs_table(jobs: Sequence[Job], out: Output) -> str:

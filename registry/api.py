@@ -574,6 +574,15 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True)
+class Verifications:
+    """`verify --all`: how many versions were checked, how many merges were run again, and what is not as registered."""
+
+    checked: int
+    rerun: int
+    bad: tuple[Verification, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class OptionView:
     name: str
     type: str

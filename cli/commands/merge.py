@@ -206,22 +206,44 @@ def methods(
 
 def verify(
     session: Session,
-    ref: Annotated[str, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)],
-    rerun: Annotated[bool, typer.Option("--rerun/--no-rerun", help="Run the recipe of a merge again.")] = True,
+    ref: Annotated[str | None, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every version; -q names those that are bad.")] = False,
+    rerun: Annotated[
+        bool | None,
+        typer.Option(
+            "--rerun/--no-rerun", help="Run the recipe of a merge again.  [default: rerun; with --all no-rerun]"
+        ),
+    ] = None,
 ) -> None:
     """Check stored bytes, and that a merge repeats.
 
-    Compares the files with their digests and runs the recipe of a merge again. Exits
-    with 1 when the bytes are damaged or the recipe gives something else.
+    Compares the files with their digests and runs the recipe of a merge again. With --all the files of every
+    version, and its merges only with --rerun. Exits with 1 when bytes are damaged or a recipe gives something else.
 
     Example: adapterctl verify translate-chat:v1
     """
+    if every == (ref is not None):
+        raise InvalidInput("verify takes one version, or --all", hint="adapterctl verify --all")
+    if ref is None:
+        _verify_all(session, rerun=bool(rerun))
+        return
     asked = parse_ref(ref)
     # only a recipe that is run again needs a home that can be written
-    rerun = rerun and session.registry(readonly=True).version(asked).recipe_digest is not None
-    found = session.registry(readonly=not rerun).verify(asked, rerun=rerun)
+    again = rerun is not False and session.registry(readonly=True).version(asked).recipe_digest is not None
+    found = session.registry(readonly=not again).verify(asked, rerun=again)
     session.out.data(found, text=lambda: views.verification_text(found, session.out), names=[found.ref])
     if found.files == "damaged" or found.recipe == "different":
+        raise typer.Exit(1)
+
+
+def _verify_all(session: Session, *, rerun: bool) -> None:
+    from ...registry.services.verify import verify_all  # deferred: help verifies nothing
+
+    found = verify_all(session.registry(readonly=not rerun), rerun=rerun)
+    session.out.data(
+        found, text=lambda: views.verifications_text(found, session.out), names=[each.ref for each in found.bad]
+    )
+    if found.bad:
         raise typer.Exit(1)
 
 

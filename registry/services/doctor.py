@@ -200,7 +200,8 @@ def _files(ledger: Ledger) -> Iterator[Check]:
     if bad:
         bad.sort(key=lambda each: (each.name, each.number))
         first, names = bad[0], first_few([each.label for each in bad])
-        hint = f"adapterctl verify {first.label} --no-rerun names all that is wrong; restore the files from a backup"
+        asked = f"{first.label} --no-rerun" if len(bad) == 1 else "--all"
+        hint = f"adapterctl verify {asked} names all that is wrong; restore the files from a backup"
         yield Check("files", "error", f"files are damaged of {names}: {found[first.id][0]}", hint)
     elif here:
         said = f"those of {'the newest ' if len(live) > MOST_VERSIONS else ''}{len(here)} versions have their sizes"

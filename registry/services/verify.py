@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..api import Verification
-from ..domain.errors import Corrupt
+from ..api import RegistryAPI, Verification, Verifications, VersionView
+from ..domain.errors import AdapterctlError, Conflict, Corrupt, JobFailed, NotFound, Refused
 from ..domain.job import Job, NewJob
 from ..domain.recipe import recipe_from_json
+from ..domain.refs import parse_ref
 from ..domain.version import AdapterVersion
 from ..ports import Folders, Ledger
 from ..wire import from_builtins
@@ -65,6 +66,47 @@ def verification(version: AdapterVersion, findings: Sequence[str], outcome: Comp
         skipped: Literal["skipped", "not a merge"] = "skipped" if version.spec.recipe_digest else "not a merge"
         return Verification(version.label, files, skipped, None, tuple(findings))
     return Verification(version.label, files, outcome.verdict, outcome.distance, (*findings, *outcome.details))
+
+
+def verify_all(registry: RegistryAPI, *, rerun: bool = False) -> Verifications:
+    """Check the stored bytes of every live version, wherever the registry is; with `rerun` make its merges again.
+
+    A version that cannot be checked is among the bad ones, with the reason, and ends nothing. What concerns all of
+    them is raised, such as `Unavailable` for a server that is gone.
+    """
+    checked, rerun_count, bad = 0, 0, []
+    for view in registry.versions():
+        found, reason = _verify_one(registry, view, rerun=False)
+        if found is None:
+            if _is_gone(registry, view):
+                continue
+            found = Verification(view.ref, "damaged", "skipped", None, (str(reason),))
+        elif rerun and found.files == "intact" and view.recipe_digest is not None:
+            again, reason = _verify_one(registry, view, rerun=True)
+            found = again or replace(found, details=(f"its recipe cannot be run again: {reason}",))
+            rerun_count += again is not None
+        checked += 1
+        if reason is not None or found.files == "damaged" or found.recipe == "different":
+            bad.append(found)
+    return Verifications(checked, rerun_count, tuple(bad))
+
+
+def _verify_one(
+    registry: RegistryAPI, view: VersionView, *, rerun: bool
+) -> tuple[Verification, None] | tuple[None, AdapterctlError]:
+    """What was found, or why this version cannot be checked."""
+    try:
+        return registry.verify(parse_ref(view.ref), rerun=rerun), None
+    except (Conflict, Corrupt, JobFailed, NotFound, Refused) as error:
+        return None, error
+
+
+def _is_gone(registry: RegistryAPI, view: VersionView) -> bool:
+    """Whether it was removed since it was listed."""
+    try:
+        return registry.version(parse_ref(view.ref)).state == "removed"
+    except NotFound:
+        return True
 
 
 class VerifyHandler:

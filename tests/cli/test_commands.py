@@ -636,6 +636,42 @@ def test_verify_repeats_a_merge(run: Run, pair: Path):
     assert (found["files"], found["recipe"]) == ("intact", "identical")
 
 
+def test_verify_all_reads_every_version_and_makes_merges_again_where_asked(run: Run, pair: Path):
+    run("merge", "translate", "chat")
+    whole = run("verify", "--all")
+    again = run("verify", "--all", "--rerun", "-o", "json").data
+    with closing(connect().ledger) as ledger:
+        folders = {each.name: local_folder(each.placement.location) for each in ledger.versions()}
+    weights = folders["translate"] / "adapter_model.safetensors"
+    weights.chmod(0o600)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    shutil.rmtree(folders["chat"])
+
+    found = run("verify", "--all", "-o", "json", code=1).data
+    unmade = run("verify", "--all", "--rerun", "-o", "json", code=1).data
+    told = run("verify", "--all", code=1).stdout
+
+    assert whole.stdout == "3 of 3 versions are as registered\n"
+    assert again == {"checked": 3, "rerun": 1, "bad": []}
+    assert (found["checked"], found["rerun"]) == (3, 0)
+    assert [(each["ref"], each["files"]) for each in found["bad"]] == [
+        ("chat:v1", "damaged"),
+        ("translate:v1", "damaged"),
+    ]
+    assert "are gone" in found["bad"][0]["details"][0]
+    assert found["bad"][1]["details"] == ["adapter_model.safetensors has other content than the manifest says"]
+    (child,) = [each for each in unmade["bad"] if each["ref"] == "translate-chat:v1"]
+    assert (child["files"], child["recipe"]) == ("intact", "skipped")
+    assert child["details"][0].startswith("its recipe cannot be run again: ")
+    assert told.startswith("1 of 3 versions are as registered\n")
+    assert run("verify", "--all", "-q", code=1).stdout.split() == ["chat:v1", "translate:v1"]
+
+
+def test_verify_takes_one_version_or_all(run: Run, pair: Path):
+    for words in ([], ["translate:v1", "--all"]):
+        assert "--all" in run("verify", *words, code=2).stderr
+
+
 def test_bases_are_listed_and_joined(run: Run, pair: Path):
     run("base", "add", "org/other")
     run("base", "alias", "./other", "org/other")
@@ -682,6 +718,7 @@ def test_doctor_names_versions_whose_files_are_missing_or_cut_short(
     assert "files are damaged of translate:v1: adapter_model.safetensors has" in one[1]
     assert "adapterctl verify translate:v1 --no-rerun" in one[1]
     assert "files are damaged of chat:v1, translate:v1: " in two[1]
+    assert "adapterctl verify --all" in two[1]
     assert "chat:v1" in newest[1]
     assert "translate:v1" not in newest[1]
 

@@ -41,6 +41,7 @@ from adapterctl.registry.services.bake import bake
 from adapterctl.registry.services.carry import LISTING, export, read_family, take_in
 from adapterctl.registry.services.layouts import lay_out
 from adapterctl.registry.services.pull import damage
+from adapterctl.registry.services.verify import verify_all
 from adapterctl.registry.settings import load_settings
 from adapterctl.registry.wire import to_json
 
@@ -367,6 +368,13 @@ def test_a_merge_is_verified_by_running_it_again(registry: RegistryAPI, merged: 
 
     assert (again.files, again.recipe, again.distance) == ("intact", "identical", 0)
     assert (bytes_only.files, bytes_only.recipe) == ("intact", "skipped")
+
+
+def test_all_versions_are_verified_one_by_one(registry: RegistryAPI, merged: VersionView):
+    found = verify_all(registry)
+
+    assert found.checked == len(registry.versions()) > 1
+    assert (found.rerun, found.bad) == (0, ())
 
 
 def test_a_version_is_removed_unless_something_descends_from_it(registry: RegistryAPI, merged: VersionView):
