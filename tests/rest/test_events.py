@@ -40,6 +40,20 @@ def registry(home: Path, tmp_path: Path) -> Iterator[LocalRegistry]:
         yield local
 
 
+@pytest.fixture(scope="module")
+def listened(
+    new_home: Callable[[str], Path], server_process: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[LocalRegistry, str, str]]:
+    """A registry with translate:v1, the address at which it is served, and the secret of a listener."""
+    home, folder = new_home("listened"), tmp_path_factory.mktemp("listened")
+    local = connect(Settings(home=home, actor="ada"))
+    with closing(local.ledger):
+        local.register(str(write_tiny_adapter(folder / "source")), name="translate")
+        secret = local.create_token("fleet", scope=Scope.READ).secret
+        with server_process(home, folder / "log") as url:
+            yield local, url, secret
+
+
 class Listener:
     """A plain client of the stream, as a browser would be: messages with their ids, and the last id."""
 
@@ -77,41 +91,41 @@ def change_tags(registry: LocalRegistry, count: int) -> None:
 
 
 def test_a_listener_whose_connection_breaks_again_and_again_gets_each_event_once(
-    home: Path, registry: LocalRegistry, server_process: Callable[..., Any], tmp_path: Path
+    listened: tuple[LocalRegistry, str, str],
 ):
-    secret = registry.create_token("fleet", scope=Scope.READ).secret
-    with server_process(home, tmp_path / "log") as url:
-        writer = threading.Thread(target=change_tags, args=[registry, 60])
-        writer.start()
-        seen: list[int] = []
-        last_id = None
-        while len(seen) < 61:
-            listener = Listener(url, secret, last_id=last_id)
-            assert listener.answer.status == 200
-            with closing(listener):
-                for event in listener:
-                    seen.append(event["id"])
-                    if len(seen) % 7 == 0 or len(seen) == 61:
-                        break
-            last_id = listener.last_id
-        writer.join()
+    registry, url, secret = listened
+    last = registry.events(after=None).cursor
+    writer = threading.Thread(target=change_tags, args=[registry, 60])
+    writer.start()
+    seen: list[int] = []
+    last_id = str(last)
+    while len(seen) < 60:
+        listener = Listener(url, secret, last_id=last_id)
+        assert listener.answer.status == 200
+        with closing(listener):
+            for event in listener:
+                seen.append(event["id"])
+                if len(seen) % 7 == 0 or len(seen) == 60:
+                    break
+        last_id = listener.last_id
+    writer.join()
 
-    assert seen == list(range(1, 62))
+    assert seen == list(range(last + 1, last + 61))
 
 
 def test_a_listener_from_now_on_loses_nothing_where_it_breaks_before_the_first_event(
-    home: Path, registry: LocalRegistry, server_process: Callable[..., Any], tmp_path: Path
+    listened: tuple[LocalRegistry, str, str],
 ):
-    secret = registry.create_token("fleet", scope=Scope.READ).secret
-    with server_process(home, tmp_path / "log") as url:
-        with closing(Listener(url, secret, "?after=now")) as listener:
-            assert listener.answer.readline() == b": still here\n"
-            assert listener.answer.readline() == b"id: 1\n"
-        registry.promote(parse_ref("translate:v1"), to="production")
-        with closing(Listener(url, secret, "?after=now&kind=move", last_id="1")) as listener:
-            event = next(iter(listener))
+    registry, url, secret = listened
+    last = registry.events(after=None).cursor
+    with closing(Listener(url, secret, "?after=now")) as listener:
+        assert listener.answer.readline() == b": still here\n"
+        assert listener.answer.readline() == f"id: {last}\n".encode()
+    registry.promote(parse_ref("translate:v1"), to="staging")
+    with closing(Listener(url, secret, "?after=now&kind=move", last_id=str(last))) as listener:
+        event = next(iter(listener))
 
-    assert (event["kind"], event["ref"], event["id"]) == ("promote", "translate:v1", 2)
+    assert (event["kind"], event["ref"], event["id"]) == ("promote", "translate:v1", last + 1)
     assert listener.answer.headers["cache-control"] == "no-store"
     assert listener.answer.headers["content-type"].startswith("text/event-stream")
 
@@ -196,20 +210,19 @@ def test_pages_are_followed_by_token_and_by_cursor(served: Any):
 
 
 def test_the_reload_script_of_the_documentation_reloads_when_production_moves(
-    home: Path, registry: LocalRegistry, server_process: Callable[..., Any], tmp_path: Path
+    listened: tuple[LocalRegistry, str, str], tmp_path: Path
 ):
+    registry, url, secret = listened
     script = (Path(__file__).parents[2] / "docs" / "rest.md").read_text().split("```python\n")[1].split("```")[0]
-    secret = registry.create_token("fleet", scope=Scope.READ).secret
-    with server_process(home, tmp_path / "log") as url:
-        environment = os.environ | {"ADAPTERCTL_SERVER": url, "ADAPTERCTL_TOKEN": secret}
-        fleet = subprocess.Popen(
-            [sys.executable, "-u", "-c", script], env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path
-        )
-        try:
-            assert fleet.stdout.readline() == "serve nothing\n"
-            registry.promote(parse_ref("translate:v1"), to="production")
-            assert fleet.stdout.readline() == "serve translate:v1\n"
-        finally:
-            fleet.kill()
-            fleet.wait()
-            fleet.stdout.close()
+    environment = os.environ | {"ADAPTERCTL_SERVER": url, "ADAPTERCTL_TOKEN": secret}
+    fleet = subprocess.Popen(
+        [sys.executable, "-u", "-c", script], env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    try:
+        assert fleet.stdout.readline() == "serve nothing\n"
+        registry.promote(parse_ref("translate:v1"), to="production")
+        assert fleet.stdout.readline() == "serve translate:v1\n"
+    finally:
+        fleet.kill()
+        fleet.wait()
+        fleet.stdout.close()
