@@ -33,6 +33,8 @@ Indices = NDArray[np.intp]
 REVISION = 1
 #: Of a value. LoHa's core tensors make products of six, whose squares are multiplied once more when a delta is cut.
 LARGEST = 1e15
+#: Share of a delta that float16 or float32 may cost, where products become smaller than they hold; as for a merge.
+MOST_LOST = 2.0**-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ def load_parts(module: LycorisModule, method: Method, reader: TensorReader) -> P
 def write_module(module: LycorisModule, parts: Parts, rank: int, dtype: str, writer: TensorWriter) -> Outcome:
     """Write A and B of a module at `rank`: exact where its delta needs no more, filled with zeros beyond.
 
-    Raises `Refused` where a value is too large for `dtype`.
+    Raises `Refused` where a value is too large for `dtype`, or values are so small that much of the delta is lost.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is refused below
         found, lost = (exact(parts), 0.0) if parts.rank <= rank else cut(parts, rank)
@@ -127,6 +129,11 @@ def write_module(module: LycorisModule, parts: Parts, rank: int, dtype: str, wri
         off, size = rounding(made, stored.read()), norm(made)
     if not math.isfinite(off + size):
         raise Refused(f"{module.name} has values that {dtype} cannot hold", hint="write it with --dtype f32 or f64")
+    if dtype != "BF16" and off > MOST_LOST * size:  # that has the range of float32, and its loss is its few bits
+        raise Refused(
+            f"{module.name} has values so small that {dtype} loses {off / size:.1%} of its delta",
+            hint=f"write it with --dtype {'f32 or bf16' if dtype == 'F16' else 'f64'}",
+        )
     (a_key, _, _), (b_key, _, _) = lora_tensors(module, rank, dtype)
     # rows beyond the module's own rank stay the zeros that the writer reserved
     writer.write(a_key, stored.a)

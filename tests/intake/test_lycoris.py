@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import JSON, broken_bytes, false_headers
 from peft import LoHaConfig, LoKrConfig
+from safetensors.numpy import load_file, save_file
 from tiny import write_tiny_lycoris
 
 from adapterctl.registry.domain.errors import Conflict, InvalidAdapter, InvalidInput, Problem, Refused
@@ -232,6 +233,25 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path):
 
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert convert(folder, tmp_path / "out", dtype="BF16").loss < 0.005
+
+
+@pytest.mark.parametrize(("dtype", "size", "larger"), [("F16", 1e-3, "f32"), ("F32", 1e-23, "f64")])
+def test_what_would_be_lost_because_it_is_small_is_refused(dtype: str, size: float, larger: str, tmp_path: Path):
+    folder = small(tmp_path / "source", size)
+
+    with pytest.raises(Refused, match=f"so small that {dtype} loses") as caught:
+        convert(folder, tmp_path / "out", dtype=dtype)
+
+    assert larger in caught.value.hint
+    assert not (tmp_path / "out").exists()
+    assert convert(folder, tmp_path / "out", dtype=larger.upper()).loss < 1e-6
+
+
+def small(folder: Path, size: float) -> Path:
+    loha()(folder)
+    tensors = {key: value * np.float32(size) for key, value in load_file(folder / WEIGHTS_FILE).items()}
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    return folder
 
 
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path: Path):
