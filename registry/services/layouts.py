@@ -42,12 +42,16 @@ def lay_out(
     """Write the verified files of each version to a folder of its own below `folder`: all of them, or none.
 
     Args:
-        max_lora_rank: of the vLLM that will serve them.
+        max_lora_rank: of the vLLM that will serve them, one of `VLLM_RANKS`.
         served_base: what that vLLM calls the base, where the adapters spell it otherwise.
 
     A folder that is there already, with the same files, is left as it is. Raises `Conflict` where other files are,
     `Recalled` for what is not to be used, `Refused` with everything that keeps the versions from the layout.
     """
+    if max_lora_rank not in VLLM_RANKS:
+        raise InvalidInput(
+            f"vLLM takes no --max-lora-rank {max_lora_rank}", hint=f"one of {', '.join(map(str, VLLM_RANKS))}"
+        )
     versions = _versions(registry, refs)
     places = {_place(version, layout): version for version in versions}
     if len(places) < len(versions):

@@ -87,6 +87,14 @@ def test_the_rank_to_serve_with_is_one_that_vllm_takes(rank: int, needed: int | 
     assert vllm_rank(rank) == needed
 
 
+@pytest.mark.parametrize("asked", [0, 20, 1024])
+def test_a_largest_rank_that_vllm_does_not_take_is_refused(two_parents, tmp_path, asked):
+    with pytest.raises(InvalidInput, match=f"takes no --max-lora-rank {asked}") as refused:
+        out(two_parents, tmp_path, "vllm", "chat:v1", max_lora_rank=asked)
+
+    assert "64, 128, 256, 320, 512" in refused.value.hint
+
+
 def test_exporting_again_leaves_what_is_there_and_other_files_are_a_conflict(two_parents, tmp_path):
     [first] = out(two_parents, tmp_path, "vllm", "chat:v1")
     before = Path(first.path).stat().st_ino
