@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import JSON, broken_bytes, false_headers
+from mutations import JSON, broken_bytes, false_headers, overwrite
 from tiny import header_bytes, safetensors_bytes, write_tiny_adapter
 
 from adapterctl.registry.domain.errors import Corrupt, InvalidAdapter, NotFound, Unavailable
@@ -313,7 +313,7 @@ def test_no_mutated_file_crashes_or_hangs_the_intake(fuzz_folder):
     @settings(max_examples=FUZZED, suppress_health_check=list(HealthCheck))
     @given(data=broken_bytes(VALID) | false_headers(VALID, NAMES) | other_files())
     def take(data: bytes) -> None:
-        path.write_bytes(data)
+        overwrite(path, data)
         began = time.perf_counter()
 
         refusal = refusal_of(lambda: measure(path, inspect(fuzz_folder)))
@@ -331,9 +331,9 @@ def test_no_mutated_file_crashes_or_hangs_the_intake(fuzz_folder):
 @settings(max_examples=500, suppress_health_check=list(HealthCheck))
 @given(fields=st.dictionaries(st.sampled_from(sorted(FIELD_ROLES)), JSON, min_size=1, max_size=4))
 def test_no_config_crashes_the_intake(fuzz_folder, fields):
-    (fuzz_folder / WEIGHTS_FILE).write_bytes(VALID)
+    overwrite(fuzz_folder / WEIGHTS_FILE, VALID)
     config = {**json.loads((fuzz_folder / "good_config.json").read_text()), **fields}
-    (fuzz_folder / CONFIG_FILE).write_text(json.dumps(config))
+    overwrite(fuzz_folder / CONFIG_FILE, json.dumps(config).encode())
 
     refusal = refusal_of(lambda: inspect(fuzz_folder))
 

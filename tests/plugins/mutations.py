@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from hypothesis import strategies as st
 from tiny import header_bytes
@@ -70,3 +71,14 @@ def broken_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
         else:
             del data[draw(st.integers(0, len(data))) :]
     return bytes(data)
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Let a file that is there hold these bytes.
+
+    ext4 waits for its disk where a file is emptied to be written anew, a millisecond and more each time
+    (https://docs.kernel.org/admin-guide/ext4.html, auto_da_alloc).
+    """
+    with path.open("r+b") as file:
+        file.write(data)
+        file.truncate()
