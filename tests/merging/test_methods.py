@@ -30,6 +30,15 @@ def on_a_circle(*degrees: float) -> list[np.ndarray]:
     return [np.cos(angle) * one + np.sin(angle) * other for angle in np.radians(degrees)]
 
 
+@pytest.mark.parametrize("size", [1e-90, 1e90])
+def test_slerp_sees_the_angle_of_parents_whose_squares_leave_float64(size: float):
+    first, second = on_a_circle(0, 60)
+
+    made = on_grams("slerp", [size * first, size * second]) / size
+
+    assert made == pytest.approx(on_grams("slerp", [first, second]), abs=1e-9)
+
+
 @pytest.mark.parametrize("angle", [5.0, 90.0, 170.0])
 def test_the_karcher_mean_of_two_is_the_middle_of_slerp(angle: float):
     first, second = on_a_circle(0, angle)

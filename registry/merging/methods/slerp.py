@@ -47,7 +47,11 @@ def _shares(products: np.ndarray, t: float) -> list[float]:
     """What each present parent is multiplied by."""
     if len(products) < 2:
         return [1.0] * len(products)
-    cosine = float(products[0, 1] / math.sqrt(products[0, 0] * products[1, 1]))
+    squares = float(products[0, 0]), float(products[1, 1])
+    size = math.sqrt(squares[0] * squares[1])
+    if not 1e-150 < size < math.inf:  # beyond it the product of the squares leaves float64
+        size = math.sqrt(squares[0]) * math.sqrt(squares[1])
+    cosine = float(products[0, 1] / size)
     if abs(cosine) > STRAIGHT:
         return [1 - t, t]
     angle = math.acos(cosine)
