@@ -831,7 +831,8 @@ class RegistryAPI(Protocol):
         """What happened after that event, the earliest first; None asks for nothing but the cursor of now.
 
         `name` is an adapter or a glob of adapters; `kind` of `domain/event.py`, or `move`. No event ever appears before
-        one that was seen. Raises `NotFound` for a name that is no adapter, `InvalidInput` for an event still to come.
+        one that was seen. Raises `NotFound` for a name that is no adapter, `InvalidInput` for an event still to come
+        and for a stage that is none.
         """
         ...
 

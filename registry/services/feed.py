@@ -12,6 +12,7 @@ from ..domain.errors import InvalidInput
 from ..domain.event import Event, EventKind, read_kinds
 from ..domain.refs import check_name, parse_ref
 from ..ports import Ledger
+from .promote import check_stage_name
 from .resolve import known_adapter
 from .views import iso_time
 
@@ -30,6 +31,14 @@ class Filter:
     name: str | None = None
     kinds: tuple[EventKind, ...] = ()
     stage: str | None = None
+
+
+def check_filter(ledger: Ledger, asked: Filter, stages: Sequence[str]) -> Filter:
+    """Return it; raise `InvalidInput` for a stage that the settings do not name and no event does."""
+    if asked.stage is not None and asked.stage not in stages:
+        told, _ = ledger.feed(0, limit=1, stage=asked.stage) if asked.stage.isprintable() else ((), 0)
+        check_stage_name(asked.stage, stages, kept=[event.stage for event in told])
+    return asked
 
 
 def read_filter(name: str | None, kind: Sequence[str], stage: str | None) -> Filter:

@@ -513,7 +513,8 @@ class LocalRegistry:
         stage: str | None = None,
         limit: int = 100,
     ) -> EventsView:
-        return feed.events(self.ledger, after, feed.read_filter(name, kind, stage), limit=limit)
+        asked = feed.check_filter(self.ledger, feed.read_filter(name, kind, stage), self.settings.stages)
+        return feed.events(self.ledger, after, asked, limit=limit)
 
     def follow_events(
         self,
@@ -524,7 +525,7 @@ class LocalRegistry:
         stage: str | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> Iterator[EventView]:
-        asked = feed.read_filter(name, kind, stage)
+        asked = feed.check_filter(self.ledger, feed.read_filter(name, kind, stage), self.settings.stages)
         return listen_patiently(lambda place: feed.listen(self.ledger, place, asked), after, known=True, tell=tell)
 
     # gates

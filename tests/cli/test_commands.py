@@ -529,6 +529,8 @@ def test_history_of_no_adapter_tells_what_happened_in_the_registry(run: Run, pai
         (("--verify",), 2, "--verify is for the whole history of one adapter"),
         (("translate", "--follow", "--export-head", "file"), 2, "--export-head is for the whole history"),
         (("--kind", "promoted"), 2, "no kind of event"),
+        (("--stage", "prodction", "--follow"), 2, "'prodction' is no stage"),
+        (("--stage", "\udcff"), 2, "is no stage"),
         (("--after", "yesterday"), 2, "'yesterday' is no event"),
         (("--after", "7"), 2, "event 7 is not there, the last one is 2"),
         (("nobody", "--follow"), 3, "no adapter 'nobody'"),

@@ -15,7 +15,7 @@ from adapterctl.registry.api import EventsView
 from adapterctl.registry.domain.errors import InvalidInput, NotFound
 from adapterctl.registry.domain.event import read_kinds
 from adapterctl.registry.domain.version import AdapterVersion
-from adapterctl.registry.services.feed import events, listen, read_filter
+from adapterctl.registry.services.feed import check_filter, events, listen, read_filter
 from adapterctl.registry.stores.sql.engine import Database, is_shared, sqlite_url
 from adapterctl.registry.stores.sql.feed import tell
 from adapterctl.registry.stores.sql.ledger import SqlLedger
@@ -132,6 +132,16 @@ def test_what_cannot_be_asked_is_refused(ledger: SqlLedger, add_version: AddVers
     for after, limit in ((-1, 1), (0, 0)):
         with pytest.raises(InvalidInput, match="cannot be told"):
             events(ledger, after, ALL, limit=limit)
+
+
+def test_a_stage_that_the_settings_no_longer_name_is_asked_for_where_something_is_told_of_it(
+    ledger: SqlLedger, busy: list
+):
+    former = read_filter(None, (), "production")
+
+    assert check_filter(ledger, former, ["live"]) == former
+    with pytest.raises(InvalidInput, match="'prodction' is no stage"):
+        check_filter(ledger, read_filter(None, (), "prodction"), ["live"])
 
 
 def test_an_event_that_is_not_committed_holds_back_those_after_it(ledger: SqlLedger):

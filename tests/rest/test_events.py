@@ -176,6 +176,7 @@ def test_an_idle_stream_shows_life_and_how_far_it_has_looked_and_ends_in_time(
         ("kind=promoted", 400),
         ("name=nobody", 404),
         ("name=No%20Name", 400),
+        ("stage=prodction", 400),
         ("max_results=0", 400),
     ],
 )

@@ -888,14 +888,17 @@ def test_what_happened_is_told_in_pages_and_as_it_goes_on(
 def test_events_that_cannot_be_told_are_refused(registry: RegistryAPI, add: Add):
     add()
 
-    for wrong in ({"kind": ["promoted"]}, {"name": "Not a name"}, {"after": 10**8}, {"after": -1}, {"limit": 0}):
+    for wrong in (
+        *({"kind": ["promoted"]}, {"name": "Not a name"}, {"stage": "prodction"}),
+        *({"after": 10**8}, {"after": -1}, {"limit": 0}),
+    ):
         with pytest.raises(InvalidInput):
             registry.events(**wrong)
     with pytest.raises(NotFound, match="nobody"):
         registry.events(name="nobody")
     with pytest.raises(NotFound, match="nobody"):
         next(registry.follow_events(after=0, name="nobody"))
-    for wrong in ({"kind": ["promoted"]}, {"after": 10**8}, {"after": -1}):
+    for wrong in ({"kind": ["promoted"]}, {"stage": "prodction"}, {"after": 10**8}, {"after": -1}):
         with pytest.raises(InvalidInput):
             next(registry.follow_events(**wrong))
 
