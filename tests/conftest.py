@@ -6,6 +6,7 @@ Nothing here knows the subject of a test. Helpers for one folder of tests live i
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
@@ -20,6 +21,9 @@ pytest_plugins = ["broker", "drawings", "postgres", "registries", "tiny"]  # tes
 # A slow machine is no counterexample, and a failure must come again in the next run.
 hypothesis.settings.register_profile("adapterctl", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("adapterctl")
+
+# Who runs the tests in the background has Ctrl-C ignored, and so would have every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FIXED_ENVIRONMENT = {
     "DO_NOT_TRACK": "true",

@@ -916,10 +916,9 @@ def _page(
     """A page of a sorted list, and the token of the next: it names the last item, so that new ones do not shift it."""
     if page_token is not None:
         last = _read_token(page_token)
-        try:
-            items = [item for item in items if key(item) > last]
-        except TypeError as error:
-            raise _bad_token() from error
+        if items and [type(part) for part in last] != [type(part) for part in key(items[0])]:
+            raise _bad_token()
+        items = [item for item in items if key(item) > last]
     page = items[:max_results]
     return page, _token(key(page[-1])) if len(items) > max_results else None
 

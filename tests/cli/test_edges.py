@@ -17,8 +17,6 @@ PROGRAM = [sys.executable, "-m", "adapterctl"]
 INTERRUPTED = """
 import os, signal, sys
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background has it ignored
-
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == "typer":

@@ -165,7 +165,7 @@ def test_a_request_leaves_one_line_that_holds_no_secret(served: Any, caplog: pyt
 
     (record,) = [record for record in caplog.records if record.name == "adapterctl.http"]
     line = json.loads(record.getMessage())
-    assert (line["request_id"], line["path"], line["status"], line["caller"]) == ("mine", "/v1/whoami", 200, "read")
+    assert (line["request_id"], line["path"], line["status"], line["caller"]) == ("mine", "/v1/whoami", 400, "read")
     assert answer.headers["x-request-id"] == "mine"
     assert secret not in caplog.text
 
