@@ -68,6 +68,7 @@ def test_a_kill_at_any_point_leaves_one_version_once_it_is_asked_for_again(
     environment = os.environ | two_parents.settings.to_env()
     crash = {"ADAPTERCTL_CRASH_AT": point, "ADAPTERCTL_CRASH_ONCE": str(died)}
 
+    wait_until(lambda: nobody_works(two_parents.settings.home))  # whoever is there would do it, and not die
     submit = [sys.executable, "-c", SUBMIT, verb, to_json(request)]
     subprocess.run(submit, env=environment | crash, check=False, timeout=PATIENCE_S)
     wait_until(died.exists)

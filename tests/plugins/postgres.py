@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import count
@@ -47,11 +47,14 @@ class PostgresServer:
         self.process = self.start()
 
     def restart(self) -> None:
-        """End it at once, as a crash would, and start it again; returns before it can be used."""
+        """Stop it and start it again; returns before it can be used."""
         self.stop()
         self.process = self.start()
 
     def stop(self) -> None:
+        """End it at once, as a crash would; but commits do not wait for the disk here, so they are written first."""
+        with suppress(psycopg.OperationalError):  # it is stopped already
+            self.run("CHECKPOINT")
         self.process.send_signal(signal.SIGQUIT)
         self.process.wait(30)
 
