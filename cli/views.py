@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..registry.domain.base_dtype import told
-from ..registry.domain.lycoris import METHOD_NAMES
+from ..registry.domain.conversion import METHOD_NAMES
 from ..registry.domain.refs import first_few
 from ..registry.services.words import EXACT, loss, number
 from .output import Output, printable
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
         VersionView,
     )
     from ..registry.domain.access import Token
+    from ..registry.domain.conversion import Conversion
     from ..registry.domain.evals import Interval
     from ..registry.domain.job import Job, JobEvent
-    from ..registry.domain.lycoris import Conversion
     from ..registry.domain.plan import Interference
     from ..registry.domain.suite import Suite, SuiteTask
     from ..registry.domain.verdict import Decision, Judged, Outcome

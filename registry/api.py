@@ -16,11 +16,11 @@ from typing import Any, Literal, Protocol
 
 from .domain.access import EVERY_NAME, Scope, Token
 from .domain.base_dtype import FULL
+from .domain.conversion import Conversion, Method
 from .domain.errors import AdapterctlError
 from .domain.evals import EvalReport, Interval
 from .domain.event import EventKind
 from .domain.job import Job, JobEvent, LogPiece, QueueDepth
-from .domain.lycoris import Conversion, Method
 from .domain.plan import Forecast, Interference, Pair
 from .domain.recall import RecallAction
 from .domain.recipe import LayerWeights, MergeRequest, ResizeRequest

@@ -11,22 +11,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 from .adapter import CONVERTIBLE, Tensors, tensors_by_module
+from .conversion import Kernel, Method
 from .errors import InvalidAdapter, InvalidInput, Problem, raise_all
 from .header import Header, TensorEntry
 from .lora_config import REFUSALS, FieldRole, Findings, LoraConfig, check_fields, ends_in, read_settings
 
-Method = Literal["loha", "lokr"]
-METHOD_NAMES: Mapping[Method, str] = {"loha": "LoHa", "lokr": "LoKr"}
-#: A convolution's kernel, one number an axis.
-Kernel = tuple[int, ...]
-
-#: Where a `Conversion` stands in the metadata of a header.
-CONVERTED = "adapterctl.converted"
 #: A rank that no factor has stands for whole factors in LyCORIS, as in `r=100000`; it divides α all the same.
 MAX_NOMINAL_RANK = 1_000_000
 #: Rows or columns of a delta. Two factors of a small file have a product of any size.
@@ -131,27 +125,6 @@ class LycorisFacts:
     def dtypes(self) -> tuple[str, ...]:
         """Safetensors dtype names in use, sorted."""
         return tuple(sorted({entry.dtype for module in self.modules for entry in module.tensors.values()}))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversion:
-    """How a LoRA adapter was made of one of another kind; it stands in the header of its weights.
-
-    Args:
-        rev: of the conversion, raised when the same files give another output.
-        weights, config: SHA-256 of the two files that were read.
-        rank: to which it was cut; None where it is exact.
-        kernels: of convolutions, as the caller gave them.
-    """
-
-    method: Method
-    rev: int
-    weights: str
-    config: str
-    dtype: str
-    rank: int | None = None
-    kernels: Mapping[str, Kernel] = field(default_factory=dict)
-    v: int = 1
 
 
 def read_lycoris(

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..domain.adapter import KEY_PREFIX
+from ..domain.conversion import Method
 from ..domain.errors import InvalidAdapter, Problem, Refused
-from ..domain.lycoris import LycorisModule, Method
+from ..domain.lycoris import LycorisModule
 from .core import truncate
 from .grams import Array, Block, Grams, gram_in_blocks
 from .tensors import STORED, TensorReader, TensorWriter, check_finite, round_once, widen

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..api import Converted, ConvertedModule
 from ..domain.adapter import check_dtype
+from ..domain.conversion import CONVERTED, METHOD_NAMES, Conversion, Kernel
 from ..domain.digest import canonical_json, file_digest
 from ..domain.errors import InvalidInput, Refused
 from ..domain.header import read_header, strict_json_object
 from ..domain.lora_config import MAX_RANK
-from ..domain.lycoris import CONVERTED, METHOD_NAMES, Conversion, Kernel, LycorisFacts, read_lycoris
+from ..domain.lycoris import LycorisFacts, read_lycoris
 from ..domain.plan import lora_config, target_modules
 from ..wire import to_builtins
 from .register import CONFIG_FILE, MAX_BYTES, README_FILE, WEIGHTS_FILE, check_folder, inspect, read_small

@@ -8,11 +8,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from ..api import AdapterView, ParentView, RecallView, VersionView
+from ..domain.conversion import CONVERTED, Conversion
 from ..domain.digest import is_digest
 from ..domain.errors import Corrupt, InvalidAdapter
 from ..domain.evals import HERE, REGISTERED
 from ..domain.header import strict_json_object
-from ..domain.lycoris import CONVERTED, Conversion
 from ..domain.version import AdapterVersion, Edge
 from ..ports import Ledger
 from ..wire import from_builtins

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterctl.registry.domain.lycoris import LycorisModule, Method
+from adapterctl.registry.domain.conversion import Method
+from adapterctl.registry.domain.lycoris import LycorisModule
 from adapterctl.registry.merging.lycoris import Parts, Product, cut, exact, norm, parts_of, rounding
 
 #: Of float64: sums of at most some hundred products.
