@@ -39,6 +39,7 @@ ROUNDS = 3
     " against PEFT's merge, save, reload and the same samples in lm-eval",
     unit="×",
     at_least=3,
+    limit="the processor: it was 3.8× on an Intel Xeon, on which PEFT's merge, save and reload take longer",
 )
 def candidate_vs_peft(room: Path) -> Figure:
     base = build_base(room / "smollm2-135m-instruct-q4_1-dequantised")
