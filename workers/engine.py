@@ -194,8 +194,9 @@ def _write_factors(
 ) -> tuple[Written, ...]:
     """Scale each parent's factors into their rows and columns; what has scale 1 and the right type moves as bytes."""
     dtype, rank = plan.recipe.dtype, plan.recipe.rank
-    rows = np.empty((rank, math.prod(module.a_shape[1:])), STORED[dtype])
-    columns = np.empty((module.b_shape[0], rank), STORED[dtype])
+    d_out, d_in = module.delta_shape
+    rows = np.empty((rank, d_in), STORED[dtype])
+    columns = np.empty((d_out, rank), STORED[dtype])
     for part, block in zip(module.parts, blocks_of(module.parts), strict=True):
         reader, own = readers[part.parent], slice(block.start, block.stop)
         stored = reader.stored(part.a, (part.rank, -1))
@@ -264,7 +265,7 @@ def _quietly(work: Callable[[ModulePlan], Result], module: ModulePlan) -> Result
 
 def _largest_first(modules: Sequence[ModulePlan]) -> list[ModulePlan]:
     """By the elements of the delta, which the dense methods pay for; equals in the plan's order, that of the file."""
-    return sorted(modules, key=lambda module: math.prod(module.a_shape[1:]) * module.b_shape[0], reverse=True)
+    return sorted(modules, key=lambda module: math.prod(module.delta_shape), reverse=True)
 
 
 def _as_they_come(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..registry.crashpoints import reached
+from ..registry.domain.adapter import TORCH_DTYPES
 from ..registry.domain.errors import JobCancelled
 from ..registry.domain.eval_plan import BASE
 from ..registry.domain.evals import Interval, kept, least_difference
@@ -408,7 +409,7 @@ class Bench:
         import torch  # deferred: see engine
 
         plan, recipe = self._plan.kinds[kind], self._plan.recipe(kind, weights)
-        method, rounded = find_method(recipe.method), getattr(torch, _TORCH[recipe.dtype])
+        method, rounded = find_method(recipe.method), getattr(torch, TORCH_DTYPES[recipe.dtype])
         stacks = self._stacks(arithmetic(method, recipe.dtype))
 
         def make(module: ModulePlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -430,6 +431,3 @@ class Bench:
     def _tell(self) -> None:
         done = min(self.used, self._total)
         self._emit({"progress": {"stage": self._stage, "done": done, "total": self._total}})
-
-
-_TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}

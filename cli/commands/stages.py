@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...registry.domain.errors import InvalidInput, NotFound
-from ...registry.domain.refs import check_alias, check_name, parse_ref
+from ...registry.domain.refs import check_alias, check_name, is_glob, parse_ref
 from ...registry.domain.stage import Head
 from .. import parse, views
 from ..complete import complete_names, complete_refs, complete_stages
@@ -166,7 +166,7 @@ def history(
     Example: adapterctl history translate-chat --verify
     """
     checks = {"--verify": verify, "--head": head, "--key": key, "--export-head": export_head, "--sign": sign}
-    if name is None or kind or after is not None or follow or {"*", "?", "["} & set(name):
+    if name is None or kind or after is not None or follow or is_glob(name):
         given = [option for option, value in checks.items() if value]
         if given:
             raise InvalidInput(

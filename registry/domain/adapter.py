@@ -82,7 +82,9 @@ class AdapterFacts:
 
 
 KEY_PREFIX = "base_model.model."
-WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
+#: What weights are written in, by its safetensors name, and what torch calls it.
+TORCH_DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+WEIGHT_DTYPES = tuple(TORCH_DTYPES)
 MAX_MODULE_DEPTH = 64
 #: Values of `peft_type` that `lycoris.py` reads: kept as the LoRA that they are equal to.
 CONVERTIBLE = ("LOHA", "LOKR")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from .adapter import WEIGHT_DTYPES, AdapterFacts, LoraModule
+from .adapter import TORCH_DTYPES, WEIGHT_DTYPES, AdapterFacts, LoraModule
 from .base_dtype import stored_dtype
 from .errors import InvalidInput, Refused, raise_all
 from .header import DTYPE_BYTES, TensorEntry
@@ -147,14 +147,11 @@ def baked_config(config: Mapping[str, Any], plan: BakePlan, dtype: str | None) -
         changed = dict(part)
         if dtype is not None:
             keys = [key for key in ("dtype", "torch_dtype") if key in part] or ([] if name else ["torch_dtype"])
-            changed |= dict.fromkeys(keys, _TORCH_NAMES[dtype])
+            changed |= dict.fromkeys(keys, TORCH_DTYPES[dtype])
         if plan.untied is not None and (not name or "tie_word_embeddings" in part):
             changed["tie_word_embeddings"] = False
         fresh = {**fresh, name: changed} if name else {**fresh, **changed}
     return fresh
-
-
-_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def _with_nested(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -193,6 +190,7 @@ class _Planner:
     ) -> None:
         self.facts, self.config, self.tensors, self.dtype = facts, config, tensors, dtype
         self.findings = Findings()
+        self._stored_head = next((key for key in tensors if _last(key.removesuffix(".weight")) in HEADS), None)
         self._by_tail: dict[str, list[str]] = {}
         for key in tensors:
             if key.endswith(".weight"):
@@ -300,14 +298,11 @@ class _Planner:
 
     def _tied(self) -> bool:
         """Whether embedding and head are one tensor in the base's files."""
-        return self._says_tied() and self._stored_head() is None
+        return self._says_tied() and self._stored_head is None
 
     def _says_tied(self) -> bool:
         # transformers ties what does not say otherwise, but a head that is stored beside layers we know less of is none
-        return bool(self.config.get("tie_word_embeddings", self._stored_head() is None or self._is_causal()))
-
-    def _stored_head(self) -> str | None:
-        return next((key for key in self.tensors if _last(key.removesuffix(".weight")) in HEADS), None)
+        return bool(self.config.get("tie_word_embeddings", self._stored_head is None or self._is_causal()))
 
     def _untie(self, found: Mapping[str, str | None]) -> tuple[str | None, Target | None]:
         """The name of a head that is tied to the embedding where one of them has a delta, and the head as a tensor of
@@ -328,8 +323,8 @@ class _Planner:
                 "untie them with transformers, save that, and bake into it",
             )
             return None, None
-        if (stored := self._stored_head()) is not None:
-            return stored, None
+        if self._stored_head is not None:
+            return self._stored_head, None
         wanted = (head.d_out, head.d_in) if head else None
         source = self._embedding(found[embedding.name] if embedding else None, wanted)
         if source is None:
@@ -392,7 +387,7 @@ def _tail(module: str) -> str:
     """A module's name from its list of layers on, or its last part where it is in none."""
     parts = module.split(".")
     numbered = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[max(0, min(numbered, len(parts)) - 1) :])
+    return ".".join(parts[max(0, numbered - 1) :])
 
 
 def _leaves_out(one: str, other: str) -> bool:

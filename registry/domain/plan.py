@@ -49,6 +49,16 @@ class ModulePlan:
     parts: tuple[Part, ...]
     bias_key: str | None = None
 
+    @property
+    def delta_shape(self) -> tuple[int, int]:
+        """(d_out, d_in), axes beyond the second flattened."""
+        return self.b_shape[0], prod(self.a_shape[1:])
+
+    @property
+    def full_rank(self) -> int:
+        """R, the sum of its parents' ranks."""
+        return sum(part.rank for part in self.parts)
+
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:

@@ -96,6 +96,11 @@ def is_below(path: str) -> bool:
     return "\0" not in path and not {"", ".", ".."} & set(path.split("/"))
 
 
+def is_glob(text: str) -> bool:
+    """Whether it may mean several adapters, where a name or a glob of them can be given."""
+    return not {"*", "?", "["}.isdisjoint(text)
+
+
 def is_like(name: str, globs: Iterable[str]) -> bool:
     """Whether the name of an adapter is like one of the globs."""
     return any(fnmatchcase(name, glob) for glob in globs)

@@ -41,8 +41,8 @@ def cost(modules: Sequence[ModulePlan], method: MethodSpec, rank: int, dtype: st
 
 
 def _of(module: ModulePlan, method: MethodSpec, rank: int, wide: type[np.floating]) -> Cost:
-    rows, columns = module.b_shape[0], math.prod(module.a_shape[1:])
-    full, width = sum(part.rank for part in module.parts), rows + columns
+    rows, columns = module.delta_shape
+    full, width = module.full_rank, rows + columns
     # the proof: parents and child in one stack, in float64
     both = full + min(rank, full)
     values = both * width
@@ -70,11 +70,10 @@ def _of(module: ModulePlan, method: MethodSpec, rank: int, wide: type[np.floatin
 
 def shared_values(module: ModulePlan) -> float:
     """Values of all parents, each in the space of R directions that they share, by the columns of the delta."""
-    return float(len(module.parts) * sum(part.rank for part in module.parts) * math.prod(module.a_shape[1:]))
+    return float(len(module.parts) * module.full_rank * module.delta_shape[1])
 
 
 def work_on_delta(module: ModulePlan, method: MethodSpec) -> float:
     """Multiplications for a rule on deltas: its passes, and the cut to a rank by iteration."""
-    size = module.b_shape[0] * math.prod(module.a_shape[1:])
-    ranks = sum(part.rank for part in module.parts)
-    return method.work * size * (100.0 * len(module.parts) + 10.0 * ranks)
+    size = math.prod(module.delta_shape)
+    return method.work * size * (100.0 * len(module.parts) + 10.0 * module.full_rank)

@@ -98,8 +98,8 @@ def _check_work(plan: MergePlan, methods_on_grams: float, most_work: float) -> N
     """
     needed = 0.0
     for module in plan.modules:
-        rank, count = sum(part.rank for part in module.parts), len(module.parts)
-        rows, columns = module.b_shape[0], math.prod(module.a_shape[1:])
+        rank, count = module.full_rank, len(module.parts)
+        rows, columns = module.delta_shape
         needed += 12.0 * methods_on_grams * rank**3 + (rows + columns) * rank**2
         needed += min(SIGN_ROWS, rows) * columns * (rank + count**2)
     if needed > most_work:
@@ -121,7 +121,7 @@ def _work_on_deltas(plan: MergePlan) -> float:
 
 def _no_energy(plan: MergePlan) -> Array:
     """A zero for every direction of the largest module: the sum of its parents' ranks."""
-    return np.zeros(max(sum(part.rank for part in module.parts) for module in plan.modules))
+    return np.zeros(max(module.full_rank for module in plan.modules))
 
 
 def _add_energy(energy: Array, grams: Grams) -> None:

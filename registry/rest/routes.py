@@ -181,9 +181,9 @@ def adapters(call: Read, max_results: MaxResults = 100, page_token: PageToken = 
 @router.get("/adapters/{name}", response_model=AdapterView)
 def adapter(name: str, call: Read) -> Response:
     """One adapter, with its newest version and what serves its stages."""
-    call.registry.versions(check_name(name))  # says of a name that is unknown what is like it
     found = next((each for each in call.registry.adapters() if each.name == name), None)
     if found is None:
+        call.registry.versions(check_name(name))  # says of a name that is unknown what is like it
         raise NotFound(f"every version of {name} was removed", hint=f"GET /v1/versions?name={name}&removed=true")
     return _reply(found)
 

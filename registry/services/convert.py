@@ -61,6 +61,7 @@ def convert(
     config, path = read_small(folder / CONFIG_FILE), folder / WEIGHTS_FILE
     facts = read_lycoris(strict_json_object(config, what=CONFIG_FILE), read_header(path), kernels)
     with TensorReader(path) as reader, one_thread(), new_folder(out) as staged:
+        # read twice, so that memory holds one module: every shape in the header waits for the largest rank
         ranks = {module.name: load_parts(module, facts.method, reader).rank for module in facts.modules}
         r = _rank(ranks, rank)
         conversion = Conversion(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from ..api import EventsView, EventView
 from ..domain.errors import InvalidInput
 from ..domain.event import Event, EventKind, read_kinds
-from ..domain.refs import check_name, parse_ref
+from ..domain.refs import check_name, is_glob, parse_ref
 from ..ports import Ledger
 from .promote import check_stage_name
 from .resolve import known_adapter
@@ -20,7 +19,6 @@ from .views import iso_time
 PAUSE_S = 0.5
 #: Events that are read at once by one who listens.
 PAGE = 1000
-_GLOB = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ def check_filter(ledger: Ledger, asked: Filter, stages: Sequence[str]) -> Filter
 
 def read_filter(name: str | None, kind: Sequence[str], stage: str | None) -> Filter:
     """Raises `InvalidInput` for a kind that is none, and for a name that no adapter can have."""
-    exact = check_name(name) if name is not None and not _GLOB.search(name) else None
+    exact = check_name(name) if name is not None and not is_glob(name) else None
     return Filter(names=name, name=exact, kinds=read_kinds(kind), stage=stage)
 
 

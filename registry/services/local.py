@@ -513,7 +513,7 @@ class LocalRegistry:
         stage: str | None = None,
         limit: int = 100,
     ) -> EventsView:
-        asked = feed.check_filter(self.ledger, feed.read_filter(name, kind, stage), self.settings.stages)
+        asked = self._events_asked_for(name, kind, stage)
         return feed.events(self.ledger, after, asked, limit=limit)
 
     def follow_events(
@@ -525,8 +525,11 @@ class LocalRegistry:
         stage: str | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> Iterator[EventView]:
-        asked = feed.check_filter(self.ledger, feed.read_filter(name, kind, stage), self.settings.stages)
+        asked = self._events_asked_for(name, kind, stage)
         return listen_patiently(lambda place: feed.listen(self.ledger, place, asked), after, known=True, tell=tell)
+
+    def _events_asked_for(self, name: str | None, kind: Sequence[str], stage: str | None) -> feed.Filter:
+        return feed.check_filter(self.ledger, feed.read_filter(name, kind, stage), self.settings.stages)
 
     # gates
 
