@@ -721,6 +721,10 @@ class Access(Protocol):
         """Who holds this secret; None where it is unknown, expired or revoked."""
         ...
 
+    def digests(self) -> frozenset[str]:
+        """What `secret_digest` makes of every secret that is valid now."""
+        ...
+
     def begin_replay(self, caller: str, key: str, request: str) -> Replay | None:
         """Claim an Idempotency-Key for the digest of a request; or return the answer that it got before.
 

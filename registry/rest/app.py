@@ -97,7 +97,7 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
         return None if access.tokens() else rules.anyone  # whoever made a token wants to be asked for it
 
     areas |= {"/v1/openapi.json", "/metrics", *OPEN_PATHS}
-    door = Door(app, rules, lookup, metrics, areas, witness)
+    door = Door(app, rules, lookup, access.digests, metrics, areas, witness)
     app.state.acting, app.state.access, app.state.door = acting, access, door
     app.state.desk, app.state.turns, app.state.leaving = Desk(registry), Turns(), leaving
     app.state.upload_bytes = rules.upload_bytes

@@ -11,9 +11,11 @@ import base64
 import binascii
 import json
 import logging
+import math
 import re
 import time
 import uuid
+from asyncio import Lock
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Container, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from urllib.parse import urlsplit
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.concurrency import run_in_threadpool
 
-from ..domain.access import Caller, Scope
+from ..domain.access import Caller, Scope, secret_digest
 from ..domain.errors import AdapterctlError, InvalidInput, NotAllowed, Unavailable
 from . import mlflow_rules
 from .problems import MEDIA_TYPE, status_of, to_problem
@@ -86,13 +88,17 @@ class Metrics:
 
 
 class Door:
-    """ASGI middleware. `lookup` finds the caller of a secret in the ledger; of the empty one, who brings none."""
+    """ASGI middleware. `lookup` finds the caller of a secret in the ledger; of the empty one, who brings none.
+
+    `digests` are those of all secrets that are valid.
+    """
 
     def __init__(
         self,
         app: ASGI,
         rules: Rules,
         lookup: Callable[[str], Caller | None],
+        digests: Callable[[], Container[str]],
         metrics: Metrics,
         areas: Container[str],
         witness: Callable[[Caller, str, Mapping[str, Any]], None] = lambda caller, deed, said: None,
@@ -106,7 +112,7 @@ class Door:
         self._areas = areas
         self._rules = rules
         self._metrics = metrics
-        self._callers = _Callers(lookup)
+        self._callers = _Callers(lookup, digests)
         self._uses = _Buckets(rules.requests_per_minute)
         self._failures = _Buckets(rules.failures_per_minute)
 
@@ -187,7 +193,8 @@ class Door:
                     return anyone
             else:
                 said += ", and a proxy passed this on: only this machine itself needs none"
-        if wait_s := self._failures.wait(visit.address, 0):
+        wait_s = self._failures.wait(visit.address, 0)
+        if wait_s and not (secret and await self._callers.is_known(secret)):
             raise _TooMany(wait_s)
         caller = await self._callers.find(secret) if secret else None
         if caller is None:
@@ -338,9 +345,13 @@ def _status_and_headers(error: AdapterctlError) -> tuple[int, list[tuple[bytes, 
 class _Callers:
     """Callers by secret, remembered for a moment: most requests come in a row from the same one."""
 
-    def __init__(self, lookup: Callable[[str], Caller | None]) -> None:
+    def __init__(self, lookup: Callable[[str], Caller | None], digests: Callable[[], Container[str]]) -> None:
         self._lookup = lookup
+        self._list = digests
         self._known: OrderedDict[str, tuple[float, Caller]] = OrderedDict()
+        self._digests: Container[str] = ()
+        self._listed_at = -math.inf
+        self._listing = Lock()
 
     async def find(self, secret: str) -> Caller | None:
         found = self._known.get(secret)
@@ -354,8 +365,22 @@ class _Callers:
                 self._known.popitem(last=False)
         return caller
 
+    async def is_known(self, secret: str) -> bool:
+        """Whether a valid token has this secret, by a list that is read every `REMEMBERED_S` at most.
+
+        So who shares an address with somebody that tries tokens is let in, and however many are tried, the ledger is
+        asked once.
+        """
+        async with self._listing:
+            now = time.monotonic()
+            if now - self._listed_at >= REMEMBERED_S:
+                self._digests = await run_in_threadpool(self._list)
+                self._listed_at = now
+        return secret_digest(secret) in self._digests
+
     def forget(self) -> None:
         self._known.clear()
+        self._listed_at = -math.inf
 
 
 class _Buckets:

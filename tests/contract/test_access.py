@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import text
 
-from adapterctl.registry.domain.access import Caller, Scope, new_secret
+from adapterctl.registry.domain.access import Caller, Scope, new_secret, secret_digest
 from adapterctl.registry.domain.errors import Conflict, NotAllowed, NotFound, Refused
 from adapterctl.registry.ports import Access, Replay
 from adapterctl.registry.stores.sql.access import SqlAccess
@@ -64,6 +64,7 @@ def test_an_invalid_secret_leads_to_nobody(access: Access, why: str):
 
     assert access.caller(new_secret() if why == "unknown" else secret) is None
     assert access.has_tokens() == (why == "unknown")
+    assert access.digests() == ({secret_digest(secret)} if why == "unknown" else set())
 
 
 def test_revoking_what_is_not_there_is_said(access: Access):

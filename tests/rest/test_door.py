@@ -114,14 +114,46 @@ def test_what_a_proxy_passes_on_needs_a_token_though_none_was_made(tokenless: An
     assert "a proxy passed this on" in answer.json()["detail"]
 
 
-def test_who_fails_too_often_waits(new_home: Callable[[str], Path], serving_with: Any):
+def test_who_fails_too_often_waits(serving_with: Any):
     with serving_with(Rules(hosts=("localhost",), upload_bytes=1, failures_per_minute=3)) as served:
-        statuses = [served.client.get("/v1/adapters").status_code for _ in range(5)]
-        last = served.client.get("/v1/adapters", headers=served.auth("read"))
+        answers = [served.client.get("/v1/adapters") for _ in range(5)]
 
-    assert statuses == [401, 401, 401, 429, 429]
-    assert last.status_code == 429
-    assert int(last.headers["retry-after"]) >= 1
+    assert [answer.status_code for answer in answers] == [401, 401, 401, 429, 429]
+    assert int(answers[-1].headers["retry-after"]) >= 1
+
+
+def test_a_valid_token_is_let_in_where_others_try_wrong_ones_from_its_address(serving_with: Any):
+    with serving_with(Rules(hosts=("localhost",), upload_bytes=1, failures_per_minute=3)) as served:
+        for _ in range(5):
+            served.client.get("/v1/adapters", headers={"Authorization": "Bearer actl_wrong"})
+        valid = served.client.get("/v1/whoami", headers=served.auth("read"))
+        new = served.client.post(
+            "/v1/tokens", json={"name": "new", "scope": "read"}, headers=served.auth("admin")
+        ).json()
+        as_new = {"Authorization": f"Bearer {new['secret']}"}
+        made = served.client.get("/v1/whoami", headers=as_new)
+        served.client.delete(f"/v1/tokens/{new['token']['id']}", headers=served.auth("admin"))
+        revoked = served.client.get("/v1/whoami", headers=as_new)
+
+    assert (valid.status_code, made.status_code, revoked.status_code) == (200, 200, 429)
+
+
+def test_a_flood_of_wrong_tokens_asks_the_ledger_for_none_of_them(serving_with: Any, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    with serving_with(Rules(hosts=("localhost",), upload_bytes=1, failures_per_minute=3)) as served:
+        monkeypatch.setattr("adapterctl.registry.rest.door.REMEMBERED_S", 60.0)
+        callers = served.door._callers
+        lookup, listed = callers._lookup, callers._list
+        monkeypatch.setattr(callers, "_lookup", lambda secret: (asked.append("one"), lookup(secret))[1])
+        monkeypatch.setattr(callers, "_list", lambda: (asked.append("all"), listed())[1])
+
+        answers = [
+            served.client.get("/v1/adapters", headers={"Authorization": f"Bearer actl_{number}"})
+            for number in range(50)
+        ]
+
+    assert [answer.status_code for answer in answers] == [401] * 3 + [429] * 47
+    assert asked == ["one"] * 3 + ["all"]
 
 
 def test_who_asks_too_often_waits(serving_with: Any):

@@ -73,6 +73,10 @@ class SqlAccess:
         self._note_use(row)
         return Caller(row.name, Scope(row.scope), tuple(wire.from_json(row.names, list[str])), row.id)
 
+    def digests(self) -> frozenset[str]:
+        with self._db.read() as connection:
+            return frozenset(connection.execute(select(token.c.secret_sha256).where(_VALID)).scalars())
+
     def _note_use(self, row: Row[Any]) -> None:
         stale = or_(token.c.last_used_at.is_(None), token.c.last_used_at < Now() - _SEEN_S)
         mine = token.c.id == row.id
