@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from .domain.errors import Unavailable
+from .domain.errors import Unavailable, WaitTimedOut
 from .domain.job import Job
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def patiently(
         known: whether those who are asked have answered before: an address that is wrong deserves no patience.
         tell: called once for each outage, with what is to be said of it.
 
-    Raises that error after `PATIENCE_S` without an answer, or after `timeout_s`.
+    Raises that error after `PATIENCE_S` without an answer, or after `timeout_s`; `WaitTimedOut` where it was answered.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     left, seen, patience = timeout_s, None, Patience(tell, "the job goes on")
@@ -59,11 +59,22 @@ def patiently(
                     seen = job
                     yield job
             return
+        except WaitTimedOut as error:
+            if seen is None or timeout_s is None:
+                raise
+            raise timed_out(seen, timeout_s) from error  # it speaks of the seconds that were left
         except Unavailable as error:
             if not (known or seen) or (deadline and time.monotonic() >= deadline):
                 raise
             patience.wait(error)
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def timed_out(job: Job, timeout_s: float) -> WaitTimedOut:
+    """The error of a wait that took as long as it may."""
+    return WaitTimedOut(
+        f"job {job.id} is {job.state} after {timeout_s:g} s", hint=f"it goes on: adapterctl jobs wait {job.id}"
+    )
 
 
 def listen_patiently(

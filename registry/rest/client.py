@@ -46,7 +46,7 @@ from ..api import (
 )
 from ..domain.access import EVERY_NAME, Caller, Scope, Token, check_secret
 from ..domain.digest import is_digest
-from ..domain.errors import InvalidInput, Unavailable, WaitTimedOut
+from ..domain.errors import InvalidInput, Unavailable
 from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece
 from ..domain.recipe import MergeRequest, ResizeRequest
@@ -55,7 +55,7 @@ from ..domain.suite import Suite
 from ..domain.tuning import TuneRequest
 from ..domain.verdict import Decision
 from ..domain.version import Base, FileRecord
-from ..patience import listen_patiently, patiently
+from ..patience import listen_patiently, patiently, timed_out
 from .problems import from_problem
 from .transport import Answer, Http, NoAnswer, Transport
 
@@ -276,7 +276,8 @@ class RemoteRegistry:
         yield job
         seen, broken = 0, 0
         while not job.ended:
-            _check_time(job, timeout_s, deadline)
+            if timeout_s is not None and deadline is not None and time.monotonic() >= deadline:
+                raise timed_out(job, timeout_s)
             try:
                 for kind, event_id, data in self._messages(f"/v1/jobs/{_quoted(job_id)}/events", seen, deadline):
                     broken = 0
@@ -639,13 +640,6 @@ def _checked(answer: Answer) -> tuple[int, bytes]:
     if answer.status >= 300:
         raise from_problem(answer.status, body)
     return answer.status, body
-
-
-def _check_time(job: Job, timeout_s: float | None, deadline: float | None) -> None:
-    if deadline is not None and time.monotonic() >= deadline:
-        raise WaitTimedOut(
-            f"job {job.id} is {job.state} after {timeout_s:g} s", hint=f"it goes on: adapterctl jobs wait {job.id}"
-        )
 
 
 def _target(path: str, query: Mapping[str, Any] | None) -> str:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..crashpoints import reached
-from ..domain.errors import Conflict, InvalidInput, JobCancelled, JobFailed, NotAllowed, NotFound, Refused, WaitTimedOut
+from ..domain.errors import Conflict, InvalidInput, JobCancelled, JobFailed, NotAllowed, NotFound, Refused
 from ..domain.job import ENDED, LIVE, Job, JobState, NewJob
 from ..domain.worker import QUEUES
+from ..patience import timed_out
 from ..ports import Doorbell, Ledger
 
 # Between two looks at a followed row; a look costs 0.3 ms.
@@ -149,9 +150,7 @@ def follow(
         if job.ended:
             return
         if timeout_s is not None and now - started >= timeout_s:
-            raise WaitTimedOut(
-                f"job {job_id} is {job.state} after {timeout_s:g} s", hint=f"it goes on: adapterctl jobs wait {job_id}"
-            )
+            raise timed_out(job, timeout_s)
         if now - changed >= silence_s:
             with suppress(NotAllowed):  # who may only read cannot wake anyone, but may wait
                 bell.ring(job_id)

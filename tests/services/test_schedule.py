@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
+from adapterctl.registry import patience
 from adapterctl.registry.domain.errors import (
     Conflict,
     Corrupt,
@@ -14,6 +16,7 @@ from adapterctl.registry.domain.errors import (
     JobFailed,
     LossTooHigh,
     NotFound,
+    Unavailable,
     WaitTimedOut,
 )
 from adapterctl.registry.domain.job import Job, JobState, NewJob, Progress
@@ -114,6 +117,25 @@ def test_a_follower_of_a_silent_job_rings_again_and_gives_up_in_time(sql_ledger:
     assert len(bell.rings) >= 2
     assert f"jobs wait {job.id}" in caught.value.hint
     assert find_job(sql_ledger, job.id).state is JobState.QUEUED
+
+
+def test_a_wait_that_an_outage_cut_in_two_tells_the_time_that_was_asked_for(
+    sql_ledger: SqlLedger, monkeypatch: pytest.MonkeyPatch
+):
+    job, _ = sql_ledger.submit(NEW)
+    monkeypatch.setattr(patience, "_PAUSE_S", 0.1)
+    cut = iter([True])
+
+    def follow_once_cut(left: float | None) -> Iterator[Job]:
+        for each in follow(sql_ledger, CountingBell(), job.id, timeout_s=left):
+            yield each
+            if next(cut, False):
+                raise Unavailable("the database is started again")
+
+    with pytest.raises(WaitTimedOut) as caught:
+        list(patience.patiently(follow_once_cut, timeout_s=0.5, known=True, tell=None))
+
+    assert str(caught.value) == f"job {job.id} is queued after 0.5 s"
 
 
 def test_a_job_is_unattended_where_its_worker_is_gone_and_nobody_else_works(sql_ledger: SqlLedger):
