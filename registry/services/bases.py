@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 
 from ..domain.adapter import AdapterFacts
@@ -19,6 +18,7 @@ from ..domain.digest import file_digest, json_digest
 from ..domain.errors import InvalidInput, NotFound, Refused
 from ..domain.version import Base
 from ..ports import Ledger
+from .resolve import did_you_mean
 
 MAX_NAME = 512
 
@@ -100,11 +100,8 @@ def known_base(ledger: Ledger, spelling: str) -> Base:
     if found is not None:
         return found
     spellings = sorted({base.name for base in ledger.bases()} | set(ledger.base_aliases()))
-    near = get_close_matches(spelling, spellings, n=3, cutoff=0.5)
-    raise NotFound(
-        f"there is no base {spelling!r}",
-        hint=f"did you mean {' or '.join(near)}?" if near else "`adapterctl base ls` shows what there is",
-    )
+    hint = did_you_mean(spelling, spellings) or "`adapterctl base ls` shows what there is"
+    raise NotFound(f"there is no base {spelling!r}", hint=hint)
 
 
 def fingerprints(folder: Path, *, weights: bool = True) -> dict[str, str]:

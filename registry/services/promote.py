@@ -36,7 +36,7 @@ from ..ports import Folders, Ledger, VersionStore
 from .gates import decide_on, require
 from .pull import check_intact
 from .recall import check_not_recalled
-from .resolve import known_adapter
+from .resolve import did_you_mean, known_adapter
 from .views import iso_time
 
 #: MLflow's word for a version that has left its stages.
@@ -54,7 +54,9 @@ def check_stage(ledger: Ledger, versions: VersionStore, name: str, stage: str) -
 def check_stage_name(stage: str, names: Sequence[str], *, kept: Collection[str] = ()) -> None:
     """Raise `InvalidInput` for a stage that the settings do not name; where one reads, what was `kept` may be, too."""
     if stage not in names and stage not in kept:
-        raise InvalidInput(f"{stage!r} is no stage", hint=f"stages are {', '.join(names)}; settings: ADAPTERCTL_STAGES")
+        known = f"stages are {', '.join(names)}; settings: ADAPTERCTL_STAGES"
+        near = did_you_mean(stage, dict.fromkeys((*names, *kept)))
+        raise InvalidInput(f"{stage!r} is no stage", hint=f"{near} {known}".strip())
 
 
 @dataclass(frozen=True, slots=True)

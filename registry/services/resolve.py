@@ -5,6 +5,7 @@ A stage is read from the ledger, which decides. Unknown names come back with the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 from ..domain.errors import InvalidInput, NotFound
@@ -49,10 +50,15 @@ def known_adapter(ledger: Ledger, name: str) -> str:
     if adapter_id is None or name not in names:
         if (now := ledger.former_names().get(name)) is not None:
             raise NotFound(f"there is no adapter {name!r} any more", hint=f"it is called {now} now")
-        near = get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`adapterctl ls` shows what there is"
+        hint = did_you_mean(name, names) or "`adapterctl ls` shows what there is"
         raise NotFound(f"there is no adapter {name!r}", hint=hint)
     return adapter_id
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question with the known words that are nearest; empty where none is near."""
+    near = get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def _by_digest(ledger: Ledger, ref: Ref) -> AdapterVersion | None:

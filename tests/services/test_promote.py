@@ -128,7 +128,16 @@ def test_an_unknown_stage_is_refused_with_those_that_exist(stages, chat):
     with pytest.raises(InvalidInput) as refused:
         stages.promote(chat(), stage="prod")
 
-    assert "staging, production, canary" in refused.value.hint
+    assert refused.value.hint.startswith("did you mean production? stages are staging, production, canary; ")
+
+
+def test_a_stage_that_is_like_none_is_refused_with_those_that_exist(sql_ledger, chat):
+    chat()
+
+    with pytest.raises(InvalidInput, match="'nope' is no stage") as refused:
+        history(sql_ledger, "chat", names=("staging", "production"), stage="nope")
+
+    assert refused.value.hint == "stages are staging, production; settings: ADAPTERCTL_STAGES"
 
 
 def test_changed_bytes_are_not_promoted(stages, chat, sql_ledger):
