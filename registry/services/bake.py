@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,18 +19,17 @@ from ..api import BakedView, RegistryAPI, VersionView
 from ..domain.adapter import check_dtype
 from ..domain.bake_plan import INDEX_FILE, WEIGHTS_FILE, BakePlan, BaseTensor, baked_config, plan_bake
 from ..domain.digest import file_digest
-from ..domain.errors import Conflict, InvalidAdapter, InvalidInput, NotFound, Recalled, Refused, Unavailable
+from ..domain.errors import InvalidAdapter, InvalidInput, NotFound, Recalled, Refused, Unavailable
 from ..domain.header import read_header
 from ..domain.refs import Ref, is_below
 from ..domain.version import Base, FileRecord
-from ..locks import locked_if_free
 from ..settings import Settings
 from . import bases
 from .locate_base import locate_base
 from .register import CONFIG_FILE as ADAPTER_CONFIG
 from .register import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from .register import inspect
-from .staging import check_new
+from .staging import check_new, room_beside
 
 if TYPE_CHECKING:
     from ..merging.bake import Baked, Rounding
@@ -96,7 +94,7 @@ def bake(
     differs = _check_base(known, base, found, force)
     model = _read_base(base)
     place = out.resolve()  # so that it has a name, also where it is `.`, and can be replaced, also where it is a link
-    with _stage(place) as stage:
+    with room_beside(place) as stage:
         # by its number: what a stage means may change meanwhile
         registry.pull(Ref(version.name, number=version.number), stage / "adapter")
         facts = inspect(stage / "adapter", assume_converted=True)
@@ -210,29 +208,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InvalidInput(f"{path} is no JSON object", hint="fetch the base again")
     return found
-
-
-@contextmanager
-def _stage(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that is ours alone; removed at the end, and by the next one after a kill."""
-    lock_path = out.parent / f".{out.name}.baking.lock"
-    folder = lock_path.with_suffix("")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with locked_if_free(lock_path) as lock:
-            if lock is None:
-                raise Conflict(f"another bake is writing to {out}", hint="wait for it, or give another folder")
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-                lock.delete()
-    except OSError as error:
-        raise Unavailable(
-            f"{out} cannot be written: {error.strerror}", hint="free space or give another folder"
-        ) from error
 
 
 def _bake(
@@ -391,6 +366,7 @@ def _publish(new: Path, out: Path) -> None:
     from ..merging.tensors import sync_folder  # deferred: as above
 
     sync_folder(new)
+    check_new(out)
     new.replace(out)
     sync_folder(out.parent)
 

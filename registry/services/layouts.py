@@ -11,7 +11,6 @@ import filecmp
 import json
 import re
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from ..api import LaidOut, RegistryAPI, VersionView
 from ..domain.errors import Conflict, InvalidInput, Problem, Recalled, Refused, Unavailable, raise_all
 from ..domain.refs import Ref
 from .register import CONFIG_FILE, README_FILE, WEIGHTS_FILE
+from .staging import own_folder
 
 #: `peft` is what `pull` gives, at NAME/vN; `vllm` a folder to serve from; `hub` a repository with a model card.
 Layout = Literal["peft", "vllm", "hub"]
@@ -61,18 +61,17 @@ def lay_out(
     if served_base is not None:
         _check_spelling(registry, versions, served_base)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as room:
+        with own_folder(folder, ".export.") as room:
             problems = []
             for place, version in places.items():
-                registry.pull(Ref(version.name, number=version.number), Path(room, place))
+                registry.pull(Ref(version.name, number=version.number), room / place)
                 if layout == "vllm":
-                    problems += _for_vllm(version, Path(room, place), max_lora_rank, served_base)
+                    problems += _for_vllm(version, room / place, max_lora_rank, served_base)
                 elif layout == "hub":
-                    problems += _for_hub(version, Path(room, place))
+                    problems += _for_hub(version, room / place)
             raise_all(Refused, f"not everything fits the {layout} layout; nothing was written:", problems)
-            bases = {place: _config(Path(room, place))["base_model_name_or_path"] for place in places}
-            _move_in(places, Path(room), folder)
+            bases = {place: _config(room / place)["base_model_name_or_path"] for place in places}
+            _move_in(places, room, folder)
     except OSError as error:
         raise Unavailable(f"{folder} cannot be written: {error.strerror}", hint="give another folder") from error
     return [

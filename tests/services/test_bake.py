@@ -33,9 +33,9 @@ from adapterctl.registry.domain.errors import (
     Unavailable,
 )
 from adapterctl.registry.domain.refs import parse_ref
-from adapterctl.registry.locks import locked
 from adapterctl.registry.services.bake import RECEIPT_FILE, bake
 from adapterctl.registry.services.local import LocalRegistry
+from adapterctl.registry.services.staging import room_beside
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": 32}
 WEIGHTS = "model.safetensors"
@@ -82,6 +82,9 @@ def baked(two_parents: LocalRegistry, tmp_path: Path) -> Callable[..., BakedView
         return bake(two_parents, parse_ref(ref), out or tmp_path / "out", base=base, settings=settings, **asked)
 
     return run
+
+
+PARTIAL = f".out.*/model/.{WEIGHTS}.partial"
 
 
 def left(folder: Path) -> set[str]:
@@ -443,7 +446,7 @@ def test_places_that_are_taken_or_the_bases_own_are_refused(baked, tmp_path):
         baked(base, out=base)
     with pytest.raises(InvalidInput, match="is in the folder of the base"):
         baked(base, out=base / "baked")
-    with locked(tmp_path / ".out.baking.lock"), pytest.raises(Conflict, match="another bake"):
+    with room_beside(tmp_path / "out"), pytest.raises(Conflict, match="another command is writing to"):
         baked(base)
 
 
@@ -459,10 +462,10 @@ def test_a_recalled_version_is_not_baked(baked, two_parents, tmp_path):
 
 def test_bytes_that_change_on_the_disk_fail_the_proof(baked, tmp_path):
     base = write_base(tmp_path / "base")
-    partial = tmp_path / ".out.baking" / "model" / f".{WEIGHTS}.partial"
 
     def flip(done: int, total: int) -> None:
         if done == (base / WEIGHTS).stat().st_size:  # all is written, and the file is about to get its name
+            (partial,) = tmp_path.glob(PARTIAL)
             with partial.open("r+b") as file:
                 file.seek(-300, os.SEEK_END)
                 byte = file.read(1)
@@ -544,9 +547,8 @@ def test_memory_does_not_grow_with_the_base(process, tmp_path):
 def test_a_kill_leaves_no_model_and_the_next_bake_sweeps_what_it_left(process, tmp_path):
     base = large_base(tmp_path / "base", 24)
     running = process(base, 24)
-    partial = tmp_path / ".out.baking" / "model" / f".{WEIGHTS}.partial"
     deadline = time.monotonic() + 120
-    while not partial.exists():
+    while not any(tmp_path.glob(PARTIAL)):
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -110,6 +110,15 @@ def test_exporting_again_leaves_what_is_there_and_other_files_are_a_conflict(two
     assert {path.name for path in tmp_path.iterdir()} == {each.name for each in both}
 
 
+def test_the_next_export_removes_what_a_killed_one_left(two_parents, tmp_path):
+    (tmp_path / ".export.0123456789ab" / "chat" / "v1").mkdir(parents=True)
+    (tmp_path / ".export.0123456789ab.lock").touch()
+
+    out(two_parents, tmp_path, "peft", "chat:v1")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["chat"]
+
+
 def test_a_recalled_version_is_not_laid_out(two_parents, tmp_path):
     bad = register(two_parents, tmp_path / "bad", "bad")
     two_parents.recall(parse_ref(bad), reason="leaks prompts")
