@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from measure import Figure, bench, exponent, run_process, take_turns
 from threadpoolctl import threadpool_limits
 
 from adapterctl.registry.domain.plan import MergePlan, output_tensors
+from adapterctl.registry.merging.blas import one_thread
 from adapterctl.registry.merging.core import truncate
 from adapterctl.registry.merging.grams import Block, Grams, gram
+from adapterctl.registry.merging.make import wider
 from adapterctl.registry.merging.method import find_method
 from adapterctl.registry.merging.tensors import TensorReader, TensorWriter
 from adapterctl.workers import engine
@@ -58,6 +61,51 @@ for _method, _limit in (("cat", 1.5), ("svd", 2.0)):
             at_most=_limit,
             limit=_WHERE_TIME_GOES,
         )(partial(_against_copy, method=_method, dtype=_dtype))
+
+
+def _against_floor(room: Path, dtype: str) -> Figure:
+    """Of rank 64 each; no merge can do without the copy, and none by way of Gram matrices without the products."""
+    folders = write_pair(room, dtype=dtype, rank=64)
+    files = [folder / WEIGHTS_FILE for folder in folders]
+    merge_plan = plan(folders, "svd")
+    wide = wider(dtype)
+    rng = np.random.default_rng(0)
+    stack = [rng.standard_normal(shape).astype(wide) for shape in ((128, WIDTH), (WIDTH, 128), (64, 128), (128, 64))]
+    rounds = take_turns(
+        {
+            "merge": partial(_merge, merge_plan, files, room / "merged"),
+            "copy": partial(_copy, files, merge_plan.size_bytes, room / "copy"),
+            "products": partial(_products, *stack, modules=len(merge_plan.modules)),
+        },
+        ROUNDS,
+    )
+    floor = max(("copy", "products"), key=rounds.median)
+    return Figure(
+        rounds.ratio("merge", floor),
+        f"{rounds.median('merge'):.3f} s against {rounds.median('products'):.3f} s of products and"
+        f" {rounds.median('copy'):.3f} s of copying, each on {THREADS} threads but the copy",
+    )
+
+
+def _products(a: np.ndarray, b: np.ndarray, map_a: np.ndarray, map_b: np.ndarray, *, modules: int) -> None:
+    """What BLAS has to multiply for one SVD from Gram matrices, so many times, in memory that is in the cache."""
+
+    def multiply(_: int) -> None:
+        for left, right in ((a, a.T), (b.T, b), (map_a, a), (b, map_b)):
+            left @ right
+
+    with one_thread(), ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(multiply, range(modules)))
+
+
+for _suffix, _dtype in (("", "BF16"), ("_fp32", "F32")):
+    bench(
+        f"svd_r128_vs_floor{_suffix}",
+        f"`svd` of a Llama-2-7B q,k,v,o pair of rank 64 ({_dtype.lower()}, R = 128), file to file, against what takes"
+        " longer: reading and writing as many bytes, or the four products with the factors in BLAS",
+        unit="×",
+        at_most=3.0,
+    )(partial(_against_floor, dtype=_dtype))
 
 
 def _against_peft(room: Path, method: str, repeats: int, **options: float) -> Figure:
