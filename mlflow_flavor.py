@@ -29,7 +29,10 @@ class AdapterModel:
         A table is pandas', a mapping of columns, or a list of rows. Raises `ValueError` for what is none of them.
         `params` may hold `max_new_tokens`. Prompts are answered one by one: padding would change the answers.
         """
-        limit = int((params or {}).get("max_new_tokens", self._max_new_tokens))
+        asked = (params or {}).get("max_new_tokens")  # MLflow fills in None where the caller says nothing
+        limit = self._max_new_tokens if asked is None else int(asked)
+        if limit < 1:
+            raise ValueError(f"max_new_tokens is {limit}, expected at least 1")
         return [self._answer(prompt, limit) for prompt in _prompts(model_input)]
 
     def _answer(self, prompt: str, limit: int) -> str:
@@ -45,7 +48,7 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Ad
     config = model_config or {}
     base, revision = str(config["base_model"]), config.get("base_revision")
     try:
-        from peft import PeftModel  # deferred: the registry does without torch
+        from peft import PeftConfig, PeftModel  # deferred: the registry does without torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError(f"{error.name} is missing: pip install 'adapterctl[eval]' to load adapters") from error
@@ -58,8 +61,16 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Ad
             f"the base {base!r} of this adapter is neither a folder nor at hand from the hub; "
             "give it as mlflow.pyfunc.load_model(uri, model_config={'base_model': FOLDER})"
         ) from error
-    adapted = PeftModel.from_pretrained(model, path).eval()
-    return AdapterModel(adapted, tokenizer, max_new_tokens=int(config["max_new_tokens"]))
+    adapted = PeftModel(model, PeftConfig.from_pretrained(path, inference_mode=True))
+    # not `from_pretrained`, which warns at most and answers as the bare base where weights and modules do not meet
+    outcome = adapted.load_adapter(path, adapter_name=adapted.active_adapter)
+    if keys := [*outcome.missing_keys, *outcome.unexpected_keys]:
+        raise ValueError(
+            f"the adapter does not fit the base {base!r}: {len(keys)} tensors do not meet, first {keys[0]}; give the "
+            "base that it was trained on as mlflow.pyfunc.load_model(uri, model_config={'base_model': FOLDER}); where "
+            "its tensors carry the name of an adapter, `adapterctl resize` makes a version with PEFT's names"
+        )
+    return AdapterModel(adapted.eval(), tokenizer, max_new_tokens=int(config["max_new_tokens"]))
 
 
 def _prompts(given: Any) -> list[str]:

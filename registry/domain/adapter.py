@@ -89,6 +89,9 @@ MAX_MODULE_DEPTH = 64
 #: Values of `peft_type` that `lycoris.py` reads: kept as the LoRA that they are equal to.
 CONVERTIBLE = ("LOHA", "LOKR")
 
+#: What PEFT calls the second of the two modules that it makes of a torch.nn.MultiheadAttention. It adds the delta twice
+#: to that module's weight (`MultiheadAttention.merge`, seen in 0.21), so s·B·A is not what was trained.
+_OF_ATTENTION = ".base_layer.out_proj"
 #: PEFT stores them along where the vocabulary has another size than that of the base (its `EMBEDDING_LAYER_NAMES`).
 _WHOLE_EMBEDDINGS = (".embed_tokens.weight", ".lm_head.weight")
 _KEY = re.compile(
@@ -216,6 +219,14 @@ def _add_unknown(entry: TensorEntry, findings: Findings) -> None:
 
 def _module(name: str, found: Tensors, settings: LoraConfig | None, findings: Findings) -> LoraModule | None:
     """One module, or None with the reason added to `findings`."""
+    if name.endswith(_OF_ATTENTION):
+        attention = name.removesuffix(_OF_ATTENTION)
+        findings.add(
+            "multihead_attention",
+            f"{attention} is a torch.nn.MultiheadAttention: PEFT adds the delta of its out_proj twice",
+            "leave it out of target_modules, or train on a model whose attention is made of linear layers",
+        )
+        return None
     embedding = {slot.removeprefix("embedding_"): found[slot] for slot in found if slot.startswith("embedding_")}
     if embedding and len(embedding) < len(found):
         findings.add("mixed_kinds", f"{name} has tensors of a linear layer and of an embedding")

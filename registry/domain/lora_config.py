@@ -266,9 +266,10 @@ def check_fields(
 
 
 def _check_init(value: Any, findings: Findings, assume_converted: bool) -> None:
-    if value is None or isinstance(value, bool) or value in _PLAIN_INITS:
+    name = value.lower() if isinstance(value, str) else ""  # PEFT reads most of them in any case
+    if value is None or isinstance(value, bool) or name in _PLAIN_INITS:
         return
-    if isinstance(value, str) and value.startswith(_MUTATING_INITS):
+    if name.startswith(_MUTATING_INITS):
         if not assume_converted:
             findings.add(
                 "unconverted_init",

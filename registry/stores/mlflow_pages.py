@@ -24,6 +24,9 @@ LOADER = "adapterctl.mlflow_flavor"
 #: The heat map of a merge, beside its receipt.
 LAYERS_FILE = "layers.svg"
 MAX_NEW_TOKENS = 64
+#: What `predict` takes beside prompts: MLflow keeps everything from a model that its signature does not name. Without a
+#: default of its own, so that the config of the model holds where a caller says nothing.
+_PARAMS = '[{"name": "max_new_tokens", "default": null, "shape": null, "type": "long"}]'
 #: On PostgreSQL; on SQLite MLflow does not enforce it.
 MLFLOW_LIMIT = 5000
 #: Leaves room for the children, a recall, and what people add.
@@ -234,6 +237,7 @@ def mlmodel(spec: NewVersion, *, version_id: str, run_id: str, model_id: str, cr
                 },
                 "model_id": model_id,
                 "run_id": run_id,
+                "signature": {"inputs": None, "outputs": None, "params": _PARAMS},
                 "utc_time_created": datetime.fromtimestamp(created_at, UTC).strftime("%Y-%m-%d %H:%M:%S.%f"),
             },
             sort_keys=True,

@@ -110,6 +110,31 @@ def test_mlflows_server_may_be_asked_by_every_body_that_it_takes(body, published
     assert model.predict(infer_and_parse_data(body)) == expected
 
 
+def test_an_answer_is_as_long_as_is_asked_for(published, expected):
+    from mlflow.pyfunc.scoring_server import _parse_json_data  # deferred: it warns when it is imported
+
+    model = mlflow.pyfunc.load_model("models:/chat@production", model_config={"max_new_tokens": 12})
+
+    asked = model.predict(PROMPTS, params={"max_new_tokens": 3})
+
+    assert all(
+        answer.startswith(short) and len(short) < len(answer) for short, answer in zip(asked, expected, strict=True)
+    )
+    served = _parse_json_data({"inputs": PROMPTS, "params": {"max_new_tokens": 3}}, model.metadata, None)
+    assert model.predict(served.data, params=served.params) == asked
+    with pytest.raises(ValueError, match="max_new_tokens is 0, expected at least 1"):
+        model.predict(PROMPTS, params={"max_new_tokens": 0})
+
+
+def test_an_adapter_that_does_not_fit_the_base_never_answers_as_the_bare_base(published, tiny_base, tmp_path):
+    shallow = LlamaForCausalLM.from_pretrained(tiny_base, num_hidden_layers=1)
+    shallow.save_pretrained(tmp_path / "shallow")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "shallow")
+
+    with pytest.raises(ValueError, match=r"does not fit the base .*shallow.* first .*layers\.1\."):
+        mlflow.pyfunc.load_model("models:/chat/1", model_config={"base_model": str(tmp_path / "shallow")})
+
+
 def test_the_base_may_be_given_as_a_folder(published, tiny_base, tmp_path, expected):
     moved = tmp_path / "moved"
     moved.symlink_to(tiny_base)

@@ -29,6 +29,7 @@ class Net(nn.Module):
         self.conv2 = nn.Conv2d(3, 4, (3, 2))
         self.conv3 = nn.Conv3d(3, 4, 2)
         self.grouped = nn.Conv2d(4, 8, 3, groups=2)
+        self.attention = nn.MultiheadAttention(8, 2)
         self.layers = nn.ModuleList(Block() for _ in range(3))
         self.head = nn.Linear(8, 2)
 
@@ -86,6 +87,8 @@ pytestmark = [
         {"target_modules": Q, "init_lora_weights": "gaussian"},
         {"target_modules": Q, "init_lora_weights": False},
         {"target_modules": Q, "init_lora_weights": "orthogonal"},
+        {"target_modules": Q, "init_lora_weights": "Gaussian"},
+        {"target_modules": Q, "r": 4, "init_lora_weights": "MiCA"},
     ],
 )
 def test_modules_ranks_and_scaling_are_those_of_peft(tmp_path, config):
@@ -106,10 +109,13 @@ def test_modules_ranks_and_scaling_are_those_of_peft(tmp_path, config):
         ({"target_modules": Q, "trainable_token_indices": {"embed_tokens": [1, 2]}}, "trainable_tokens"),
         ({"target_modules": Q, "init_lora_weights": "pissa"}, "unconverted_init"),
         ({"target_modules": Q, "init_lora_weights": "olora"}, "unconverted_init"),
+        ({"target_modules": Q, "init_lora_weights": "OLoRA"}, "unconverted_init"),
         ({"target_modules": Q, "kasa_config": {}, "r": 2}, "kasa"),
         ({"target_modules": Q, "velora_config": {}}, "unknown_tensors"),
         ({"target_modules": Q, "alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "alora"),
         ({"target_modules": ["grouped"], "r": 4}, "conv_groups"),
+        ({"target_modules": ["attention"]}, "multihead_attention"),
+        ({"target_modules": r"attention|.*\.q_proj"}, "multihead_attention"),
     ],
 )
 def test_what_cannot_be_added_is_refused_as_peft_saves_it(tmp_path, config, code):
@@ -119,6 +125,21 @@ def test_what_cannot_be_added_is_refused_as_peft_saves_it(tmp_path, config, code
         inspect(folder)
 
     assert code in {problem.code for problem in caught.value.problems}
+
+
+def test_peft_adds_the_delta_of_an_attentions_output_twice():
+    """Why such an adapter is refused: no B·A in its file is what PEFT computes with it."""
+    torch.manual_seed(0)
+    base = Net().double()
+    weight = base.attention.out_proj.weight.detach().clone()
+    config = LoraConfig(target_modules=["attention"], init_lora_weights=False)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    delta = base.attention.base_layer.out_proj.get_delta_weight("default").detach()
+
+    model.merge_and_unload()
+
+    assert torch.allclose(base.attention.out_proj.weight, weight + 2 * delta)
+    assert delta.abs().max() > 1e-3
 
 
 def test_patterns_whose_order_is_lost_when_peft_sorts_them_on_saving_are_refused(tmp_path):
