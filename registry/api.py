@@ -620,7 +620,7 @@ class Check:
 class Garbage:
     """One thing that nobody refers to, how much it holds, and why nobody does."""
 
-    kind: Literal["version", "double", "attempt", "stage", "work", "log"]
+    kind: Literal["version", "double", "attempt", "stage", "lock", "work", "log"]
     name: str
     size_bytes: int
     reason: str

@@ -91,7 +91,7 @@ def gc(
     """Free what no version, job, decision or report refers to.
 
     Files of removed versions, attempts that never became a version, what was made twice, abandoned stage
-    folders, logs and work files of ended jobs. Any other version that MLflow has stays, whoever made it.
+    folders and locks, logs and work files of ended jobs. Any other version that MLflow has stays, whoever made it.
 
     Example: adapterctl gc --dry-run
     """

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..api import Garbage, GarbageView
 from ..domain.errors import InvalidInput
 from ..domain.job import LIVE, Job, JobState
+from ..locks import locked_if_free
 from ..ports import Ledger, VersionStore
 from ..wire import to_json
 from .register import lock_of
@@ -37,6 +38,7 @@ def collect(ledger: Ledger, store: VersionStore, home: Path, *, older_than_s: fl
             _doubles(ledger, store, dry_run=dry_run),
             _attempts(ledger, store, before=before, dry_run=dry_run),
             _stages(home / "staging", dry_run=dry_run),
+            _locks(home / "locks", dry_run=dry_run),
             _job_files(ledger, home, before=before, dry_run=dry_run),
             _kept_logs(ledger, before=min(before, ledger.now() - LOGS_KEPT_S), dry_run=dry_run),
         )
@@ -106,6 +108,18 @@ def _stages(root: Path, *, dry_run: bool) -> Iterator[Garbage]:
             remove(folder)
         if found:
             yield Garbage("stage", str(folder), size, "its process is gone")
+
+
+def _locks(root: Path, *, dry_run: bool) -> Iterator[Garbage]:
+    """Files of locks whose holder was killed; who waits for one that is deleted makes it again."""
+    for path in sorted(root.glob(f"{'[0-9a-f]' * 32}.lock")):
+        with locked_if_free(path, make=False) as lock:
+            if lock is None:
+                continue
+            size = _size(path)
+            if not dry_run:
+                lock.delete()
+        yield Garbage("lock", str(path), size, "its process is gone")
 
 
 def _job_files(ledger: Ledger, home: Path, *, before: float, dry_run: bool) -> Iterator[Garbage]:

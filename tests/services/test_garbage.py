@@ -36,6 +36,14 @@ from adapterctl.bootstrap import connect
 connect().register(sys.argv[1], name="late")
 """
 
+DIE_WITH_LOCK = """
+import os, signal
+from adapterctl.bootstrap import connect
+
+with connect().ledger.exclusive("merge:one"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 
 @pytest.fixture(scope="module")
 def killed(two_parents: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) -> LocalRegistry:
@@ -209,6 +217,24 @@ def test_a_version_with_the_key_of_another_is_no_double(two_parents: LocalRegist
     assert [two_parents.verify(Ref(name)).files for name in ("chat", "translate")] == ["intact", "intact"]
     client.set_tag(other.placement.run_id, "adapterctl.key", own)
     client.set_model_version_tag(other.name, "1", "adapterctl.key", own)
+
+
+def test_the_lock_files_of_the_killed_go_and_held_ones_stay(two_parents: LocalRegistry):
+    ledger, folder = two_parents.ledger, two_parents.settings.home / "locks"
+    two_parents.gc(older_than_s=0.0)
+    environment = os.environ | two_parents.settings.to_env()
+    subprocess.run([sys.executable, "-c", DIE_WITH_LOCK], env=environment, check=False, timeout=PATIENCE_S)
+    left = {path for path in folder.iterdir() if path.name != "supervisor.lock"}
+
+    with ledger.exclusive("mine"):
+        told, freed, again = (two_parents.gc(dry_run=dry_run) for dry_run in (True, False, False))
+        held = {path for path in folder.iterdir() if path.name != "supervisor.lock"}
+
+    assert len(left) == 1
+    assert [(each.kind, each.name) for each in told.found] == [("lock", str(*left))]
+    assert (freed.found, again.found) == (told.found, ())
+    assert len(held) == 1
+    assert held.isdisjoint(left)
 
 
 def test_what_the_ledger_keeps_of_a_log_goes_a_month_later(two_parents: LocalRegistry, monkeypatch: pytest.MonkeyPatch):
