@@ -168,15 +168,15 @@ class RemoteRegistry:
         }
         return self._pages("/v1/versions", query, "versions", VersionView)
 
-    def version(self, ref: Ref) -> VersionView:
-        return self._get(_path(ref), VersionView)
+    def version(self, ref: Ref, *, agreed: bool = False) -> VersionView:
+        return self._get(_path(ref), VersionView, {"agreed": "true"} if agreed and ref.alias is not None else None)
 
     def diff(self, first: Ref, second: Ref, *, layers: bool = False) -> DiffView:
         query = {"first": str(first), "second": str(second), "layers": "true" if layers else None}
         return self._get("/v1/diff", DiffView, query)
 
     def pull(self, ref: Ref, folder: Path) -> VersionView:
-        version = self.version(ref)
+        version = self.version(ref, agreed=True)
         # by its number: what a stage means may change while the files are on their way
         path = _path(Ref(version.name, number=version.number))
         self._own.pull(version.ref, version.files, folder, lambda record, to: self._download(path, record, to))

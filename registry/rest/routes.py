@@ -293,9 +293,9 @@ async def register(request: Request, name: str, call: Merge) -> Response:
 
 
 @router.get("/adapters/{name}/versions/{version}", response_model=VersionView)
-def version(name: str, version: str, call: Read) -> Response:
-    """Show one version: 3, v3, latest, @STAGE or @sha256:HEX."""
-    return _reply(call.registry.version(version_ref(name, version)))
+def version(name: str, version: str, call: Read, agreed: bool = False) -> Response:
+    """Show one version: 3, v3, latest, @STAGE or @sha256:HEX; `agreed` is refused where MLflow's alias differs."""
+    return _reply(call.registry.version(version_ref(name, version), agreed=agreed))
 
 
 @router.delete("/adapters/{name}/versions/{version}", response_model=VersionView)

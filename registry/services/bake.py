@@ -84,7 +84,7 @@ def bake(
     `Conflict` for a folder that is taken; `Unavailable` for a full disk. Whatever is raised, `out` is as it was.
     """
     check_dtype(dtype)
-    version = registry.version(ref)
+    version = registry.version(ref, agreed=True)
     if version.recall:
         raise Recalled.of(version.ref, version.recall.ref, version.recall.reason, "bake another version")
     known, spellings = _known_base(registry, version)

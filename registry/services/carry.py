@@ -89,7 +89,8 @@ def export(registry: RegistryAPI, refs: Sequence[Ref], folder: Path) -> list[Ver
     """
     versions: dict[str, VersionView] = {}
     for ref in refs:
-        for version in _made_of(registry, ref):
+        named = registry.version(ref, agreed=True)
+        for version in _made_of(registry, Ref(named.name, number=named.number)):
             versions[version.ref] = registry.version(Ref(version.name, number=version.number))
     ordered = sorted(versions.values(), key=lambda version: (version.name, version.number))
     for version in ordered:

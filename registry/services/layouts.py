@@ -101,7 +101,8 @@ def vllm_rank(rank: int) -> int | None:
 
 
 def _versions(registry: RegistryAPI, refs: Sequence[Ref]) -> list[VersionView]:
-    versions = {version.ref: version for version in map(registry.version, refs)}
+    found = (registry.version(ref, agreed=True) for ref in refs)
+    versions = {version.ref: version for version in found}
     for version in versions.values():
         if version.recall is not None:
             raise Recalled.of(version.ref, version.recall.ref, version.recall.reason, "export another version")

@@ -206,7 +206,9 @@ class LocalRegistry:
         shown = views.version_views(self.ledger, found)
         return select.select(shown, base=base, tag=tag, stage=stage, metric=metric, dataset=dataset)
 
-    def version(self, ref: Ref) -> VersionView:
+    def version(self, ref: Ref, *, agreed: bool = False) -> VersionView:
+        if agreed:
+            self._check_stage(ref)
         return views.version_view(self.ledger, resolve(self.ledger, ref, removed=True))
 
     def diff(self, first: Ref, second: Ref, *, layers: bool = False) -> DiffView:

@@ -23,6 +23,9 @@ from adapterctl.registry.domain.refs import parse_ref
 from adapterctl.registry.rest.app import create_app
 from adapterctl.registry.rest.door import JSON_BYTES, Rules, everyone
 from adapterctl.registry.rest.problems import STATUS, from_problem, to_problem
+from adapterctl.registry.services.bake import bake
+from adapterctl.registry.services.carry import export
+from adapterctl.registry.services.layouts import lay_out
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.settings import Settings
 
@@ -504,6 +507,31 @@ def test_an_upload_that_is_no_adapter_is_refused_and_leaves_nothing(
     assert said in answer.text
     assert served.registry.versions() == [] or "refused" not in {v.name for v in served.registry.versions()}
     assert list((served.registry.settings.home / "staging").iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["here", "behind an address"])
+def test_no_files_go_out_under_a_stage_that_was_moved_in_mlflow(served: Any, tmp_path: Path, where: str):
+    registry = served.registry if where == "here" else served.remote()
+    name = where.replace(" ", "-")
+    for seed in (0, 1):
+        adapter = write_tiny_adapter(tmp_path / str(seed), seed=seed)
+        registry.register(str(adapter), name=name)
+    stage = parse_ref(f"{name}@production")
+    registry.promote(parse_ref(f"{name}:v1"), to="production", reason="first")
+    served.registry.version_store._client.set_registered_model_alias(name, "production", "2")
+
+    for verb in (
+        lambda: registry.pull(stage, tmp_path / "pulled"),
+        lambda: lay_out(registry, [stage], tmp_path / "served", "vllm"),
+        lambda: export(registry, [stage], tmp_path / "family"),
+        lambda: bake(registry, stage, tmp_path / "baked", settings=Settings(home=tmp_path)),
+    ):
+        with pytest.raises(errors.StageMoved, match=f"production of {name} is {name}:v1 in the ledger"):
+            verb()
+
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+    assert registry.version(stage).ref == f"{name}:v1"
+    lay_out(registry, [parse_ref(f"{name}:v1")], tmp_path / "served", "vllm")
 
 
 def test_an_upload_that_is_cut_or_too_large_is_refused(served: Any, parts: list[tuple[str, bytes]]):
