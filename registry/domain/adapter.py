@@ -144,9 +144,9 @@ def canonical_name(key: str) -> str:
     return f"{match['module']}.lora_embedding_{match['embedding_side']}"
 
 
-def carried_name(facts: AdapterFacts) -> str | None:
-    """The adapter name inside the keys, if there is one: PEFT writes none, and does not load keys that have one."""
-    match = _KEY.fullmatch(facts.modules[0].a.key)
+def carried_name(key: str) -> str | None:
+    """The adapter name in a tensor's name, if there is one: PEFT writes none, and does not load keys that have one."""
+    match = _KEY.fullmatch(key)
     return (match["name"] or match["embedding_name"]) if match else None
 
 

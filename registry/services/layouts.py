@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..api import LaidOut, RegistryAPI, VersionView
+from ..domain.adapter import carried_name
 from ..domain.errors import Conflict, InvalidInput, Problem, Recalled, Refused, Unavailable, raise_all
+from ..domain.header import read_header
 from ..domain.refs import Ref
 from .register import CONFIG_FILE, README_FILE, WEIGHTS_FILE
 from .staging import own_folder
@@ -27,6 +29,18 @@ Layout = Literal["peft", "vllm", "hub"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_RANK = 16
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+#: What it takes for `license`. Source: its answer to another, https://github.com/huggingface/huggingface_hub/issues/4218
+_HUB_LICENSES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+    lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+    openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
+    other
+"""
 _FRONT_MATTER = re.compile(r"---\r?\n(.*?\r?\n)---\r?\n", re.DOTALL)
 
 
@@ -65,12 +79,13 @@ def lay_out(
             problems = []
             for place, version in places.items():
                 registry.pull(Ref(version.name, number=version.number), room / place)
+                problems += _for_any(version, room / place)
                 if layout == "vllm":
                     problems += _for_vllm(version, room / place, max_lora_rank, served_base)
                 elif layout == "hub":
                     problems += _for_hub(version, room / place)
             raise_all(Refused, f"not everything fits the {layout} layout; nothing was written:", problems)
-            bases = {place: _config(room / place)["base_model_name_or_path"] for place in places}
+            bases = {place: _base(version, _config(room / place)) for place, version in places.items()}
             _move_in(places, room, folder)
     except OSError as error:
         raise Unavailable(f"{folder} cannot be written: {error.strerror}", hint="give another folder") from error
@@ -146,6 +161,20 @@ def _place(version: VersionView, layout: Layout) -> str:
     return version.name if layout == "hub" else f"{version.name}/v{version.number}"
 
 
+def _for_any(version: VersionView, files: Path) -> list[Problem]:
+    """PEFT takes an adapter whose tensors have other names for one that was not trained, and warns at most."""
+    carried = carried_name(read_header(files / WEIGHTS_FILE).tensors[0].key)
+    if carried is None:
+        return []
+    return [
+        Problem(
+            "adapter_name",
+            f"tensor names of {version.ref} carry the adapter name {carried!r}: neither PEFT nor vLLM loads them",
+            f"`adapterctl resize {version.ref} --rank {version.rank}` writes PEFT's names, without loss",
+        )
+    ]
+
+
 def _for_vllm(version: VersionView, files: Path, max_lora_rank: int, base: str | None) -> list[Problem]:
     """Config and weights alone, with the base under the name that vLLM serves it by.
 
@@ -173,9 +202,11 @@ def _for_vllm(version: VersionView, files: Path, max_lora_rank: int, base: str |
         )
     if config.get("lora_bias"):
         problems.append(Problem("lora_bias", f"{version.ref} has biases (lora_bias), which vLLM does not add"))
-    if base is not None:
-        config["base_model_name_or_path"] = base
-        (files / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    kernels = [each.key for each in read_header(files / WEIGHTS_FILE).tensors if len(each.shape) > 2]
+    if kernels:  # vllm/lora/utils.py: linear layers and embeddings can be adapted there, any other module is refused
+        text = f"{version.ref} adapts convolutions, which vLLM does not load: {kernels[0]}"
+        problems.append(Problem("convolution", text, "`adapterctl bake` writes a full model with the adapter in it"))
+    _name_base(files, base or _base(version, config))
     _keep(files, CONFIG_FILE, WEIGHTS_FILE)
     return problems
 
@@ -197,8 +228,10 @@ def _for_hub(version: VersionView, files: Path) -> list[Problem]:
     if not isinstance(known, dict):
         problem = f"the README of {version.ref} begins with something that is no YAML mapping"
         return [Problem("bad_card", problem, "mend it where the adapter came from, and register it again")]
+    if _HUB_ID.fullmatch(version.base):
+        _name_base(files, version.base)
     body = text[found.end() :] if found else text
-    front = yaml.safe_dump({**known, **_front_matter(version, known)}, sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(_front_matter(version, known), sort_keys=False, allow_unicode=True)
     card.write_text(f"---\n{front}---\n{body or _card(version)}", encoding="utf-8")
     _keep(files, CONFIG_FILE, WEIGHTS_FILE, README_FILE)
     return []
@@ -206,15 +239,19 @@ def _for_hub(version: VersionView, files: Path) -> list[Problem]:
 
 def _front_matter(version: VersionView, known: Mapping[str, Any]) -> dict[str, Any]:
     tags = known.get("tags")
+    # PEFT writes the base as a tag too, perhaps a path; the hub makes that tag itself
+    kept = [tag for tag in (tags if isinstance(tags, list) else []) if not str(tag).startswith("base_model:")]
     front: dict[str, Any] = {
+        **known,
         "library_name": "peft",
         "base_model_relation": "adapter",
-        "tags": list(dict.fromkeys([*(tags if isinstance(tags, list) else []), "lora", "adapterctl"])),
+        "tags": list(dict.fromkeys([*kept, "lora", "adapterctl"])),
     }
+    front.pop("base_model", None)  # the hub refuses an upload that names a path here
     if _HUB_ID.fullmatch(version.base):
         front["base_model"] = version.base
     if version.license:
-        front["license"] = version.license
+        front |= _license(version.license)
     results = [
         {
             "task": {"type": "text-generation"},
@@ -227,6 +264,14 @@ def _front_matter(version: VersionView, known: Mapping[str, Any]) -> dict[str, A
     if results:
         front["model-index"] = [{"name": version.name, "results": results}]
     return front
+
+
+def _license(text: str) -> dict[str, str]:
+    """The hub takes some identifiers, in lower case; any other licence is `other`, with its name beside it."""
+    name = text.lower().removesuffix("-only")
+    if name in _HUB_LICENSES.split():
+        return {"license": name}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "other"}
 
 
 def _card(version: VersionView) -> str:
@@ -245,6 +290,19 @@ def _check_spelling(registry: RegistryAPI, versions: Sequence[VersionView], spel
                 f"{version.ref} is on {version.base}, which is not known to be {spelling}",
                 hint=f"if it is: adapterctl base alias {spelling} {version.base}",
             )
+
+
+def _base(version: VersionView, config: Mapping[str, Any]) -> str:
+    """What the adapter's config calls the base, else what the registry does."""
+    return str(config.get("base_model_name_or_path") or version.base)
+
+
+def _name_base(files: Path, base: str) -> None:
+    """Let the config call the base so; the content digest does not cover that."""
+    config = _config(files)
+    if config.get("base_model_name_or_path") != base:
+        config["base_model_name_or_path"] = base
+        (files / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _config(files: Path) -> dict[str, Any]:

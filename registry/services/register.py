@@ -477,7 +477,7 @@ def _warnings(registration: Registration, facts: AdapterFacts, base: Base, *, kn
         found.append(
             "target_modules is a pattern, which PEFT runs when the adapter is loaded; a list of names is safer"
         )
-    if carried := carried_name(facts):
+    if carried := carried_name(facts.modules[0].a.key):
         found.append(
             f"tensor names carry the adapter name {carried!r}: PEFT itself does not load such a file; merges do, and "
             f"`adapterctl resize {registration.name} --rank {facts.max_rank}` makes a version with PEFT's names"

@@ -71,7 +71,7 @@ def test_embeddings_and_convolutions_of_any_dimension_are_read(tmp_path):
 def test_the_name_of_an_adapter_in_the_keys_is_no_part_of_the_canonical_name(tmp_path):
     facts = facts_of(write_tiny_adapter(tmp_path, adapter_name="default", embedding={"emb": (8, 4)}))
 
-    assert carried_name(facts) == "default"
+    assert carried_name(facts.modules[0].a.key) == "default"
     assert canonical_name(facts.modules[0].a.key) == "emb.lora_embedding_A"
     assert canonical_name(facts.modules[1].b.key) == f"{Q0}.lora_B.weight"
 

@@ -17,12 +17,22 @@ from adapterctl.registry.services.local import LocalRegistry
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def register(registry: LocalRegistry, folder: Path, name: str, card: str = "", **adapter) -> str:
+def register(
+    registry: LocalRegistry,
+    folder: Path,
+    name: str,
+    card: str = "",
+    *,
+    base: str | None = None,
+    license: str = "mit",
+    **adapter,
+) -> str:
     """Label of a new version; each has a seed of its own, so that none is found to be another."""
     write_tiny_adapter(folder, seed=900 + len(registry.versions()), **adapter)
     if card:
         (folder / "README.md").write_text(card, encoding="utf-8")
-    return registry.register(str(folder), name=name, metrics={"translate/nll": 1.5}, license="mit").version.ref
+    found = registry.register(str(folder), name=name, base=base, metrics={"translate/nll": 1.5}, license=license)
+    return found.version.ref
 
 
 def out(registry: LocalRegistry, folder: Path, layout: str, *refs: str, **options):
@@ -71,11 +81,14 @@ def test_everything_that_vllm_would_serve_wrongly_or_not_at_all_is_named_and_not
     wide = register(two_parents, tmp_path / "wide", "wide", rank=24)
     uneven = register(two_parents, tmp_path / "uneven", "uneven", ranks={"model.layers.0.self_attn.q_proj": 2})
     biased = register(two_parents, tmp_path / "biased", "biased", lora_bias=True)
+    named = register(two_parents, tmp_path / "named", "named", adapter_name="default")
+    pictures = register(two_parents, tmp_path / "pictures", "pictures", conv={"visual.patches": (8, 3, 2, 2)})
 
     with pytest.raises(Refused) as refused:
-        out(two_parents, tmp_path / "serving", "vllm", "chat:v1", wide, uneven, biased)
+        out(two_parents, tmp_path / "serving", "vllm", "chat:v1", wide, uneven, biased, named, pictures)
 
-    assert [problem.code for problem in refused.value.problems] == ["rank_too_large", "patterns", "lora_bias"]
+    codes = [problem.code for problem in refused.value.problems]
+    assert codes == ["rank_too_large", "patterns", "lora_bias", "adapter_name", "convolution"]
     assert "--max-lora-rank 32" in refused.value.problems[0].hint
     assert f"adapterctl resize {wide} --rank 16" in refused.value.problems[0].hint
     assert files(tmp_path / "serving") == {}
@@ -162,6 +175,69 @@ def test_the_hub_reads_the_card_that_is_made_for_an_adapter_without_one(two_pare
     card = ModelCard.load(tmp_path / "translate" / "README.md", ignore_metadata_errors=False)
     assert card.data.base_model == "tiny/base"
     assert two_parents.version(parse_ref("translate:v1")).content_digest in card.text
+
+
+@pytest.mark.parametrize("layout", ["peft", "vllm", "hub"])
+def test_names_that_no_reader_loads_are_refused_with_the_command_that_writes_others(two_parents, tmp_path, layout):
+    named = register(two_parents, tmp_path / "named", "named", adapter_name="default")
+
+    with pytest.raises(Refused, match="carry the adapter name 'default'") as refused:
+        out(two_parents, tmp_path / layout, layout, named)
+
+    assert f"adapterctl resize {named} --rank 4" in refused.value.problems[0].hint
+    assert files(tmp_path / layout) == {}
+
+
+@pytest.mark.parametrize("layout", ["peft", "vllm", "hub"])
+def test_a_config_that_names_no_base_is_laid_out_under_that_of_the_registry(two_parents, tmp_path, layout):
+    ref = register(two_parents, tmp_path / "a", "nameless", base="org/base", config={"base_model_name_or_path": None})
+
+    [written] = out(two_parents, tmp_path / layout, layout, ref)
+
+    assert written.base == "org/base"
+    named = json.loads((Path(written.path) / CONFIG).read_bytes())["base_model_name_or_path"]
+    assert named == (None if layout == "peft" else "org/base")
+
+
+PATH = "/home/ada/models/llama"
+
+
+def test_the_hub_is_told_no_path_of_this_machine(two_parents, tmp_path):
+    """`"base_model" with value "/…" is not valid`: with PEFT's own card the hub refuses the whole upload."""
+    card = f"---\nbase_model: {PATH}\ntags:\n- base_model:adapter:{PATH}\n- lora\n---\n# Mine\n"
+    local = register(two_parents, tmp_path / "a", "local", card, config={"base_model_name_or_path": PATH})
+    known = register(
+        two_parents, tmp_path / "b", "known", card, base="org/base", config={"base_model_name_or_path": PATH}
+    )
+
+    written = {each.ref: Path(each.path) for each in out(two_parents, tmp_path / "hub", "hub", local, known)}
+
+    fronts = {
+        ref: yaml.safe_load((folder / "README.md").read_text().split("---")[1]) for ref, folder in written.items()
+    }
+    assert [front["tags"] for front in fronts.values()] == [["lora", "adapterctl"]] * 2
+    assert "base_model" not in fronts[local]
+    assert fronts[known]["base_model"] == "org/base"
+    assert json.loads((written[known] / CONFIG).read_bytes())["base_model_name_or_path"] == "org/base"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        ("GPL-3.0-only", {"license": "gpl-3.0"}),
+        ("GPL-3.0-or-later", {"license": "other", "license_name": "gpl-3.0-or-later"}),
+        ("MIT OR Apache-2.0", {"license": "other", "license_name": "mit-or-apache-2.0"}),
+        ("Licence of Ada & Co.", {"license": "other", "license_name": "licence-of-ada-co"}),
+    ],
+)
+def test_the_hub_gets_a_licence_that_it_takes(two_parents, tmp_path, given, said):
+    ref = register(two_parents, tmp_path / "a", "licensed", license=given)
+
+    [written] = out(two_parents, tmp_path / "hub", "hub", ref)
+
+    front = yaml.safe_load((Path(written.path) / "README.md").read_text().split("---")[1])
+    assert {key: front[key] for key in ("license", "license_name") if key in front} == said
 
 
 def test_the_hub_takes_one_version_of_an_adapter_and_no_card_that_is_broken(two_parents, tmp_path):
