@@ -138,7 +138,7 @@ class Door:
                 return
             limited = _limited(receive, limit, visit)
             if _check_mlflow(visit, caller) is Scope.MERGE:
-                limited = await _without_our_keys(limited, caller)
+                limited = await _within_merge(limited, caller)
             heard = _Heard(limited, visit)
             await self._app(scope, heard, answer)
             if caller is not None and answer.status == 200 and (deed := heard.deed()) is not None:
@@ -455,8 +455,8 @@ def _none_of_mlflow(visit: _Visit, caller: Caller | None) -> bytes | None:
     return none
 
 
-async def _without_our_keys(receive: ASGI, caller: Caller | None) -> ASGI:
-    """`receive`, once the body was looked through: with another key, a run would pass for that of another version."""
+async def _within_merge(receive: ASGI, caller: Caller | None) -> ASGI:
+    """`receive`, once the body was looked through: with a key of ours, a run would pass for that of another version."""
     if caller is None or caller.scope.covers(Scope.ADMIN):
         return receive
     heard: list[Message] = []
@@ -467,8 +467,9 @@ async def _without_our_keys(receive: ASGI, caller: Caller | None) -> ASGI:
         more = message.get("more_body", False)
     body = b"".join(message.get("body", b"") for message in heard)
     # in a thread: to read the largest body takes a second
-    if await run_in_threadpool(mlflow_rules.names_ours, body):
-        raise NotAllowed("tags that begin with 'adapterctl.' are the registry's", hint="changing them needs admin")
+    beyond = await run_in_threadpool(mlflow_rules.beyond_merge, body)
+    if beyond is not None:
+        raise NotAllowed(beyond, hint="leave it out, or use a token of scope admin")
 
     async def again() -> Any:
         return heard.pop(0) if heard else await receive()

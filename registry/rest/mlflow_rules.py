@@ -2,9 +2,9 @@
 
 MLflow's pages are read with any token. Its record of versions is a projection of ours: what moves an alias or a stage,
 deletes, renames or writes artifacts could make it say something else than the ledger, and needs `admin`. Logging runs
-and metrics needs `merge`, and `admin` where a key of it is one of ours. What runs programs, calls other servers or
-keeps their secrets is closed to everyone. Where MLflow's pages only look whether there is any of it, they are told that
-there is none.
+and metrics needs `merge`, and `admin` where a key of it is one of ours or it says where files go. What runs programs,
+calls other servers or keeps their secrets is closed to everyone. Where MLflow's pages only look whether there is any of
+it, they are told that there is none.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ _LOGGING = re.compile(
 )
 
 _OUR_KEYS = "adapterctl."
+#: Of an experiment: MLflow writes to whatever place it names, as the server's user. Both spellings are read.
+_PLACES = ("artifact_location", "artifactLocation")
 
 
 def needed_scope(method: str, path: str) -> Scope | None:
@@ -73,27 +75,30 @@ def needed_scope(method: str, path: str) -> Scope | None:
     return Scope.ADMIN
 
 
-def names_ours(body: bytes) -> bool:
-    """Whether what is to be logged has a key of ours, by which versions, runs and registries are told apart.
+def beyond_merge(body: bytes) -> str | None:
+    """What of a request that logs is more than `merge` allows, in words; None where nothing is.
 
-    Read as MLflow reads it, which takes JSON inside a JSON string, too. What is no JSON, MLflow refuses.
+    A key of ours, by which versions, runs and registries are told apart, or a place for files on the server. Read as
+    MLflow reads it, which takes JSON inside a JSON string, too. What is no JSON, MLflow refuses.
     """
     try:
         said = json.loads(body)
         waiting = [json.loads(said) if isinstance(said, str) else said]
     except RecursionError:
-        return True  # nobody logs such a thing, and MLflow may read deeper than we do
+        return "the body is nested too deeply"  # nobody logs such a thing, and MLflow may read deeper than we do
     except ValueError:
-        return False
+        return None
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict):
             if str(each.get("key", "")).startswith(_OUR_KEYS):
-                return True
+                return f"tags that begin with {_OUR_KEYS!r} are the registry's"
+            if any(each.get(name) for name in _PLACES):
+                return "an experiment that says where its files go may write anywhere on the server"
             waiting += each.values()
         elif isinstance(each, list):
             waiting += each
-    return False
+    return None
 
 
 def deed_of(method: str, path: str) -> str | None:

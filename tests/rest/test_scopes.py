@@ -13,7 +13,7 @@ from tiny import write_tiny_adapter
 
 from adapterctl.registry.domain.access import Scope, new_secret
 from adapterctl.registry.domain.errors import NotAllowed
-from adapterctl.registry.rest.mlflow_rules import names_ours, needed_scope
+from adapterctl.registry.rest.mlflow_rules import beyond_merge, needed_scope
 from adapterctl.registry.rest.pages import router as pages
 from adapterctl.registry.rest.routes import router
 
@@ -346,10 +346,19 @@ def test_mlflows_requests_need_a_scope_of_ours(request_line: str, scope: str | N
 def test_a_key_of_ours_is_found_behind_whatever_is_nested(depth: int):
     nested = f'{{"junk": {"[" * depth}{"]" * depth}, "tags": [{{"key": "adapterctl.key", "value": "x"}}]}}'
 
-    assert names_ours(nested.replace('"junk": ,', "").encode())
-    assert names_ours(json.dumps('{"tags": [{"key": "adapterctl.key"}]}').encode())
+    assert beyond_merge(nested.replace('"junk": ,', "").encode())
+    assert beyond_merge(json.dumps('{"tags": [{"key": "adapterctl.key"}]}').encode())
     for fine in (b"", b"[", b"{}", b'{"key": "mine", "value": "adapterctl.key"}', b'{"tags": [[{"key": 1}]]}'):
-        assert not names_ours(fine)
+        assert beyond_merge(fine) is None
+
+
+@pytest.mark.parametrize("name", ["artifact_location", "artifactLocation"])
+def test_where_files_of_an_experiment_go_is_for_admins_to_say(name: str):
+    asked = json.dumps({"name": "mine", name: "file:///srv"})
+
+    assert "where its files go" in (beyond_merge(asked.encode()) or "")
+    assert beyond_merge(json.dumps(asked).encode()) == beyond_merge(asked.encode())
+    assert beyond_merge(json.dumps({"name": "mine", name: ""}).encode()) is None
 
 
 def test_whatever_changes_mlflow_needs_more_than_read():

@@ -392,6 +392,18 @@ def test_who_logs_runs_cannot_write_the_tags_of_the_registry(ask: Callable, scop
     assert ask(f"{api}/runs/delete", "admin", method="POST", body={"run_id": run_id})[0] == 200
 
 
+@pytest.mark.parametrize(("scope", "status"), [("merge", 403), ("admin", 200)])
+def test_who_logs_runs_makes_experiments_but_does_not_say_where_their_files_go(ask: Callable, scope: str, status: int):
+    create = "/api/2.0/mlflow/experiments/create"
+
+    plain, _ = ask(create, scope, method="POST", body={"name": f"plain-{scope}"})
+    placed, answer = ask(
+        create, scope, method="POST", body={"name": f"placed-{scope}", "artifactLocation": "file:///srv/elsewhere"}
+    )
+
+    assert (plain, placed) == (200, status), answer
+
+
 def test_a_run_leads_to_no_folder_of_the_server_beside_its_own(server: Server, ask: Callable, tmp_path: Path):
     write_tiny_adapter(tmp_path / "private", seed=9)
     found = json.loads(ask("/api/2.0/mlflow/runs/search", "read", method="POST", body={"experiment_ids": ["1"]})[1])
