@@ -29,6 +29,7 @@ EXIT_CODES: Mapping[type[errors.AdapterctlError], int] = MappingProxyType(
         errors.Conflict: 1,
         errors.Corrupt: 1,
         errors.Unavailable: 1,
+        errors.TooManyRequests: 1,
         errors.InvalidInput: 2,
         errors.Misconfigured: 2,
         errors.NotFound: 3,

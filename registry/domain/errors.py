@@ -17,6 +17,7 @@
     ├── Conflict                another writer was first; try again
     ├── Corrupt                 stored bytes are not what the manifest says
     ├── Unavailable             a store, folder or extra that is needed cannot be used
+    │   └── TooManyRequests     asked too often, or for too much at once; ask again after a while
     ├── JobFailed / JobCancelled / WaitTimedOut
 
 A message says what happened with the value and what was expected; `hint` says what to do next. No error knows
@@ -140,6 +141,13 @@ class Unavailable(AdapterctlError):
     def though(self, done: str, *, hint: str) -> Unavailable:
         """The same where something was `done` before it, so that nobody takes it for undone."""
         return Unavailable(f"{self.message}; {done}", hint=hint, abroad=f"{self.abroad}; {done}")
+
+
+class TooManyRequests(Unavailable):
+    """`wait_s` is how long to wait before asking again."""
+
+    code = "too_many_requests"
+    wait_s = 1.0
 
 
 class JobFailed(AdapterctlError):

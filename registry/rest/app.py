@@ -34,10 +34,11 @@ from ..domain.worker import QUEUES
 from ..ports import Access
 from .desk import Desk
 from .door import OPEN_PATHS, Door, Metrics, Rules, area_of, is_ours
+from .events import Streams
 from .pages import problem_page, wants_a_page
 from .pages import router as pages
-from .problems import MEDIA_TYPE, status_of, to_problem
-from .routes import RETRY_AFTER_S, router
+from .problems import MEDIA_TYPE, retry_after, status_of, to_problem
+from .routes import router
 from .turns import Turns
 
 #: Connections that may wait to be taken; the kernel's own limit is often lower.
@@ -99,6 +100,7 @@ def create_app(registry: ServedRegistry, access: Access, rules: Rules, mlflow_ap
     areas |= {"/v1/openapi.json", "/metrics", *OPEN_PATHS}
     door = Door(app, rules, lookup, access.digests, metrics, areas, witness)
     app.state.acting, app.state.access, app.state.door = acting, access, door
+    app.state.streams = Streams(in_all=rules.streams, per_token=rules.streams_per_token)
     app.state.desk, app.state.turns, app.state.leaving = Desk(registry), Turns(), leaving
     app.state.upload_bytes = rules.upload_bytes
     # not `include_router`: FastAPI tries every route of an included router twice, a third of what a request costs
@@ -274,7 +276,7 @@ def _add_problems(app: FastAPI) -> None:
             _log.warning("%s: %s", request.state.request_id, error.message)
         response = answer(request, error)
         if isinstance(error, Unavailable):
-            response.headers["retry-after"] = str(RETRY_AFTER_S)
+            response.headers["retry-after"] = retry_after(error)
         return response
 
     async def misread(request: Request, error: Exception) -> Response:

@@ -46,7 +46,7 @@ from ..api import (
 )
 from ..domain.access import EVERY_NAME, Caller, Scope, Token, check_secret
 from ..domain.digest import is_digest
-from ..domain.errors import InvalidInput, Unavailable
+from ..domain.errors import InvalidInput, TooManyRequests, Unavailable
 from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece
 from ..domain.recipe import MergeRequest, ResizeRequest
@@ -292,6 +292,12 @@ class RemoteRegistry:
                 broken += 1
                 if broken >= TRIES and not (deadline and time.monotonic() >= deadline):
                     raise self._unreachable(error) from error
+            except TooManyRequests as error:  # of streams: then we look now and then
+                left = error.wait_s if deadline is None else deadline - time.monotonic()
+                time.sleep(max(0.0, min(error.wait_s, left)))
+                if (changed := self.job(job_id)) != job:
+                    job = changed
+                    yield job
             if deadline is None or time.monotonic() < deadline:
                 time.sleep(0.1 * 2**broken)
 
@@ -414,9 +420,15 @@ class RemoteRegistry:
         # `after` is for the first visit; later, the id that was seen last counts
         start = "now" if after is None else after
         target = _target("/v1/events", {"after": start, "name": name, "kind": list(kind), "stage": stage})
-        return listen_patiently(lambda place: self._listen(target, place), after, known=self._answered, tell=tell)
 
-    def _listen(self, target: str, after: int | None) -> Iterator[tuple[int, EventView | None]]:
+        def look(place: int | None) -> EventsView:
+            return self.events(after=place, name=name, kind=kind, stage=stage)
+
+        return listen_patiently(lambda place: self._listen(target, look, place), after, known=self._answered, tell=tell)
+
+    def _listen(
+        self, target: str, look: Callable[[int | None], EventsView], after: int | None
+    ) -> Iterator[tuple[int, EventView | None]]:
         broken = 0
         while True:
             try:
@@ -427,6 +439,12 @@ class RemoteRegistry:
                 broken += 1
                 if broken >= TRIES:
                     raise self._unreachable(error) from error
+            except TooManyRequests as error:  # of streams: then we look now and then
+                page = look(after)
+                after = page.cursor
+                yield from ((event.id, event) for event in page.events)
+                yield after, None
+                time.sleep(error.wait_s)
             time.sleep(0.1 * 2**broken)
 
     # gates
@@ -551,6 +569,10 @@ class RemoteRegistry:
                 checked = _checked(answer)
                 self._answered = True
                 return checked
+            except TooManyRequests as error:
+                if attempt == TRIES:
+                    raise
+                time.sleep(error.wait_s)
             except (OSError, http.client.HTTPException) as error:
                 if attempt == TRIES or isinstance(error, TimeoutError):
                     raise self._unreachable(error) from error
@@ -637,8 +659,11 @@ class RemoteRegistry:
 def _checked(answer: Answer) -> tuple[int, bytes]:
     with closing(answer):
         body = answer.read()
-    if answer.status >= 300:
-        raise from_problem(answer.status, body)
+        if answer.status >= 300:
+            error = from_problem(answer.status, body)
+            if isinstance(error, TooManyRequests) and (wait_s := answer.getheader("Retry-After") or "").isdecimal():
+                error.wait_s = float(wait_s)
+            raise error
     return answer.status, body
 
 

@@ -26,9 +26,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.concurrency import run_in_threadpool
 
 from ..domain.access import Caller, Scope, secret_digest
-from ..domain.errors import AdapterctlError, InvalidInput, NotAllowed, Unavailable
+from ..domain.errors import AdapterctlError, InvalidInput, NotAllowed, TooManyRequests
 from . import mlflow_rules
-from .problems import MEDIA_TYPE, status_of, to_problem
+from .problems import MEDIA_TYPE, retry_after, status_of, to_problem
 
 ASGI = Callable[..., Awaitable[Any]]
 Message = MutableMapping[str, Any]
@@ -54,7 +54,7 @@ _errors = logging.getLogger("adapterctl.rest")
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """`hosts` are names without a port, `*.` means all below a name.
+    """`hosts` are names without a port, `*.` means all below a name. `streams` of events are open at once, at most.
 
     `anyone` is every caller who brings no token, as long as none was made and no proxy passes the request on.
     """
@@ -63,6 +63,8 @@ class Rules:
     upload_bytes: int
     requests_per_minute: int = 6000
     failures_per_minute: int = 30
+    streams: int = 200
+    streams_per_token: int = 50
     anyone: Caller | None = None
 
 
@@ -195,13 +197,13 @@ class Door:
                 said += ", and a proxy passed this on: only this machine itself needs none"
         wait_s = self._failures.wait(visit.address, 0)
         if wait_s and not (secret and await self._callers.is_known(secret)):
-            raise _TooMany(wait_s)
+            raise _too_many(wait_s)
         caller = await self._callers.find(secret) if secret else None
         if caller is None:
             self._failures.take(visit.address)
             raise _Unknown(said)
         if wait_s := self._uses.take(caller.token_id):
-            raise _TooMany(wait_s)
+            raise _too_many(wait_s)
         return caller
 
     def _note(self, visit: _Visit, answer: _Answer) -> None:
@@ -239,12 +241,10 @@ class _Unknown(NotAllowed):
         super().__init__(message, hint="adapterctl login SERVER, or set ADAPTERCTL_TOKEN")
 
 
-class _TooMany(Unavailable):
-    """Asked too often."""
-
-    def __init__(self, wait_s: float) -> None:
-        super().__init__("too many requests", hint=f"try again in {wait_s:.0f} s")
-        self.wait_s = wait_s
+def _too_many(wait_s: float) -> TooManyRequests:
+    error = TooManyRequests("too many requests", hint=f"try again in {wait_s:.0f} s")
+    error.wait_s = wait_s
+    return error
 
 
 class _Visit:
@@ -337,8 +337,8 @@ def _status_and_headers(error: AdapterctlError) -> tuple[int, list[tuple[bytes, 
             (b"www-authenticate", b'Bearer realm="adapterctl"'),
             (b"www-authenticate", b'Basic realm="adapterctl"'),
         ]
-    if isinstance(error, _TooMany):
-        return 429, [(b"retry-after", str(max(1, round(error.wait_s))).encode())]
+    if isinstance(error, TooManyRequests):
+        return status_of(error), [(b"retry-after", retry_after(error).encode())]
     return status_of(error), []
 
 

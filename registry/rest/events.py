@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from threading import Event
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from .. import wire
 from ..api import EventsView, ServedRegistry
-from ..domain.errors import AdapterctlError
+from ..domain.errors import AdapterctlError, TooManyRequests
 from ..domain.job import Job, JobEvent
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
@@ -26,12 +29,49 @@ PING_S = 10.0
 SILENCE_S = 15.0
 #: A stream without an end is ended after so long, and its caller is looked up again when it comes back.
 LIFE_S = 300.0
+#: When to come back where too many are open.
+WAIT_S = 5.0
 
 
-def stream(messages: AsyncIterator[bytes]) -> StreamingResponse:
+class Streams:
+    """How many streams are open, by token: each costs a look at the ledger every half second. For one event loop."""
+
+    def __init__(self, *, in_all: int, per_token: int) -> None:
+        self._in_all, self._per_token = in_all, per_token
+        self._open: Counter[str] = Counter()
+
+    @contextmanager
+    def one_more(self, token_id: str) -> Iterator[None]:
+        """Count one while it is open. Raises `TooManyRequests`."""
+        own, all_ = self._open[token_id], self._open.total()
+        if own >= self._per_token or all_ >= self._in_all:
+            whose = f"of this token: {own}" if own >= self._per_token else f"in all: {all_}"
+            error = TooManyRequests(
+                f"too many streams of events are open {whose}",
+                hint="close some, or ask for JSON now and then: without Accept: text/event-stream",
+            )
+            error.wait_s = WAIT_S
+            raise error
+        self._open[token_id] += 1
+        try:
+            yield
+        finally:
+            self._open[token_id] -= 1
+            self._open += Counter()  # forget the tokens that have none
+
+
+class Stream(StreamingResponse):
     """The answer that sends messages as they come, past proxies that would collect or keep them."""
-    headers = {"x-accel-buffering": "no", "cache-control": "no-store"}
-    return StreamingResponse(messages, media_type="text/event-stream", headers=headers)
+
+    def __init__(self, messages: AsyncIterator[bytes], streams: Streams, token_id: str) -> None:
+        headers = {"x-accel-buffering": "no", "cache-control": "no-store"}
+        super().__init__(messages, media_type="text/event-stream", headers=headers)
+        self._streams, self._token_id = streams, token_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # counted here, for a client that is gone by now has its messages never begun, and so never ended
+        with self._streams.one_more(self._token_id):
+            await super().__call__(scope, receive, send)
 
 
 async def registry_events(look: Callable[[int], EventsView], after: int, leaving: Event) -> AsyncIterator[bytes]:

@@ -13,9 +13,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ..domain import errors
-from ..domain.errors import AdapterctlError, Problem
+from ..domain.errors import AdapterctlError, Problem, TooManyRequests, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = 1
 
 #: Every class of `domain/errors.py` has its row; a test sees to it.
 STATUS: Mapping[type[AdapterctlError], int] = MappingProxyType(
@@ -38,6 +39,7 @@ STATUS: Mapping[type[AdapterctlError], int] = MappingProxyType(
         errors.Conflict: 409,
         errors.Corrupt: 500,
         errors.Unavailable: 503,
+        errors.TooManyRequests: 429,
         errors.JobFailed: 424,
         errors.JobCancelled: 410,
         errors.WaitTimedOut: 408,
@@ -65,6 +67,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ProblemView, "con
 
 def status_of(error: AdapterctlError) -> int:
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def retry_after(error: Unavailable) -> str:
+    """The header that goes with it."""
+    return str(max(1, round(error.wait_s)) if isinstance(error, TooManyRequests) else RETRY_AFTER_S)
 
 
 def to_problem(error: AdapterctlError, *, status: int | None = None, request_id: str = "") -> dict[str, Any]:

@@ -61,14 +61,13 @@ from ..domain.suite import Suite, check_known_suite
 from ..domain.verdict import Decision
 from ..domain.version import Base
 from . import bodies
-from .events import job_events, registry_events, stream
-from .problems import RESPONSES
+from .events import Stream, job_events, registry_events
+from .problems import RESPONSES, RETRY_AFTER_S
 from .replays import Repeatable
 from .upload import RECEIVED_PARTS, receive
 
 T = TypeVar("T")
 MAX_PAGE = 1000
-RETRY_AFTER_S = 1
 #: What a plan may take, in multiplications: half a minute of one core. Clients wait for a minute.
 MOST_WORK = 5e11
 
@@ -485,7 +484,8 @@ def events(
     start = start if seen is None else seen
     # what is wrong with the question is told before the stream begins
     cursor = look(start).cursor
-    return stream(registry_events(look, cursor if start is None else start, request.app.state.leaving))
+    messages = registry_events(look, cursor if start is None else start, request.app.state.leaving)
+    return Stream(messages, request.app.state.streams, call.caller.token_id)
 
 
 # gates
@@ -652,7 +652,8 @@ def events_of_job(
         return _reply(call.registry.job_events(job_id, after))
     seen = _last_event_id(request)
     start = after if seen is None else seen
-    return stream(job_events(call.registry, job_id, start, request.app.state.leaving))
+    messages = job_events(call.registry, job_id, start, request.app.state.leaving)
+    return Stream(messages, request.app.state.streams, call.caller.token_id)
 
 
 @router.get("/jobs/{job_id}/log", response_model=list[LogPiece])

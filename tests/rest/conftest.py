@@ -35,12 +35,16 @@ class Buffered:
 
     status: int
     body: io.BytesIO
+    headers: Mapping[str, str]
 
     def read(self, amount: int = -1, /) -> bytes:
         return self.body.read(amount)
 
     def readline(self) -> bytes:
         return self.body.readline()
+
+    def getheader(self, name: str, /) -> str | None:
+        return self.headers.get(name)
 
     def close(self) -> None:
         self.body.close()
@@ -61,7 +65,7 @@ class InProcess:
         timeout_s: float,
     ) -> Buffered:
         answer = self._client.request(method, target, headers=dict(headers), content=body)
-        return Buffered(answer.status_code, io.BytesIO(answer.content))
+        return Buffered(answer.status_code, io.BytesIO(answer.content), answer.headers)
 
 
 @dataclass

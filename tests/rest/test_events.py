@@ -10,18 +10,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import uvicorn
 from tiny import write_tiny_adapter
 
 from adapterctl.bootstrap import connect, remote
 from adapterctl.registry.domain.access import Scope
+from adapterctl.registry.domain.errors import WaitTimedOut
+from adapterctl.registry.domain.job import Job, JobState, NewJob
 from adapterctl.registry.domain.refs import parse_ref
 from adapterctl.registry.rest import events
+from adapterctl.registry.rest.app import create_app, listen
+from adapterctl.registry.rest.door import Rules
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.settings import Settings
 
@@ -57,13 +63,13 @@ def listened(
 class Listener:
     """A plain client of the stream, as a browser would be: messages with their ids, and the last id."""
 
-    def __init__(self, url: str, secret: str, query: str = "", last_id: str | None = None) -> None:
+    def __init__(
+        self, url: str, secret: str, query: str = "", last_id: str | None = None, path: str = "/v1/events"
+    ) -> None:
         self.last_id = last_id
         self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
         headers = {"Accept": "text/event-stream", "Authorization": f"Bearer {secret}"}
-        self._connection.request(
-            "GET", f"/v1/events{query}", headers=headers | ({"Last-Event-ID": last_id} if last_id else {})
-        )
+        self._connection.request("GET", path + query, headers=headers | ({"Last-Event-ID": last_id} if last_id else {}))
         self.answer = self._connection.getresponse()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -227,3 +233,86 @@ def test_the_reload_script_of_the_documentation_reloads_when_production_moves(
         fleet.kill()
         fleet.wait()
         fleet.stdout.close()
+
+
+@dataclass
+class Crowded:
+    """A server that has few streams: two for a token, three in all."""
+
+    registry: LocalRegistry
+    url: str
+    secrets: tuple[str, str]
+    stack: ExitStack
+
+    def listen(self, who: int, path: str = "/v1/events") -> Listener:
+        """Its first line is read, so that it is open."""
+        listener = self.stack.enter_context(closing(Listener(self.url, self.secrets[who], path=path)))
+        listener.first = listener.answer.readline()
+        return listener
+
+
+@pytest.fixture
+def crowded(registry: LocalRegistry) -> Iterator[Crowded]:
+    secrets = tuple(registry.create_token(name, scope=Scope.READ).secret for name in ("ada", "bob"))
+    rules = Rules(hosts=("127.0.0.1",), upload_bytes=1, streams=3, streams_per_token=2)
+    door = create_app(registry, registry.access, rules, version="1.2.3")
+    listening = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(door, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+    serving = threading.Thread(target=server.run, args=[[listening]], daemon=True)
+    serving.start()
+    with ExitStack() as stack:
+        yield Crowded(registry, f"http://127.0.0.1:{listening.getsockname()[1]}", secrets, stack)
+    server.should_exit = True
+    serving.join(30)
+
+
+def submitted(registry: LocalRegistry, key: str = "k") -> Job:
+    """A job for which nobody was woken."""
+    return registry.ledger.submit(NewJob("merge", key, "merge a b", {}, "ada"))[0]
+
+
+def test_streams_of_a_token_and_in_all_are_counted_as_long_as_they_are_open(crowded: Crowded):
+    job = submitted(crowded.registry)
+    first, _ = crowded.listen(0), crowded.listen(0, f"/v1/jobs/{job.id}/events")
+
+    of_token = crowded.listen(0)
+    of_other = crowded.listen(1)
+    in_all = crowded.listen(1)
+    first.close()
+    began = time.monotonic()
+    while (again := crowded.listen(1)).answer.status != 200:
+        assert time.monotonic() - began < 20, "what was closed is counted for good"
+        time.sleep(0.1)
+
+    assert [each.answer.status for each in (of_token, of_other, in_all, again)] == [429, 200, 429, 200]
+    assert [each.answer.headers["retry-after"] for each in (of_token, in_all)] == ["5", "5"]
+    told = [json.loads(each.first) for each in (of_token, in_all)]
+    assert {each["code"] for each in told} == {"too_many_requests"}
+    assert [each["detail"] for each in told] == [
+        "too many streams of events are open of this token: 2",
+        "too many streams of events are open in all: 3",
+    ]
+
+
+def test_a_client_for_which_there_is_no_stream_looks_now_and_then(crowded: Crowded, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(events, "WAIT_S", 1.0)
+    job = submitted(crowded.registry)
+    first, _ = crowded.listen(0), crowded.listen(0)
+    mine = remote(crowded.url, crowded.secrets[0])
+
+    followed = mine.follow(job.id)
+    heard = mine.follow_events(after=0)
+    states = [next(followed).state]
+    kinds = [next(heard).kind]
+    crowded.registry.cancel(job.id)
+    crowded.registry.promote(parse_ref("translate:v1"), to="staging")
+    states += [each.state for each in followed]
+    kinds.append(next(heard).kind)
+    other = submitted(crowded.registry, "other")
+    with pytest.raises(WaitTimedOut, match=r"is queued after 0\.5 s"):
+        list(mine.follow(other.id, timeout_s=0.5))
+    first.close()
+    crowded.registry.demote("translate", stage="staging")
+
+    assert states == [JobState.QUEUED, JobState.CANCELLED]
+    assert [*kinds, next(heard).kind] == ["register", "promote", "demote"]
