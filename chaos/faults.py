@@ -164,7 +164,8 @@ def stop_child(by: Injector) -> bool:
 
 
 def kill_client(by: Injector) -> bool:
-    live = [c.process.pid for c in by.scene.clients if c.process is not None and c.process.poll() is None]
+    processes = [each.process for each in (*by.scene.clients, *by.scene.listeners)]
+    live = [process.pid for process in processes if process is not None and process.poll() is None]
     return by.strike(live, signal.SIGKILL)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults import Injector, died_at_points
+from listener import last_heard
 from model import Model, make_model, make_parents, share_out
 from scene import Scene, open_scene
 from verdict import LOST, Verdict, judge, read_accepted
@@ -69,6 +70,7 @@ def _run(piece: Piece, scene: Scene) -> Result:
     used_up = disturb(piece, scene, injector, deadline=begun + piece.limit_s)
     injector.take_back(all_of_them=True)
     used_up += come_to_rest(scene, deadline=begun + piece.limit_s)
+    hear_out(scene)
     scene.end()
     return Result(injector.done, died_at_points(scene.room), used_up, time.monotonic() - begun, pronounce(scene, model))
 
@@ -110,10 +112,20 @@ def come_to_rest(scene: Scene, *, deadline: float) -> int:
     return told
 
 
+def hear_out(scene: Scene, patience_s: float = 60.0) -> None:
+    """Until every listener has heard of the last event, or should have."""
+    _, last = scene.registry.ledger.feed(None, limit=1)
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline and any(last_heard(each.heard) < last for each in scene.listeners):
+        scene.tend()
+        time.sleep(LOOK_EVERY_S)
+
+
 def pronounce(scene: Scene, model: Model) -> Verdict:
     told = Verdict()
     accepted = read_accepted([client.accepted for client in scene.clients], told)
-    verdict = judge(scene.registry, scene.machines, model, accepted)
+    heard = [listener.heard for listener in scene.listeners]
+    verdict = judge(scene.registry, scene.machines, model, accepted, heard)
     for message in told.findings.get(LOST, ()):
         verdict.add(LOST, message)
     return verdict

@@ -100,20 +100,20 @@ def _pieces(pieces: Sequence[Mapping[str, Any]]) -> list[str]:
             "cut short": line["attempts"] - line["jobs"],
             "used up": line["used_up"],
             "minutes": round(line["seconds"] / 60, 1),
-            **{name: line[name] for name in ("merges", "jobs", "attempts", *KINDS)},
+            **{name: line[name] for name in ("merges", "jobs", "attempts", *KINDS) if name in line},
         }
         total.update(figures)
         if "note" not in line:
             unnoted.update({**figures, "pieces": 1})
         shown = {**figures, "seed": line["seed"], "database": line["database"]}
-        rows.append(f"| {' | '.join(str(shown[column]) for column in columns)} | {line['date']} |")
+        rows.append(f"| {' | '.join(str(shown.get(column, '–')) for column in columns)} | {line['date']} |")
     notes = {line["note"]: None for line in pieces if "note" in line}
     sums = [("**all**", len(pieces), total)]
     if notes:
         sums.append(("**all without a note below**", unnoted["pieces"], unnoted))
     for name, count, figures in sums if pieces else ():
         whole = {**figures, "minutes": round(figures["minutes"]), "seed": name, "database": f"{count} pieces"}
-        rows.append(f"| {' | '.join(str(whole[column]) for column in columns)} | |")
+        rows.append(f"| {' | '.join(str(whole.get(column, '–')) for column in columns)} | |")
     return [*rows, *(f"\n{note}" for note in notes)]
 
 

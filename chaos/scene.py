@@ -98,6 +98,15 @@ class Client:
         return self.process is not None and self.process.poll() == 0
 
 
+@dataclass
+class Listener:
+    """A process that follows the registry's events, and where it writes them down."""
+
+    heard: Path
+    environment: Mapping[str, str]
+    process: subprocess.Popen[bytes] | None = None
+
+
 class Scene:
     """`machines` are the settings of each machine that works; `room` keeps what must survive a full disk."""
 
@@ -118,6 +127,7 @@ class Scene:
         self.disk = disk
         self.clocks = clocks
         self.clients: list[Client] = []
+        self.listeners: list[Listener] = []
         self.server: subprocess.Popen[bytes] | None = None
         self.workers: list[subprocess.Popen[bytes] | None] = [None for _ in machines] if broker else []
         self.armed: dict[str, str] = {}
@@ -141,7 +151,7 @@ class Scene:
     def start_clients(
         self, model: Model, lists: Sequence[Sequence[int]], *, served: bool, pause_s: float = PAUSE_S
     ) -> None:
-        """A client for each list; with `served`, the last one goes through the server."""
+        """A client for each list; with `served`, the last one goes through the server. And listeners, either way."""
         for number, numbers in enumerate(lists):
             orders = []
             for each in (model.wanted[n] for n in numbers):
@@ -155,6 +165,10 @@ class Scene:
                 self._serves = True
                 environment["ADAPTERCTL_SERVER"] = self.address
             self.clients.append(Client(path, self.room / f"accepted-{number}.jsonl", environment, pause_s))
+        # the first one works in the registry directly, the last one where there is a server goes through it
+        ends = [self.clients[0], self.clients[-1]] if self._serves else [self.clients[0]]
+        for number, client in enumerate(ends):
+            self.listeners.append(Listener(self.room / f"heard-{number}.jsonl", client.environment))
 
     def tend(self) -> None:
         """Start again what was killed, and ring where nobody may be at work. Called all the time."""
@@ -162,6 +176,10 @@ class Scene:
             if not client.finished and (client.process is None or client.process.poll() is not None):
                 program = [str(HERE / "client.py"), str(client.orders), str(client.accepted), str(client.pause_s)]
                 client.process = self._start("client", program, client.environment)
+        for listener in self.listeners:
+            if listener.process is None or listener.process.poll() is not None:
+                program = [str(HERE / "listener.py"), str(listener.heard)]
+                listener.process = self._start("listener", program, listener.environment)
         if self._serves and (self.server is None or self.server.poll() is not None):
             command = ["-P", "-m", "adapterctl", "serve", "--port", str(self._port)]
             self.server = self._start("server", command, self._environment(self.machines[-1]))
@@ -199,8 +217,8 @@ class Scene:
 
     def end(self) -> None:
         """Let supervisors give back what they hold and leave; end the rest."""
-        for client in self.clients:
-            _end(client.process)
+        for each in (*self.clients, *self.listeners):
+            _end(each.process)
         _end(self.server)
         for worker in self.workers:
             _end(worker)
@@ -215,7 +233,7 @@ class Scene:
             time.sleep(0.2)
 
     def kill_all(self) -> None:
-        for process in (self.server, *self.workers, *(client.process for client in self.clients)):
+        for process in (self.server, *self.workers, *(each.process for each in (*self.clients, *self.listeners))):
             if process is not None:
                 process.kill()
                 process.wait()

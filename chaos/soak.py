@@ -24,7 +24,7 @@ from typing import Any
 import records
 from faults import Injector
 from model import make_model, make_parents, share_out
-from piece import come_to_rest, pronounce
+from piece import come_to_rest, hear_out, pronounce
 from run import DATABASES
 from scene import Scene, end_properly, open_scene
 
@@ -70,6 +70,7 @@ def soak(scene: Scene, seconds: float) -> dict[str, Any]:
     memory, asked = endure(scene, injector, seconds)
     injector.take_back(all_of_them=True)
     told = come_to_rest(scene, deadline=time.monotonic() + 600)
+    hear_out(scene)
     scene.end()
     verdict = pronounce(scene, model)
     server = memory.get("server", [])

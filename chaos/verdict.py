@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from listener import read_heard
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.entities import PagedList
@@ -30,10 +31,10 @@ from adapterctl.registry.stores.mlflow_server import client_uri, embedded_uri
 from adapterctl.registry.stores.sql.engine import Database
 
 #: The kinds of findings; the columns of the table.
-LOST, VERSIONS, RUNS, EDGES, BYTES, LEFT = (
-    "lost", "doubled versions", "doubled runs", "wrong edges", "wrong bytes", "left behind",
+LOST, VERSIONS, RUNS, EDGES, BYTES, LEFT, EVENTS = (
+    "lost", "doubled versions", "doubled runs", "wrong edges", "wrong bytes", "left behind", "wrong events",
 )  # fmt: skip
-KINDS = (LOST, VERSIONS, RUNS, EDGES, BYTES, LEFT)
+KINDS = (LOST, VERSIONS, RUNS, EDGES, BYTES, LEFT, EVENTS)
 KEY = "adapterctl.key"
 FOREVER = 1_000_000
 
@@ -67,8 +68,14 @@ class Accepted:
     job: str | None
 
 
-def judge(registry: LocalRegistry, machines: Sequence[Settings], model: Model, accepted: Sequence[Accepted]) -> Verdict:
-    """Everything that can be said about the end of a run."""
+def judge(
+    registry: LocalRegistry,
+    machines: Sequence[Settings],
+    model: Model,
+    accepted: Sequence[Accepted],
+    heard: Sequence[Path] = (),
+) -> Verdict:
+    """Everything that can be said about the end of a run. `heard` is what each listener wrote down."""
     verdict = Verdict()
     made = _versions_by_wish(registry, model, accepted, verdict)
     _judge_jobs(registry, accepted, verdict)
@@ -76,6 +83,7 @@ def judge(registry: LocalRegistry, machines: Sequence[Settings], model: Model, a
     _judge_mlflow(registry, made, verdict)
     _judge_bytes(registry, model, made, verdict)
     _judge_rest(registry, machines, verdict)
+    _judge_events(registry, heard, verdict)
     return verdict
 
 
@@ -258,6 +266,22 @@ def _judge_folders(locations: Sequence[str], verdict: Verdict) -> None:
         for path in sorted(root.rglob("adapter_model.safetensors")):
             if path.parent not in known:
                 verdict.add(LEFT, f"{path} belongs to no version")
+
+
+def _judge_events(registry: LocalRegistry, heard: Sequence[Path], verdict: Verdict) -> None:
+    """One event for each version, counted without holes; and who listened heard exactly these, in their order."""
+    events, last = registry.ledger.feed(0, limit=FOREVER)
+    told = [(event.id, event.kind, event.ref) for event in events]
+    if [number for number, _, _ in told] != list(range(1, last + 1)):
+        verdict.add(EVENTS, f"of {last} events there are {[number for number, _, _ in told]}")
+    versions = registry.ledger.versions()
+    made = Counter(("merge" if each.spec.kind == "merge" else "register", each.label) for each in versions)
+    if (found := Counter((kind, ref) for _, kind, ref in told)) != made:
+        verdict.add(EVENTS, f"the events tell of {found - made} too often, and too rarely of {made - found}")
+    for path in heard:
+        if (written := read_heard(path)) != told:
+            missed = [event for event in told if event not in written]
+            verdict.add(EVENTS, f"{path.stem} has {len(written)} of {len(told)} events, without {missed[:3]}")
 
 
 def _pages(ask: Any) -> Iterator[Any]:
