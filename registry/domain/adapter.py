@@ -145,7 +145,7 @@ def canonical_name(key: str) -> str:
 
 
 def carried_name(key: str) -> str | None:
-    """The adapter name in a tensor's name, if there is one: PEFT writes none, and does not load keys that have one."""
+    """The adapter name in a tensor's name, if there is one: PEFT writes none, and loads it under that name alone."""
     match = _KEY.fullmatch(key)
     return (match["name"] or match["embedding_name"]) if match else None
 

@@ -79,7 +79,7 @@ def lay_out(
             problems = []
             for place, version in places.items():
                 registry.pull(Ref(version.name, number=version.number), room / place)
-                problems += _for_any(version, room / place)
+                problems += _check_names(version, room / place, layout)
                 if layout == "vllm":
                     problems += _for_vllm(version, room / place, max_lora_rank, served_base)
                 elif layout == "hub":
@@ -161,15 +161,19 @@ def _place(version: VersionView, layout: Layout) -> str:
     return version.name if layout == "hub" else f"{version.name}/v{version.number}"
 
 
-def _for_any(version: VersionView, files: Path) -> list[Problem]:
-    """PEFT takes an adapter whose tensors have other names for one that was not trained, and warns at most."""
+def _check_names(version: VersionView, files: Path, layout: Layout) -> list[Problem]:
+    """PEFT loads names with an adapter's in them under that one alone, as another it warns and gives an untrained one.
+
+    `default` is what it takes where nobody says another. vLLM knows no such names (vllm/lora/utils.py).
+    """
     carried = carried_name(read_header(files / WEIGHTS_FILE).tensors[0].key)
-    if carried is None:
+    if carried is None or (carried == "default" and layout != "vllm"):
         return []
     return [
         Problem(
             "adapter_name",
-            f"tensor names of {version.ref} carry the adapter name {carried!r}: neither PEFT nor vLLM loads them",
+            f"tensor names of {version.ref} carry the adapter name {carried!r}: PEFT loads them under that name alone, "
+            "vLLM not at all",
             f"`adapterctl resize {version.ref} --rank {version.rank}` writes PEFT's names, without loss",
         )
     ]

@@ -177,15 +177,24 @@ def test_the_hub_reads_the_card_that_is_made_for_an_adapter_without_one(two_pare
     assert two_parents.version(parse_ref("translate:v1")).content_digest in card.text
 
 
-@pytest.mark.parametrize("layout", ["peft", "vllm", "hub"])
-def test_names_that_no_reader_loads_are_refused_with_the_command_that_writes_others(two_parents, tmp_path, layout):
-    named = register(two_parents, tmp_path / "named", "named", adapter_name="default")
+@pytest.mark.parametrize(("layout", "name"), [("peft", "mine"), ("hub", "mine"), ("vllm", "mine"), ("vllm", "default")])
+def test_names_that_a_reader_does_not_load_are_refused_with_the_command_that_writes_others(
+    two_parents, tmp_path, layout, name
+):
+    named = register(two_parents, tmp_path / "named", "named", adapter_name=name)
 
-    with pytest.raises(Refused, match="carry the adapter name 'default'") as refused:
+    with pytest.raises(Refused, match=f"carry the adapter name '{name}'") as refused:
         out(two_parents, tmp_path / layout, layout, named)
 
     assert f"adapterctl resize {named} --rank 4" in refused.value.problems[0].hint
     assert files(tmp_path / layout) == {}
+
+
+@pytest.mark.parametrize("layout", ["peft", "hub"])
+def test_names_that_peft_loads_under_the_name_it_gives_by_itself_are_laid_out(two_parents, tmp_path, layout):
+    named = register(two_parents, tmp_path / "named", "named", adapter_name="default")
+
+    assert [each.ref for each in out(two_parents, tmp_path / layout, layout, named)] == [named]
 
 
 @pytest.mark.parametrize("layout", ["peft", "vllm", "hub"])
