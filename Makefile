@@ -38,7 +38,7 @@ article: $(RUN) ## do the article again: its weightings against searched ones, d
 	$(BIN)/python bench/article.py $(ARGS)
 
 up: $(RUN) ## serve the embedded registry and MLflow's pages on this machine (ADAPTERCTL_HOME, or the default home)
-	$(BIN)/adapterctl ui
+	$(BIN)/adapterctl serve
 
 service: $(DEV) ## try the whole service on this machine: PostgreSQL, Redis, a server, workers; DIR=build/service PORT=5000
 	@exec env PYTHONPATH=tests/plugins $(BIN)/python deploy/service.py --folder "$(DIR)" --port $(PORT)

@@ -74,7 +74,7 @@ def tell(
 def look_next(story: Story, home: Path) -> str:
     """The commands to try now."""
     lines = [
-        ("ui", "the same in MLflow's pages"),
+        ("serve", "the same in MLflow's pages"),
         (f"show {story.promoted}", "all about it; its receipt with -o json"),
         (f"diff {story.merged[0].ref} {story.merged[-1].ref}", "what the lower rank changed"),
         (f"verify {story.promoted}", "run the recipe again, compare the bytes"),

@@ -164,7 +164,7 @@ def shown(home: Path) -> dict[str, str]:
 
 @contextmanager
 def serving(home: Path) -> Iterator[None]:
-    command = [*ADAPTERCTL, "--home", str(home), "ui", "--port", str(PORT)]
+    command = [*ADAPTERCTL, "--home", str(home), "serve", "--port", str(PORT)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             deadline = time.monotonic() + 120

@@ -1,4 +1,4 @@
-"""For those who keep it running: doctor, gc, and the pages of MLflow."""
+"""For those who keep it running: doctor and gc."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import typer
 from ...registry.domain.errors import AdapterctlError, InvalidInput, Misconfigured, Unavailable
 from .. import parse, views
 from ..connect import Session, add_verbs, confirm
-from .service import run_server
 
 if TYPE_CHECKING:
     from ...registry.api import Check
@@ -19,7 +18,7 @@ GROUP = "The registry"
 
 
 def add_to(app: typer.Typer) -> None:
-    add_verbs(app, {"ui": ui, "doctor": doctor, "gc": gc}, group=GROUP)
+    add_verbs(app, {"doctor": doctor, "gc": gc}, group=GROUP)
 
 
 def doctor(
@@ -108,43 +107,4 @@ def gc(
     assert freed is not None
     session.out.data(
         freed, text=lambda: views.garbage_text(freed, session.out), names=[each.name for each in freed.found]
-    )
-
-
-def ui(
-    session: Session,
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, metavar="PORT", help="On this machine.  [default: 5000]")
-    ] = None,
-    links: Annotated[bool, typer.Option("--links", help="Print the addresses and start nothing.")] = False,
-) -> None:
-    """Serve this machine and print the addresses of its versions.
-
-    The same as `adapterctl serve`: MLflow's pages with lineage in them, on this machine only. Runs until Ctrl-C.
-
-    Example: adapterctl ui --port 5001
-    """
-    from urllib.parse import urlsplit  # deferred: help needs none
-
-    settings = session.settings()
-    elsewhere = settings.server or (settings.mlflow_uri or "")
-    if elsewhere.startswith(("http://", "https://")):
-        raise InvalidInput(f"the pages of this registry are at {elsewhere}", hint="open that address in a browser")
-    root = f"http://127.0.0.1:{port}" if port else settings.mlflow_ui
-    registry = session.registry(readonly=True)
-    latest = {f"{adapter.name}:{adapter.latest}" for adapter in registry.adapters()}
-    shown = [version for version in registry.versions() if version.stages or version.ref in latest]
-    found = [{"ref": version.ref, "url": root + version.mlflow_path} for version in shown]
-    session.out.data(
-        found,
-        text=lambda: session.out.table(["VERSION", "ADDRESS"], [[link["ref"], link["url"]] for link in found]),
-        names=[link["url"] for link in found],
-    )
-    if links:
-        return
-    run_server(
-        session,
-        host="127.0.0.1",
-        port=urlsplit(root).port or 5000,
-        started=lambda _, address: session.out.say(f"serving {address} until Ctrl-C"),
     )

@@ -6,10 +6,9 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,10 +21,8 @@ from ..complete import complete_refs
 from ..connect import Session, add_verbs
 from ..output import is_terminal, printable
 
-if TYPE_CHECKING:
-    from ...registry.services.local import LocalRegistry
-
 GROUP = "Sharing"
+PORT = 5000
 WORKER = "adapterctl.workers.celery_worker"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -40,11 +37,14 @@ def add_to(app: typer.Typer) -> None:
 def serve(
     session: Session,
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="PORT", help="0 takes a free one.")] = 5000,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, metavar="PORT", help="0 takes a free one.  [default: 5000]")
+    ] = None,
     open_: Annotated[
         str | None,
         typer.Option("--open", metavar="REF", help="Show a version in the browser.", autocompletion=complete_refs),
     ] = None,
+    links: Annotated[bool, typer.Option("--links", help="Print the addresses of versions, and start nothing.")] = False,
 ) -> None:
     """Serve the registry: REST at /v1, MLflow's pages beside it.
 
@@ -53,18 +53,11 @@ def serve(
 
     Example: adapterctl serve --port 5000
     """
-
-    def started(registry: LocalRegistry, root: str) -> None:
-        path = registry.version(parse_ref(open_)).mlflow_path if open_ else ""
-        session.out.line({"url": root}, text=root + path, name=root)
+    if links:
         if open_:
-            _show(root + path)
-
-    run_server(session, host=host, port=port, started=started)
-
-
-def run_server(session: Session, *, host: str, port: int, started: Callable[[LocalRegistry, str], None]) -> None:
-    """Serve the registry of this process until Ctrl-C; `started` is told the address once connections are taken."""
+            raise InvalidInput("--links starts nothing that --open could show", hint="leave one of them out")
+        _print_links(session, f"http://{_in_address(host)}:{port}" if port else None)
+        return
     # deferred: seconds, and nothing else needs them
     import uvicorn
 
@@ -77,12 +70,35 @@ def run_server(session: Session, *, host: str, port: int, started: Callable[[Loc
     door = application(registry, hosts=own, loopback=host in LOOPBACK)
     _settle()
     config = uvicorn.Config(
-        door, host=host, port=port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5
+        door, host=host, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5
     )
-    listening = listen(host, port)
-    started(registry, f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}")
+    listening = listen(host, PORT if port is None else port)
+    root = f"http://{_in_address(host)}:{listening.getsockname()[1]}"
+    path = registry.version(parse_ref(open_)).mlflow_path if open_ else ""
+    session.out.line({"url": root}, text=root + path, name=root)
+    if open_:
+        _show(root + path)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run([listening])
+
+
+def _in_address(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _print_links(session: Session, root: str | None) -> None:
+    """Where those versions are shown that hold a stage or are the newest of their adapter."""
+    settings = session.settings()
+    root = root or settings.server or settings.mlflow_ui
+    registry = session.registry(readonly=True)
+    latest = {f"{adapter.name}:{adapter.latest}" for adapter in registry.adapters()}
+    shown = [version for version in registry.versions() if version.stages or version.ref in latest]
+    found = [{"ref": version.ref, "url": root + version.mlflow_path} for version in shown]
+    session.out.data(
+        found,
+        text=lambda: session.out.table(["VERSION", "ADDRESS"], [[link["ref"], link["url"]] for link in found]),
+        names=[link["url"] for link in found],
+    )
 
 
 def worker(

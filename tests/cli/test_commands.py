@@ -817,12 +817,14 @@ def test_gc_tells_what_it_would_free_and_asks_before_it_does(run: Run, pair: Pat
     assert run("verify", "translate-chat", "--no-rerun", "-o", "json").data["files"] == "intact"
 
 
-def test_ui_prints_addresses(run: Run, pair: Path):
-    links = run("ui", "--links", "--port", "5999", "-o", "json").data
+def test_serve_prints_where_versions_are_shown_and_starts_nothing(run: Run, pair: Path):
+    links = run("serve", "--links", "--port", "5999", "-o", "json").data
 
     assert [link["url"] for link in links] == [
         f"http://127.0.0.1:5999/#/models/{name}/versions/1" for name in ("chat", "translate")
     ]
+    assert run("serve", "--links", "-q").stdout.startswith("http://127.0.0.1:5000/#/models/chat/")
+    assert "leave one of them out" in run("serve", "--links", "--open", "chat", code=2).stderr
 
 
 def test_reads_load_neither_mlflow_nor_numpy(family: Path):
@@ -854,7 +856,7 @@ def test_reads_change_no_file(read: Run, family: Path):
 def test_without_a_registry_reads_say_so_and_make_none(run: Run, tmp_path: Path):
     home = tmp_path / "none"
 
-    for words in ("ls", "show translate", "jobs ls", "lineage translate", "plan a b", "ui --links"):
+    for words in ("ls", "show translate", "jobs ls", "lineage translate", "plan a b", "serve --links"):
         ran = run("--home", str(home), *words.split(), code=3)
         assert f"there is no registry in {home}" in ran.stderr
     assert "svd" in run("--home", str(home), "methods", "-q").stdout.split()

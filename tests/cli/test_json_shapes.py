@@ -24,7 +24,7 @@ COMMANDS = {
     "jobs-ls": "jobs ls",
     "base-ls": "base ls",
     "doctor": "doctor",
-    "ui": "ui --links",
+    "serve-links": "serve --links",
 }
 # Their keys are the user's own, or those of a document with a version of its own.
 FREE = {"metrics", "params", "tags", "recipe", "receipt", "spec", "result", "stages", "fields", "default", "retention"}

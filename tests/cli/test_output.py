@@ -15,7 +15,8 @@ from adapterctl.registry.api import Check
 from adapterctl.registry.domain import errors
 
 DOCUMENTED = {
-    "failure": 1, "conflict": 1, "corrupt": 1, "unavailable": 1, "invalid_input": 2, "misconfigured": 2,
+    "failure": 1, "conflict": 1, "corrupt": 1, "unavailable": 1, "too_many_requests": 1, "invalid_input": 2,
+    "misconfigured": 2,
     "not_found": 3, "not_allowed": 4, "refused": 5, "invalid_adapter": 5, "incompatible_parents": 5,
     "loss_too_high": 5, "recalled": 5, "stage_moved": 5, "decision_outdated": 5, "has_descendants": 5,
     "job_failed": 6, "job_cancelled": 7,

@@ -595,22 +595,6 @@ def test_mlflows_own_command_serves_us_where_a_token_was_made(
     assert json.loads(pages["/v1/adapters"])["adapters"] == []
 
 
-def test_ui_is_the_same_server(server: Server, tmp_path: Path):
-    with listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "adapterctl", "--home", str(server.home), "ui", "--port", str(port)]
-    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as run:
-        try:
-            shown = run.stdout.readline() + run.stdout.readline()
-            while not answers(f"http://127.0.0.1:{port}/healthz"):
-                assert run.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.1)
-        finally:
-            run.terminate()
-
-    assert f"http://127.0.0.1:{port}/#/models/".encode() in shown
-
-
 def answers(url: str) -> bool:
     try:
         urlopen(url, timeout=5).close()
