@@ -129,6 +129,10 @@ class Ledger(Protocol):
         """
         ...
 
+    def take_back_adapter(self, name: str, adapter_id: str) -> None:
+        """Know an adapter again by the id that MLflow has kept. Raises `Refused` where another one has the name."""
+        ...
+
     def former_names(self) -> dict[str, str]:
         """The names that adapters had before, each with what the last adapter of that name is called now."""
         ...
@@ -611,6 +615,17 @@ class VersionStore(Protocol):
 
     def mark_children(self, version: AdapterVersion, children: Sequence[AdapterVersion], count: int) -> None:
         """Let the page of a version lead to what was made of it: its newest children, of `count` in all."""
+        ...
+
+    def put_back(self, version: AdapterVersion, spec: NewVersion, staged: Path) -> None:
+        """Put each file that the manifest lists and `staged` has back into the folder of this machine where it lay.
+
+        `staged` holds the content of the version, `spec` tells of it; what is whole, or is no such file, stays.
+        """
+        ...
+
+    def begun_as(self, name: str, number: int) -> tuple[str, str] | None:
+        """The key under which a model version was made by us, and the id of ours that it carries; None by others."""
         ...
 
     def mark_taken(self, name: str, number: int, version: AdapterVersion) -> None:

@@ -29,7 +29,8 @@ class Difference:
 
     `model` is the registered model as MLflow has it, None where it is gone. `versions` are those that are gone or lack
     their description, or of a renamed adapter all; of an alias, the one that was made of the version it points to.
-    `number` is that of an unknown version, `rules` is what a rename changes beside the name.
+    `number` is that of an unknown version, `rules` is what a rename changes beside the name. `models` are those of
+    adapters that the ledger does not know any more.
     """
 
     check: Check
@@ -38,6 +39,7 @@ class Difference:
     number: int | None = None
     stage: str = ""
     rules: tuple[str, ...] = ()
+    models: tuple[SeenModel, ...] = ()
 
 
 def check_not_emptied(ledger: Ledger, store: VersionStore) -> None:
@@ -99,7 +101,8 @@ def differences(ledger: Ledger, store: VersionStore, stages: Sequence[str], rule
             yield _renamed(model, tombstones, rules)
         elif model is not None:
             yield from _versions(model, (), known, (), {}, set())
-    yield from _strangers(seen, ours, set(names))
+    yield from _versionless(ledger, [model for model in ours.values() if model.adapter_id not in names])
+    yield from _strangers(seen)
 
 
 def grouped(versions: Sequence[AdapterVersion]) -> dict[str, list[AdapterVersion]]:
@@ -221,11 +224,11 @@ def _versions(
         if own is not None and (own.state, own.name, own.number) == ("removed", model.name, number):
             said = f"MLflow still has {own.label}, which was removed here"
             yield Difference(check=Check("removed", "warning", said, "adapterctl gc"))
-        elif found.version_id is not None and own is None:
+        elif found.version_id is not None and own is None and found.taken_as not in known:
             said = f"MLflow has {model.name} version {number}, whose registration is not finished"
             hint = "its job, or the same register or merge again, finishes it; if an older ledger was restored: "
-            hint += f"adapterctl register models:/{model.name}/{number} --name {model.name}"
-            yield Difference(check=Check("unfinished", "warning", said, hint))
+            hint += f"adapterctl register models:/{model.name}/{number} --name {model.name}, as an import"
+            yield Difference(check=Check("unfinished", "warning", said, hint), model=model, number=number)
         elif found.taken_as not in known:
             said = f"MLflow has {model.name} version {number}, which the ledger does not know"
             hint = f"{_ADOPT} registers it as a version of ours; or delete it in MLflow"
@@ -314,11 +317,26 @@ def _found(model: SeenModel, versions: Sequence[AdapterVersion]) -> Iterator[tup
             yield version, found
 
 
-def _strangers(seen: Sequence[SeenModel], left: Mapping[str, SeenModel], adapters: set[str]) -> Iterator[Difference]:
-    """`left` are the models that carry an id of ours, without those of adapters with live versions."""
-    strangers = [model.name for model in seen if model.adapter_id is None]
-    strangers += [model.name for model in left.values() if model.adapter_id not in adapters and model.versions]
+def _versionless(ledger: Ledger, left: Sequence[SeenModel]) -> Iterator[Difference]:
+    """Adapters of which the ledger has no version. Each is in the ledger before it is in MLflow, or it was there."""
+    older = []
+    for model in left:
+        if ledger.adapter_id(model.name) == model.adapter_id:  # the first version is on its way, or was cut short
+            yield from _versions(model, (), {}, (), {}, set())
+        elif model.versions:
+            older.append(model)
+    if older:
+        names = first_few(sorted(model.name for model in older))
+        said = (
+            f"MLflow has versions of {names} from later on, which the ledger does not know: an older one was restored"
+        )
+        hint = f"restore the ledger's newest backup; where there is none, {_ADOPT} takes them in again, as imports"
+        yield Difference(check=Check("older", "error", said, hint), models=tuple(older))
+
+
+def _strangers(seen: Sequence[SeenModel]) -> Iterator[Difference]:
+    strangers = sorted(model.name for model in seen if model.adapter_id is None)
     if strangers:
-        said = f"registered models that are not ours: {first_few(sorted(strangers))}"
+        said = f"registered models that are not ours: {first_few(strangers)}"
         hint = "to take a version in: adapterctl register models:/NAME/V --name NAME"
         yield Difference(check=Check("strangers", "ok", said, hint))

@@ -51,7 +51,9 @@ def pull(label: str, files: Sequence[FileRecord], target: Path, fetch: Callable[
                 fetch(record, temporary / record.path)
             _check(label, files, temporary)
         except FileNotFoundError as error:
-            raise Corrupt(f"{label} lost a file: {error.filename}", hint="see `adapterctl verify`") from error
+            raise Corrupt(
+                f"{label} lost a file: {error.filename}", hint=f"`adapterctl verify {label} --no-rerun` names all"
+            ) from error
 
 
 def _check(label: str, files: Sequence[FileRecord], folder: Path) -> None:
@@ -59,5 +61,5 @@ def _check(label: str, files: Sequence[FileRecord], folder: Path) -> None:
     if findings:
         raise Corrupt(
             f"the stored files of {label} are damaged: {'; '.join(findings)}",
-            hint="restore them from a backup, or register the adapter again from its source",
+            hint="restore them from a backup, or in a registry in folders register its source again, which mends them",
         )

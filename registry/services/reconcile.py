@@ -12,6 +12,7 @@ adopted: of the rest, too, nobody can tell what was done in MLflow and what was 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 
 from ..api import Check, Registered
@@ -31,7 +32,7 @@ from .views import cause, recall_views
 
 REASON = "done in MLflow, accepted by doctor"
 #: Names come first, for all else goes by them; versions before the stages that they are to hold; links come last.
-_ORDER = ("renamed", "lost", "deleted", "unknown", "stage", "description", "tags")
+_ORDER = ("renamed", "lost", "deleted", "older", "unknown", "stage", "description", "tags")
 _ALL_JOBS = 1_000_000
 
 
@@ -134,6 +135,21 @@ class Adoption:
         below = self.ledger.versions_by_id(list(self.ledger.descendants([version.id])))
         live = sorted(each.label for each in below.values() if each.state == "live")
         return f"; it stays in the lineage of {first_few(live)}" if live else ""
+
+    def _accept_older(self, difference: Difference) -> Iterator[str]:
+        """The adapters, then with their own ids and numbers all versions that the ledger lost, in the order of both."""
+        for model in difference.models:
+            assert model.adapter_id is not None
+            self.ledger.take_back_adapter(check_name(model.name), model.adapter_id)
+        making = {job.spec.get("into") for job in self.ledger.jobs(states=sorted(LIVE), limit=_ALL_JOBS)}
+        left = {}
+        for each in self._differences():
+            if each.check.name == "unfinished" and each.model is not None and each.number is not None:
+                left[each.model.versions[each.number].version_id or "", each.model.name] = each
+        for (_, name), each in sorted(left.items()):
+            if name not in making:
+                with suppress(AdapterctlError):  # it stays unfinished, and the command that is told of it says why
+                    yield from self._accept_unknown(each)
 
     def _accept_unknown(self, difference: Difference) -> Iterator[str]:
         assert difference.model is not None

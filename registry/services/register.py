@@ -30,11 +30,12 @@ from ..domain.header import open_plain_file, read_header, strict_json_object
 from ..domain.job import NewJob
 from ..domain.recipe import Recipe
 from ..domain.refs import Source, check_name, parse_source
-from ..domain.version import AdapterVersion, Base, Edge, NewVersion
+from ..domain.version import AdapterVersion, Base, Edge, NewVersion, local_folder
 from ..ports import Ledger, Parent, VersionStore
 from . import bases
 from .doubles import clear_doubles
 from .origins import check_bytes, origins, recipe_in
+from .pull import check_intact, damage
 from .recall import mark
 from .staging import stage_folder
 from .views import version_view
@@ -128,15 +129,14 @@ def register(
             params=dict(registration.params),
             tags=dict(registration.tags),
         )
+        key = _key_in_mlflow(ledger, open_versions, source, registration.name)
+        key = key or _register_key(ledger.ensure_adapter(registration.name), spec)
         version, created = _find_or_create(
-            ledger,
-            open_versions,
-            spec,
-            staged,
-            parents=parents,
-            key=_register_key(ledger.ensure_adapter(registration.name), spec),
-            created_by=created_by,
+            ledger, open_versions, spec, staged, parents=parents, key=key, created_by=created_by
         )
+        if not created:
+            with ledger.exclusive(key):
+                warnings += _mend_files(version, spec, staged, open_versions)
     if created:
         warnings += told
     elif registration.metrics or registration.params or registration.tags or parent is not None:
@@ -242,6 +242,22 @@ def _find_or_create(
         return version, existing is None
 
 
+def _mend_files(
+    version: AdapterVersion, spec: NewVersion, staged: Path, open_versions: Callable[[], VersionStore]
+) -> list[str]:
+    """Put files of the version that were lost or changed in a folder of this machine back, and tell of it.
+
+    Elsewhere nobody looks, for all that is registered again would be fetched. Raises `Corrupt` with what is left.
+    """
+    folder = local_folder(version.placement.location)
+    found = damage(folder, version.placement.files) if folder is not None else []
+    if folder is None or not found:
+        return []
+    open_versions().put_back(version, spec, staged)
+    check_intact(version, folder)
+    return [f"the stored files of {version.label} were damaged ({'; '.join(found)}) and are mended"]
+
+
 def _edges(version_id: str, spec: NewVersion, parents: Sequence[Parent], supersedes: str | None) -> list[Edge]:
     edges = [
         Edge(version_id, position, parent.version.id, parent.kind, parent.weight, spec.recipe_digest)
@@ -277,6 +293,13 @@ def _children(ledger: Ledger, version: AdapterVersion) -> tuple[list[AdapterVers
 def _register_key(adapter_id: str, spec: NewVersion) -> str:
     # digested, for the base's name is free text and the key goes into search filters
     return "register:" + json_digest([adapter_id, spec.content_digest, spec.base.id])
+
+
+def _key_in_mlflow(ledger: Ledger, open_versions: Callable[[], VersionStore], source: Source, name: str) -> str | None:
+    """The key of a version that MLflow has of this adapter and the ledger lost: it gets its number and id back."""
+    number = re.fullmatch(rf"{re.escape(name)}/v?([0-9]{{1,9}})", source.location)
+    begun = open_versions().begun_as(name, int(number[1])) if source.kind == "model" and number else None
+    return lock_of(begun[0]) if begun is not None and ledger.version(begun[1]) is None else None
 
 
 def _live_version(ledger: Ledger, adapter_id: str, spec: NewVersion) -> AdapterVersion | None:

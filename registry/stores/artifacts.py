@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..domain.digest import file_digest
@@ -30,7 +31,11 @@ def own_folder(version: AdapterVersion) -> Path | None:
 
 def files_are_gone(version: AdapterVersion, place: str) -> Corrupt:
     """Nothing is left where they lay."""
-    hint = "restore them from a backup, or merge or register it anew"
+    hint = "restore them from a backup"
+    if version.spec.kind == "merge":
+        hint += f"; where there is none, `adapterctl rm {version.label}` and merge again"
+    elif local_folder(version.placement.location) is not None:
+        hint += ", or register its source again, which puts them back"
     return Corrupt(f"the files of {version.label} are gone: {place}", hint=hint)
 
 
@@ -59,6 +64,24 @@ def move_into_place(staged: Path, target: Path) -> None:
         shutil.rmtree(target)
     source.rename(target)
     _sync(target.parent)
+
+
+def put_back(staged: Path, target: Path, files: Sequence[FileRecord]) -> None:
+    """Replace what differs from the manifest in `target` by the files of `staged` that do not."""
+    target.mkdir(parents=True, exist_ok=True)
+    for record in files:
+        source, place = staged / record.path, target / record.path
+        if not source.is_file() or file_digest(source) != record.sha256:
+            continue
+        if place.is_file() and file_digest(place) == record.sha256:
+            continue
+        incoming = place.with_name(f".{place.name}.incoming")
+        incoming.unlink(missing_ok=True)
+        shutil.copyfile(source, incoming)
+        incoming.chmod(_READ_ONLY)
+        _sync(incoming)
+        incoming.replace(place)
+    _sync(target)
 
 
 def _on_same_filesystem(staged: Path, target: Path) -> Path:

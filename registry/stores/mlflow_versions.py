@@ -26,7 +26,7 @@ from ..domain.evals import EvalReport
 from ..domain.version import AdapterVersion, Base, FileRecord, NewVersion, Placement, local_folder
 from ..ports import Attempt, Beside, Double, Parent, SeenModel, SeenVersion
 from ..wire import from_json, to_builtins, to_json
-from .artifacts import files_are_gone, list_files, move_into_place, own_folder
+from .artifacts import files_are_gone, list_files, move_into_place, own_folder, put_back
 from .mlflow_access import (
     ADAPTER_ID,
     EXISTS,
@@ -121,7 +121,12 @@ class MlflowVersions:
                     hint="adapterctl doctor tells which, and what to do",
                 ) from error
             model = self._create_adapter(name, adapter_id, base)
-        if model.tags.get(ADAPTER_ID) != adapter_id:
+        if model.tags.get(ADAPTER_ID) not in (None, adapter_id):
+            raise Refused(
+                f"MLflow has a registered model {name!r} of another adapter than the one that is called so here",
+                hint="adapterctl doctor tells which, and what to do",
+            )
+        if ADAPTER_ID not in model.tags:
             raise Refused(
                 f"MLflow has a registered model {name!r} that adapterctl did not make",
                 hint="choose another name, or rename the model in MLflow",
@@ -300,6 +305,28 @@ class MlflowVersions:
             after = with_children(before, version, children, count)
             if found.tags.get(VERSION_ID) == version.id and after != before:
                 self._client.update_model_version(version.name, found.version, description=after)
+
+    @in_our_words
+    def put_back(self, version: AdapterVersion, spec: NewVersion, staged: Path) -> None:
+        target = local_folder(version.placement.location)
+        assert target is not None
+        run = self._client.get_run(version.placement.run_id)
+        text = mlmodel(
+            spec,
+            version_id=version.id,
+            run_id=run.info.run_id,
+            model_id=version.placement.model_id,
+            created_at=run.info.start_time / 1000,
+        )
+        (staged / "MLmodel").write_text(text, encoding="utf-8")
+        put_back(staged, target, version.placement.files)
+
+    @in_our_words
+    def begun_as(self, name: str, number: int) -> tuple[str, str] | None:
+        tags: Mapping[str, str] = {}
+        with missing_is_fine():
+            tags = self._client.get_model_version(name, str(number)).tags
+        return (tags[KEY], tags[VERSION_ID]) if KEY in tags and VERSION_ID in tags else None
 
     @in_our_words
     def mark_taken(self, name: str, number: int, version: AdapterVersion) -> None:

@@ -27,8 +27,9 @@ from adapterctl.registry.domain.errors import (
     Refused,
     Unavailable,
 )
-from adapterctl.registry.domain.job import NewJob
-from adapterctl.registry.domain.refs import parse_ref
+from adapterctl.registry.domain.job import JobState, NewJob
+from adapterctl.registry.domain.recipe import MergeRequest
+from adapterctl.registry.domain.refs import parse_parent, parse_ref
 from adapterctl.registry.domain.stage import Head
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.settings import load_settings
@@ -39,6 +40,7 @@ DRIFT = {
     *(
         "adopted",
         "lost",
+        "older",
         "deleted",
         "renamed",
         "replaced",
@@ -600,18 +602,15 @@ def restorable(tmp_path, ledger_schema, mlflow_schema) -> Iterator[tuple[LocalRe
     shutil.copy(mlflow_schema, home / "mlflow.db")
     registry = connect(load_settings({"home": home, "idle_s": 0.3}))
     registry.promote(parse_ref(add(registry, tmp_path, "chat")), to="production")
-    with closing(sqlite3.connect(home / "mlflow.db")) as live, closing(sqlite3.connect(tmp_path / "kept.db")) as kept:
-        live.backup(kept)
+    _copy_database(home / "mlflow.db", tmp_path / "kept.db")
 
-    def restore() -> None:
-        with (
-            closing(sqlite3.connect(tmp_path / "kept.db")) as kept,
-            closing(sqlite3.connect(home / "mlflow.db")) as live,
-        ):
-            kept.backup(live)
-
-    yield registry, restore
+    yield registry, lambda: _copy_database(tmp_path / "kept.db", home / "mlflow.db")
     registry.ledger.close()
+
+
+def _copy_database(source: Path, target: Path) -> None:
+    with closing(sqlite3.connect(source)) as here, closing(sqlite3.connect(target)) as there:
+        here.backup(there)
 
 
 def test_an_older_backup_of_mlflow_is_no_mass_deletion(restorable, tmp_path):
@@ -650,6 +649,41 @@ def test_an_older_backup_of_mlflow_is_no_mass_deletion(restorable, tmp_path):
         registry.doctor(adopt=True, force=["nobody"])
     with pytest.raises(InvalidInput, match="force without adopt"):
         registry.doctor(force=["chat"])
+
+
+def test_what_an_older_ledger_does_not_know_is_taken_in_again_under_its_number(tmp_path, ledger_schema, mlflow_schema):
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(ledger_schema, home / "registry.db")
+    shutil.copy(mlflow_schema, home / "mlflow.db")
+    settings = load_settings({"home": home, "idle_s": 0.3})
+    with closing((registry := connect(settings)).ledger):
+        add(registry, tmp_path, "chat")
+        _copy_database(home / "registry.db", tmp_path / "backup.db")
+        second, other = add(registry, tmp_path, "chat"), add(registry, tmp_path, "translate")
+        parents = tuple(parse_parent(each) for each in (second, other))
+        job = registry.merge(MergeRequest(parents, into="both", method="cat")).job
+        assert [*registry.follow(job.id, timeout_s=60)][-1].state is JobState.SUCCEEDED
+        whole = {each.ref: each.id for each in registry.versions()}
+    _copy_database(tmp_path / "backup.db", home / "registry.db")
+
+    with closing((registry := connect(settings)).ledger):
+        told = {(check.name, check.status) for check in left(registry)}
+        hints = [check.hint for check in left(registry) if check.name == "older"]
+        write_tiny_adapter(tmp_path / "translate-again", seed=next(_seeds))
+        with pytest.raises(Refused, match="'translate' of another adapter"):
+            registry.register(str(tmp_path / "translate-again"), name="translate")
+        adopted = {detail for kind, detail in adopt(registry) if kind == "adopted"}
+        after = {each.ref: each.id for each in registry.versions()}
+        lineage = registry.lineage(parse_ref("both:v1"), direction="up")
+
+        assert told == {("older", "error"), ("unfinished", "warning")}
+        assert all("restore the ledger's newest backup" in hint for hint in hints)
+        lost = (second, other, "both:v1")
+        assert adopted >= {f"MLflow's {ref.replace(':v', ' version ')} is {ref} here" for ref in lost}
+        assert after == whole
+        assert {edge.parent for edge in lineage.edges} == {second, other}
+        assert [check.name for check in left(registry)] == []
 
 
 def test_a_backup_that_is_restored_while_doctor_adopts_ends_it(restorable, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from tiny import write_tiny_adapter
 
 from adapterctl.bootstrap import connect
 from adapterctl.registry.api import Registered
-from adapterctl.registry.domain.errors import InvalidInput, Refused
+from adapterctl.registry.domain.errors import Corrupt, InvalidInput, Refused
 from adapterctl.registry.domain.refs import Ref
 from adapterctl.registry.ports import VersionStore
 from adapterctl.registry.services import bases
+from adapterctl.registry.services.pull import damage
 from adapterctl.registry.services.register import Registration, register
 from adapterctl.registry.settings import Settings
 from adapterctl.registry.stores.hub import hub_folder
@@ -88,6 +90,42 @@ def test_the_same_content_on_the_same_base_is_the_version_that_exists(take, tmp_
     assert any("registered before" in warning for warning in again.warnings)
     assert (elsewhere.created, elsewhere.version.ref) == (True, "other:v1")
     assert (other_base.created, other_base.version.ref, other_base.version.base) == (True, "translate:v2", "tiny/other")
+
+
+@pytest.mark.parametrize("harm", ["cut short", "changed", "a file lost", "all lost"])
+def test_who_registers_the_same_again_mends_files_that_were_damaged(take, tmp_path, harm):
+    folder = write_tiny_adapter(tmp_path / "a")
+    version = take(folder).version
+    stored = Path(version.location.removeprefix("file://"))
+    weights = stored / "adapter_model.safetensors"
+    weights.chmod(0o644)
+    if harm == "cut short":
+        os.truncate(weights, 100)
+    elif harm == "changed":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    else:
+        shutil.rmtree(stored) if harm == "all lost" else weights.unlink()
+
+    again = take(folder)
+    quiet = take(folder)
+
+    assert (again.created, again.version.id) == (False, version.id)
+    assert [each for each in again.warnings if "were damaged" in each and each.endswith("are mended")]
+    assert damage(stored, version.files) == []
+    assert quiet.warnings == ()
+    assert {path.name for path in stored.iterdir()} == {record.path for record in version.files}
+
+
+def test_files_that_the_same_adapter_does_not_mend_are_named(take, tmp_path):
+    folder = write_tiny_adapter(tmp_path / "a")
+    (folder / "README.md").write_text("an adapter\n")
+    version = take(folder).version
+    stored = Path(version.location.removeprefix("file://"))
+    (stored / "README.md").unlink()
+    (folder / "README.md").write_text("other words\n")
+
+    with pytest.raises(Corrupt, match=r"translate:v1 are damaged: README\.md is missing"):
+        take(folder)
 
 
 def test_another_content_is_the_next_version_and_keeps_where_it_was_trained_from(take, tmp_path, sql_ledger):
