@@ -1,4 +1,5 @@
-"""What holds for every test: a home of its own, a clean environment, no network; and how golden files are read.
+"""What holds for every test: a home of its own, a clean environment, no network, no wait for the disk; and how golden
+files are read.
 
 Nothing here knows the subject of a test. Helpers for one folder of tests live in that folder's conftest.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sqlite3
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from sqlalchemy import Engine, event
 
 pytest_plugins = ["broker", "drawings", "postgres", "registries", "tiny"]  # tests/plugins/
 
@@ -57,6 +60,21 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     _set_environment(monkeypatch)  # again: MLflow itself writes MLFLOW_TRACKING_URI where a test sets one
     monkeypatch.setenv("ADAPTERCTL_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_outlives_the_power(clean_environment: None) -> Iterator[None]:
+    """Whoever ends or is killed, what it wrote stays; only the disk is not waited for, some ten times a version."""
+
+    def do_not_wait(connection: Any, record: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", do_not_wait)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+    event.remove(Engine, "connect", do_not_wait)
 
 
 @pytest.fixture(scope="session")

@@ -271,12 +271,6 @@ LAW_TESTS: dict[str, Callable[[str, Case], None]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of files that nobody keeps: waiting for the disk is all that these tests would do."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def kept(names: Sequence[str]) -> list[tuple[str, str]]:
     return [
         (name, law)
