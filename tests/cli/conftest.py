@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from registries import WorkHere
 from tiny import write_tiny_adapter
 from typer.testing import CliRunner
 
 from adapterctl.cli.main import app
+from adapterctl.registry.stores import spawn_bell
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def fresh() -> Callable[..., Ran]:
 
 
 @pytest.fixture(autouse=True)
-def short_lived_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The background process of a test's home ends soon after its last job."""
+def short_lived_supervisor(work_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs are done by the command that queues them; what a fresh process starts ends soon after its last job."""
     monkeypatch.setenv("ADAPTERCTL_IDLE_S", "0.2")
 
 
@@ -93,7 +95,7 @@ def family(tmp_path_factory: pytest.TempPathFactory, ledger_schema: Path, mlflow
         write_tiny_adapter(folder / name, seed=seed)
     about = ["--license", "apache-2.0", "--dataset", "wmt"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ADAPTERCTL_IDLE_S", "0.2")
+        patch.setattr(spawn_bell, "SpawnBell", WorkHere)
         for words in (
             ["register", str(folder / "translate-1"), "--name", "translate", "--metric", "bleu=0.29"],
             ["register", str(folder / "translate-2"), "--name", "translate", "--metric", "bleu=0.31",

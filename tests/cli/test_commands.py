@@ -448,6 +448,7 @@ def test_register_batch_registers_in_order_and_again_only_what_is_new(
     ]
 
 
+@pytest.mark.usefixtures("in_background")
 def test_merge_waits_for_the_version_and_says_what_it_understood(run: Run, pair: Path):
     ran = run("merge", "translate", "chat=0.5", "--method", "cat")
 
@@ -458,6 +459,7 @@ def test_merge_waits_for_the_version_and_says_what_it_understood(run: Run, pair:
     assert again.stdout == "translate-chat:v1\n"
 
 
+@pytest.mark.usefixtures("in_background")
 def test_merge_without_waiting_prints_the_job_which_can_be_waited_for(run: Run, pair: Path):
     job = run("merge", "translate", "chat", "--no-wait").stdout.strip()
 
@@ -479,6 +481,7 @@ def test_a_merge_that_loses_too_much_is_refused_with_5(run: Run, pair: Path):
     assert run("ls", "-q").stdout.split() == ["chat", "translate"]
 
 
+@pytest.mark.usefixtures("in_background")
 def test_a_wait_that_is_too_short_ends_with_8_and_the_job_goes_on(run: Run, pair: Path):
     job = run("merge", "translate", "chat", "--no-wait", "-q").stdout.strip()
 

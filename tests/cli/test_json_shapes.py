@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from adapterctl.registry.domain.job import JobState, NewJob, Progress
+from adapterctl.registry.stores.sql.ledger import SqlLedger
+
 COMMANDS = {
     "ls": "ls",
     "ls-versions": "ls translate",
@@ -21,7 +24,6 @@ COMMANDS = {
     "lineage": "lineage translate-chat:v1",
     "history": "history translate",
     "events": "history --kind merge",
-    "jobs-ls": "jobs ls",
     "base-ls": "base ls",
     "doctor": "doctor",
     "serve-links": "serve --links",
@@ -35,6 +37,19 @@ def test_json_has_the_shape_it_had(name: str, read: Callable[..., Any], golden: 
     value = read(*COMMANDS[name].split(), "-o", "json", code=None).data
 
     golden(f"json/{name}.json", json.dumps(shape(value), indent=2) + "\n")
+
+
+def test_a_job_that_was_seen_at_work_has_the_shape_it_had(
+    run: Callable[..., Any], sql_ledger: SqlLedger, golden: Callable[[str, str], None]
+):
+    """How far a merge is is told at the next renewal of its lease; a small one may have ended by then."""
+    sql_ledger.submit(NewJob("merge", "key", "merge a b", {}, "ada"))
+    job = sql_ledger.claim("host:1", 60.0)
+    assert job is not None
+    sql_ledger.renew(job.id, job.attempt, 60.0, Progress("merging", 1, 4))
+    sql_ledger.finish(job.id, job.attempt, JobState.SUCCEEDED, result={})
+
+    golden("json/jobs-ls.json", json.dumps(shape(run("jobs", "ls", "-o", "json").data), indent=2) + "\n")
 
 
 def shape(value: Any, key: str = "") -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from broker import Broker, start_worker
+from registries import WorkHere
 from starlette.testclient import TestClient
 
 from adapterctl.bootstrap import OwnFiles, connect, remote
@@ -101,7 +102,8 @@ def new_home(
 
 @contextmanager
 def serving(home: Path, rules: Rules | None = None) -> Iterator[Served]:
-    registry = connect(Settings(home=home, actor="ada", idle_s=2.0))
+    registry = connect(Settings(home=home, actor="ada"))
+    registry.bell = WorkHere(registry.settings)
     secrets = {scope.value: registry.create_token(scope.value, scope=scope).secret for scope in Scope}
     rules = rules or Rules(hosts=("localhost", "testserver"), upload_bytes=UPLOAD_BYTES, requests_per_minute=10**6)
     door = create_app(registry, registry.access, rules, version="1.2.3")
@@ -176,7 +178,8 @@ def registry(
     """One registry for a module: the thing itself, or what a client sees of it. Tests take names of their own."""
     home = new_home("registry")
     if request.param == "local":
-        local = connect(Settings(home=home, actor="ada", idle_s=5.0))
+        local = connect(Settings(home=home, actor="ada"))
+        local.bell = WorkHere(local.settings)
         yield local
         local.ledger.close()
     elif request.param == "in process":

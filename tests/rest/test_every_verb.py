@@ -496,6 +496,7 @@ def test_a_job_tells_its_history_and_its_end(registry: RegistryAPI, add: Add):
             ask(submitted.job.id)
 
 
+@pytest.mark.usefixtures("in_background")
 def test_a_job_is_cancelled_and_retried(registry: RegistryAPI, add: Add):
     request = MergeRequest((parse_parent(add().ref), parse_parent(add().ref)), into=next(_names))
     job = registry.merge(request).job
@@ -509,6 +510,7 @@ def test_a_job_is_cancelled_and_retried(registry: RegistryAPI, add: Add):
     assert ended.state is JobState.SUCCEEDED
 
 
+@pytest.mark.usefixtures("in_background")
 def test_waiting_ends_where_the_job_does_not(registry: RegistryAPI, add: Add):
     request = MergeRequest((parse_parent(add().ref), parse_parent(add().ref)), into=next(_names))
     job = registry.merge(request).job

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from registries import WorkHere
 from tiny import header_bytes, write_tiny_adapter
 
 from adapterctl.bootstrap import connect
@@ -52,7 +53,9 @@ def new_home(tmp_path: Path, ledger_schema: Path, mlflow_schema: Path) -> LocalR
     home.mkdir()
     shutil.copy(ledger_schema, home / "registry.db")
     shutil.copy(mlflow_schema, home / "mlflow.db")
-    return connect(load_settings({"home": home, "idle_s": 0.3}))
+    registry = connect(load_settings({"home": home, "idle_s": 0.3}))
+    registry.bell = WorkHere(registry.settings)
+    return registry
 
 
 @pytest.fixture

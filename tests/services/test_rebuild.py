@@ -88,6 +88,7 @@ def test_the_recipe_of_a_rebuilt_version_is_the_old_one_but_for_its_parents(regi
     assert again.digest == made.spec.recipe_digest
 
 
+@pytest.mark.usefixtures("in_background")
 def test_a_killed_rebuild_goes_on_and_leaves_what_was_trained_alone(registry, tmp_path, monkeypatch):
     once = tmp_path / "once"
     old, new = parse_ref("translate:v1"), parse_ref("translate:v2")
