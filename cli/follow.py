@@ -5,9 +5,10 @@ The work happens in another process; nothing that happens here can harm it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from sys import stderr
+from threading import Timer
 from typing import TYPE_CHECKING, Protocol
 
 import typer
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from ..registry.api import RegistryAPI, VersionView
     from ..registry.domain.job import Job
 
+#: A worker that is alive and idle takes a job within `ring_again_s`; a supervisor is started within 15 s.
+QUEUED_S = 30.0
+
 
 def follow(session: Session, registry: RegistryAPI, job_id: str, *, timeout_s: float | None = None) -> Job:
     """Wait until the job ended, and return it when it succeeded.
@@ -28,11 +32,15 @@ def follow(session: Session, registry: RegistryAPI, job_id: str, *, timeout_s: f
     Raises `JobFailed`, `JobCancelled`, `WaitTimedOut`, or the refusal that ended the job. Ctrl-C leaves with exit
     code 130 and says how to come back.
     """
-    from ..registry.services.schedule import raise_for  # deferred: help waits for nothing
+    # deferred: help waits for nothing
+    from ..registry.domain.job import JobState
+    from ..registry.services.schedule import raise_for
 
     try:
-        with progress_line(session.out) as update:
+        with progress_line(session.out) as update, _no_worker(session.out, job_id) as taken:
             for job in registry.follow(job_id, timeout_s=timeout_s, tell=session.out.warn):
+                if job.state is not JobState.QUEUED:
+                    taken()
                 at = job.progress
                 if at is None:
                     update(job.state.value)
@@ -43,6 +51,22 @@ def follow(session: Session, registry: RegistryAPI, job_id: str, *, timeout_s: f
         raise typer.Exit(INTERRUPTED) from None
     raise_for(job)
     return job
+
+
+@contextmanager
+def _no_worker(out: Output, job_id: str) -> Iterator[Callable[[], None]]:
+    """Say once that a job is still queued after a while, unless what this gives was called: a worker has taken it."""
+    told = (
+        f"job {job_id} is queued for {QUEUED_S:g} s now: `adapterctl jobs ls --state live` shows what is before it, "
+        "`adapterctl doctor` whether anybody works"
+    )
+    timer = Timer(QUEUED_S, out.warn, [told])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
 
 
 def version_of(registry: RegistryAPI, name: str, job: Job) -> VersionView:

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from adapterctl.cli import follow
+from adapterctl.registry.stores.spawn_bell import only_one
+
 PROGRAM = [sys.executable, "-c", "from adapterctl.cli.main import main; main()"]
 
 
@@ -116,3 +119,17 @@ def test_a_closed_pipe_ends_quietly(pair: Path):
     assert code in (0, 1)
     assert b"Traceback" not in listing.stderr.read()
     listing.stderr.close()
+
+
+def test_who_waits_for_a_job_that_nobody_takes_is_told(
+    run: Callable[..., Any], pair: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with only_one(home) as held, monkeypatch.context() as soon:  # as if one were at work that does not get to it
+        assert held
+        soon.setattr(follow, "QUEUED_S", 0.3)
+        stuck = run("merge", "translate", "chat", "--timeout", "3", code=8)
+    (job,) = run("jobs", "ls", "-q").stdout.split()
+    taken = run("jobs", "wait", job)
+
+    assert "is queued for" not in taken.stderr
+    assert stuck.stderr.count(f"job {job} is queued for 0.3 s now: `adapterctl jobs ls --state live`") == 1
