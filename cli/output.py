@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
 
@@ -174,6 +175,15 @@ def as_json(value: Any, *, indent: int = 2) -> str:
 
     text = msgspec.json.format(wire.to_json(value), indent=indent)
     return HOSTILE.sub(lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file; one that is there already may be the only good one, and is left alone."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise errors.InvalidInput(f"{path} cannot be written: {error.strerror}", hint="give another file") from error
 
 
 def as_yaml(value: Any) -> str:

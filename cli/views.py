@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         RecallImpact,
         RetentionRow,
         RetentionView,
+        SignatureView,
         StageEventView,
         Submitted,
         SuiteView,
@@ -148,6 +149,7 @@ def version_text(view: VersionView, out: Output) -> str:
         ("source", [view.source or ""]),
         ("created", [f"{when(view.created_at)} UTC by {view.created_by}"]),
         ("content", [f"sha256:{view.content_digest}"]),
+        ("signatures", map(_signature_text, view.signatures)),
         ("recipe", [f"sha256:{view.recipe_digest}" if view.recipe_digest else ""]),
         ("files", [f"{f.path}  {size(f.size_bytes)}  sha256:{f.sha256[:16]}" for f in view.files]),
         ("location", [view.location]),
@@ -318,7 +320,7 @@ def tune_text(view: TuneView, out: Output, *, explain: bool) -> str:
 
 
 def history_text(view: HistoryView, out: Output) -> str:
-    notes = ("rename", "mlflow", "tag")  # no stage is emptied by them
+    notes = ("rename", "mlflow", "tag", "sign")  # no stage is emptied by them
     rows = [
         [
             str(e.seq), when(e.at), e.stage or "-", e.action, e.ref or ("-" if e.action in notes else "(empty)"),
@@ -367,6 +369,21 @@ def approval_text(event: StageEventView) -> str:
     return printable(f"{event.actor} {word} of {event.ref} for {event.stage}")
 
 
+def signed_text(version: VersionView, signature: SignatureView, out: Output) -> str:
+    """What was signed, for the one who did."""
+    fields: list[tuple[str, Iterable[str]]] = [
+        ("key", [signature.keyid]),
+        ("content", [f"sha256:{version.content_digest}"]),
+        ("files", [f"{file.path}  sha256:{file.sha256}" for file in version.files]),
+    ]
+    return "\n".join([f"{out.paint(printable(version.ref), 'bold')} is signed", *_fields(fields, out)])
+
+
+def _signature_text(signature: SignatureView) -> str:
+    state = f"does not count: {signature.fault}" if signature.fault else "verified"
+    return f"key {signature.keyid[:16]}  {when(signature.at)} UTC by {signature.by}, {state}"
+
+
 def gates_text(view: GatesView, out: Output) -> str:
     """The gates as they are written, with who set them."""
     from .output import as_yaml  # deferred: help prints no YAML
@@ -387,6 +404,7 @@ def decision_text(view: Decision, out: Output) -> str:
     fields: list[tuple[str, Iterable[str]]] = [
         ("content", [f"sha256:{view.evidence.content_digest}"]),
         ("approvals", [", ".join(view.evidence.approvals)]),
+        ("signatures", [f"by the key {each.key}" for each in view.evidence.signatures if not each.fault]),
     ]
     return "\n".join([title, *_fields(fields, out), *_judged_lines(view.verdict.conditions, out)])
 
@@ -454,6 +472,7 @@ def verification_text(view: Verification, out: Output) -> str:
         ("files", [view.files]),
         ("recipe", [view.recipe + distance]),
         ("details", view.details),
+        ("signatures", map(_signature_text, view.signatures)),
     ]
     return "\n".join([out.paint(printable(view.ref), "bold"), *_fields(fields, out)])
 

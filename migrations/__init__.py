@@ -15,7 +15,7 @@ from ..registry.domain.errors import Misconfigured
 from ..registry.stores.sql.engine import Database
 
 #: The newest revision in `versions/`; a test holds both together.
-HEAD_REVISION = "0008"
+HEAD_REVISION = "0009"
 VERSION_TABLE = "adapterctl_alembic_version"
 
 SchemaState = Literal["empty", "older", "current", "newer"]

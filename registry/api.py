@@ -25,6 +25,7 @@ from .domain.plan import Forecast, Interference, Pair
 from .domain.recall import RecallAction
 from .domain.recipe import LayerWeights, MergeRequest, ResizeRequest
 from .domain.refs import Ref
+from .domain.signature import Envelope
 from .domain.suite import Suite
 from .domain.tuning import TuneRequest, searched
 from .domain.verdict import Decision, Judged, Outcome
@@ -52,11 +53,26 @@ class RecallView:
 
 
 @dataclass(frozen=True, slots=True)
+class SignatureView:
+    """A signature of a version. `keyid` is the SHA-256 of the public `key`; `by` handed it in.
+
+    `fault` says why it does not count; it is empty where the key signed the version as it is recorded.
+    """
+
+    keyid: str
+    key: str
+    by: str
+    at: str
+    fault: str
+    envelope: Envelope
+
+
+@dataclass(frozen=True, slots=True)
 class VersionView:
     """A version as people see it. `loss` is the relative loss that its receipt measured (merges only).
 
     `imported` says of metrics that were neither given at registration nor measured by this registry where they are
-    from, `converted` from what its own header says that it was converted; listings leave both out.
+    from, `converted` from what its own header says that it was converted; listings leave out both, and `signatures`.
     """
 
     ref: str
@@ -96,6 +112,7 @@ class VersionView:
     mlflow_path: str = ""
     recall: RecallView | None = None
     converted: Conversion | None = None
+    signatures: tuple[SignatureView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -564,13 +581,17 @@ class GateCheck:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """`verdict` of the stored bytes against the manifest, and of the recipe run again (merges)."""
+    """`verdict` of the stored bytes against the manifest, and of the recipe run again (merges).
+
+    `signatures` are held against the manifest; one that does not count does not make a version bad.
+    """
 
     ref: str
     files: Literal["intact", "damaged"]
     recipe: Literal["identical", "equal within bound", "different", "not a merge", "skipped"]
     distance: float | None
     details: tuple[str, ...] = ()
+    signatures: tuple[SignatureView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -816,6 +837,13 @@ class RegistryAPI(Protocol):
 
     def approve(self, ref: Ref, *, to: str, reason: str = "", withdraw: bool = False) -> StageEventView:
         """Record that the caller approves of a version for a stage, or no longer does."""
+        ...
+
+    def sign(self, ref: Ref, *, envelope: Envelope, key: str) -> SignatureView:
+        """Keep a signature that the owner of a key made of a version; `key` is the public one, in PEM or base64.
+
+        Signing again adds nothing. Raises `Refused` where it is not by that key, or not of this version as it is.
+        """
         ...
 
     def history(

@@ -18,6 +18,7 @@ from .domain.evals import EvalReport
 from .domain.event import Event, EventKind
 from .domain.job import Job, JobEvent, JobState, LogPiece, NewJob, Progress, QueueDepth
 from .domain.recall import Recall, RecallAction, Recalls
+from .domain.signature import Envelope, PublicKey, Signature
 from .domain.stage import ApprovalAction, MoveAction, NoteAction, StageEvent
 from .domain.version import AdapterVersion, Base, Edge, EdgeKind, NewVersion, Placement, VersionDetail
 from .domain.worker import Queue, Worker
@@ -418,6 +419,17 @@ class Ledger(Protocol):
         self, version_id: str, put: Mapping[str, str], remove: Sequence[str], *, actor: str, reason: str
     ) -> AdapterVersion:
         """Set and remove tags of a live version, with a note in the history where that changes anything."""
+        ...
+
+    def add_signature(self, version_id: str, key: PublicKey, envelope: Envelope, *, actor: str) -> Signature:
+        """Keep a signature of a live version, with a note in the history. Whether it holds is the caller's to know.
+
+        Raises `Refused` for a version that was removed, and for more than `MAX_SIGNATURES` of one.
+        """
+        ...
+
+    def signatures(self, version_id: str) -> list[Signature]:
+        """Those of a version, the earliest first; what becomes of the version takes none away."""
         ...
 
     def record_note(

@@ -16,6 +16,7 @@ from ..complete import complete_names, complete_refs, complete_stages
 from ..connect import Session, add_verbs, confirm
 from ..diff_text import diff_text
 from ..output import printable
+from ..signing import signature_of
 
 if TYPE_CHECKING:
     from ...registry.api import Registered
@@ -229,14 +230,26 @@ def pull(
     session: Session,
     ref: RefArgument,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is new or empty.")],
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Only what this public key has signed, Ed25519 in PEM.")
+    ] = None,
 ) -> None:
     """Copy the files of a version into a folder.
 
-    They are in PEFT's layout and checked against the digests.
+    They are in PEFT's layout and checked against the digests. With --key the digests are those that were signed,
+    whatever the registry says; exits with 5 and copies nothing where that key did not sign them.
 
     Example: adapterctl pull translate@production ./translate
     """
-    version = session.registry(readonly=True).pull(parse_ref(ref), folder)
+    registry = session.registry(readonly=True)
+    asked = parse_ref(ref)
+    if key is not None:
+        signed = registry.version(asked)
+        signature_of(asked, signed, key)
+        asked = Ref(signed.name, number=signed.number)
+    version = registry.pull(asked, folder)
+    if key is not None:
+        signature_of(asked, version, key)  # for what was copied is what the registry said now, not before
     session.out.say(f"{version.ref} is in {printable(folder)}")
     if version.recall:
         session.out.warn(f"{version.ref} is recalled: {version.recall.reason}")

@@ -5,6 +5,7 @@ that a recipe repeats; and the recipes of a family run again with another parent
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +16,8 @@ from .. import parse, views
 from ..complete import complete_names, complete_refs
 from ..connect import Session, add_verbs, confirm
 from ..follow import follow, version_of
+from ..output import printable, write_new
+from ..signing import signature_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -214,24 +217,43 @@ def verify(
             "--rerun/--no-rerun", help="Run the recipe of a merge again.  [default: rerun; with --all no-rerun]"
         ),
     ] = None,
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The public key that has to have signed it, Ed25519 in PEM.")
+    ] = None,
+    envelope: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --key: write what it signed, for tools that read DSSE.")
+    ] = None,
 ) -> None:
     """Check stored bytes, and that a merge repeats.
 
     Compares the files with their digests and runs the recipe of a merge again. With --all the files of every
-    version, and its merges only with --rerun. Exits with 1 when bytes are damaged or a recipe gives something else.
+    version, and its merges only with --rerun. Exits with 1 when bytes are damaged or a recipe gives something else,
+    and with 5 when the key did not sign the version.
 
     Example: adapterctl verify translate-chat:v1
     """
     if every == (ref is not None):
         raise InvalidInput("verify takes one version, or --all", hint="adapterctl verify --all")
+    if envelope is not None and key is None:
+        raise InvalidInput("--envelope is for --key", hint=f"adapterctl verify REF --key FILE --envelope {envelope}")
     if ref is None:
+        if key is not None:
+            raise InvalidInput("--key is for one version", hint=f"adapterctl verify REF --key {key}")
         _verify_all(session, rerun=bool(rerun))
         return
     asked = parse_ref(ref)
+    version = session.registry(readonly=True).version(asked)
+    signed = signature_of(asked, version, key) if key is not None else None
     # only a recipe that is run again needs a home that can be written
-    again = rerun is not False and session.registry(readonly=True).version(asked).recipe_digest is not None
+    again = rerun is not False and version.recipe_digest is not None
     found = session.registry(readonly=not again).verify(asked, rerun=again)
     session.out.data(found, text=lambda: views.verification_text(found, session.out), names=[found.ref])
+    if signed is not None:
+        session.out.say(f"signed by {printable(str(key))}")
+    if signed is not None and envelope is not None:
+        from ...registry.wire import to_json  # deferred: help writes no JSON
+
+        write_new(envelope, to_json(signed) + "\n")
     if found.files == "damaged" or found.recipe == "different":
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""For those who decide which version serves: tag, approve, promote, rollback, demote, adopt, recall, the history."""
+"""For those who decide which version serves: tag, approve, sign, promote, rollback, demote, adopt, recall, history."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...registry.domain.errors import InvalidInput, NotFound
-from ...registry.domain.refs import check_alias, check_name, is_glob, parse_ref
+from ...registry.domain.errors import InvalidInput, NotFound, Refused
+from ...registry.domain.refs import Ref, check_alias, check_name, is_glob, parse_ref
 from ...registry.domain.stage import Head
 from .. import parse, views
 from ..complete import complete_names, complete_refs, complete_stages
 from ..connect import Session, add_verbs
 from ..feed import show_events
-from ..output import printable
+from ..output import printable, write_new
 from ..signing import sign as sign_head
-from ..signing import signature_findings
+from ..signing import sign_version, signature_findings
 
 if TYPE_CHECKING:
-    from ...registry.api import HistoryView, StageEventView
+    from ...registry.api import HistoryView, StageEventView, VersionView
 
 GROUP = "Evaluation and stages"
 
@@ -33,7 +33,7 @@ Force = Annotated[bool, typer.Option("--force", help="Though the gate refuses; n
 
 
 def add_to(app: typer.Typer) -> None:
-    verbs = (tag, approve, promote, rollback, demote, adopt, history, recall)
+    verbs = (tag, approve, sign, promote, rollback, demote, adopt, history, recall)
     add_verbs(app, {verb.__name__: verb for verb in verbs}, group=GROUP)
 
 
@@ -96,6 +96,35 @@ def approve(
     """
     event = session.registry().approve(parse_ref(ref), to=check_alias(to), reason=reason, withdraw=withdraw)
     session.out.data(event, text=lambda: views.approval_text(event), names=[event.ref or ""])
+
+
+def sign(
+    session: Session,
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)],
+    key: Annotated[Path, typer.Option(metavar="FILE", help="Your private key, Ed25519 in PEM; it goes nowhere.")],
+    files: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Only if the files in this folder are those of the version.")
+    ] = None,
+) -> None:
+    """Sign a version with a key of yours.
+
+    Says that these files, by their digests, are this version. A gate may ask for signatures by the keys that it
+    names. Without --files the digests are those that the registry tells. Nothing is promoted.
+
+    Example: adapterctl sign translate-chat:v1 --key my.key --files ./pulled
+    """
+    asked = parse_ref(ref)
+    registry = session.registry()
+    version = registry.version(asked)
+    if version.recall:
+        session.out.warn(f"{version.ref} is recalled: {version.recall.reason}")
+    if files is not None:
+        _check_same(version, files)
+    envelope, public = sign_version(asked, version, key)
+    signature = registry.sign(Ref(version.name, number=version.number), envelope=envelope, key=str(public))
+    session.out.data(
+        signature, text=lambda: views.signed_text(version, signature, session.out), names=[signature.keyid]
+    )
 
 
 def rollback(session: Session, name: Name, stage: Stage, reason: Reason = "") -> None:
@@ -233,6 +262,17 @@ def recall(
     )
 
 
+def _check_same(version: VersionView, folder: Path) -> None:
+    from ...registry.services.pull import damage  # deferred: help reads no files
+
+    other = damage(folder, version.files)
+    if other:
+        raise Refused(
+            f"the files in {folder} are not those of {version.ref}: {'; '.join(other)}",
+            hint=f"look at what you would sign: adapterctl pull {version.ref} DIR",
+        )
+
+
 def _show(session: Session, event: StageEventView) -> None:
     for warning in event.warnings:
         session.out.warn(warning)
@@ -251,13 +291,8 @@ def _read_head(path: Path) -> str:
 
 
 def _write_head(found: HistoryView, path: Path, key: Path | None) -> None:
-    """Write the head of a history; a file that is there already may be the only good one, and is left alone."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     head = Head(registry=found.registry_id, name=found.name, seq=found.rows, hash=found.head, time=now)
     if key is not None:
         head = sign_head(head, key)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(head.to_json()) + "\n")
-    except OSError as error:
-        raise InvalidInput(f"{path} cannot be written: {error.strerror}", hint="give another file") from error
+    write_new(path, json.dumps(head.to_json()) + "\n")

@@ -15,8 +15,9 @@ from .errors import InvalidInput, Problem, raise_all
 from .evals import CONFIDENCE
 from .fields import Fields, kind_of
 from .refs import check_alias, is_like
+from .signature import read_public_key
 
-GATE_KEYS = ("stage", "adapters", "require", "receipt", "fresh", "evaluated_here", "tags", "license")
+GATE_KEYS = ("stage", "adapters", "require", "receipt", "fresh", "evaluated_here", "tags", "license", "signatures")
 ASKING = frozenset(GATE_KEYS) - {"stage", "adapters"}
 FRESH = ("suite", "base")
 MAX_GATES, MAX_CONDITIONS, MAX_VALUES, MAX_TEXT = 64, 100, 64, 250
@@ -35,6 +36,7 @@ Kind = Literal[
     "version_age",
     "evaluation_age",
     "approvals",
+    "signatures",
     "tag",
     "license",
 ]
@@ -67,7 +69,8 @@ class Condition:
     """One thing that a version has to show. `text` is how it was written.
 
     `confidence` is that of the interval whose bound decides, None where the estimate does. `strict` says that it was
-    asked for in so many words, so that a figure without an interval is not enough.
+    asked for in so many words, so that a figure without an interval is not enough. `keys` are pairs of the name that
+    the gate gives a key and the id of the key.
     """
 
     text: str
@@ -79,6 +82,7 @@ class Condition:
     name: str = ""
     places: tuple[tuple[str, str], ...] = ()
     values: tuple[str, ...] = ()
+    keys: tuple[tuple[str, str], ...] = ()
 
     @property
     def looks_at(self) -> float:
@@ -137,6 +141,7 @@ def _check_gate(entry: Any, where: str, stages: Sequence[str] | None, problems: 
     conditions = [
         *_check_lines(fields, where, problems),
         *_check_keys(fields, entry if isinstance(entry, dict) else {}),
+        *_check_signatures(entry, where, problems),
     ]
     if isinstance(entry, dict) and not entry.keys() & ASKING:
         fields.problem("require", "is missing, and no other key asks for anything: the gate would be open")
@@ -277,6 +282,36 @@ def _check_tags(fields: Fields, entry: Mapping[Any, Any]) -> list[Condition]:
         asked = f" is {' or '.join(values)}" if values else ""
         found.append(Condition(f"tag {key}{asked}", "tag", name=key, values=tuple(values)))
     return found
+
+
+def _check_signatures(entry: Any, where: str, problems: list[Problem]) -> list[Condition]:
+    """`signatures: {keys: {NAME: KEY}, at_least: N}`; the names are the gate's own, for its answers."""
+    if not isinstance(entry, dict) or "signatures" not in entry:
+        return []
+    asked = entry["signatures"]
+    fields = Fields(asked, f"{where}.signatures", ("keys", "at_least"), problems, of="signatures", inside=True)
+    given = asked.get("keys") if isinstance(asked, dict) else None
+    if not isinstance(given, dict) or not 1 <= len(given) <= MAX_VALUES:
+        if isinstance(asked, dict):
+            said = f"{len(given)} keys" if isinstance(given, dict) else kind_of(given)
+            fields.problem("keys", f"is {said}, expected 1 to {MAX_VALUES} names, each with its public key")
+        return []
+    keys: dict[str, str] = {}
+    for name, text in given.items():
+        try:
+            if not _is_word(name):
+                raise InvalidInput("is no name, expected a text (write '1' in quotes)")
+            key = read_public_key(text if isinstance(text, str) else repr(text)).id
+        except InvalidInput as error:
+            fields.problem(f"keys.{name}", error.message, error.hint)
+            continue
+        if key in keys:
+            fields.problem(f"keys.{name}", f"is the key of {keys[key]}, expected another one")
+        keys[key] = name
+    at_least = fields.number("at_least", 1, 1, len(given))
+    text = f"signatures: {at_least} of {', '.join(keys.values())}"
+    pairs = tuple((name, key) for key, name in keys.items())
+    return [Condition(text, "signatures", ">=", float(at_least), keys=pairs)]
 
 
 def _is_word(value: Any) -> bool:

@@ -2,8 +2,8 @@
 
 The chain makes an edit, a deletion or a swap inside the history visible. Truncation and a rewrite from the start are
 visible only against a head that was kept elsewhere. Approvals are rows of the same chain, and so are notes: that the
-adapter was renamed, that a version was tagged, and what people did to it in MLflow. A note about no stage has an empty
-one.
+adapter was renamed, that a version was tagged or signed, and what people did to it in MLflow. A note about no stage has
+an empty one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .errors import InvalidInput
 MoveAction = Literal["promote", "force", "rollback", "demote", "adopt"]
 ApprovalAction = Literal["approve", "withdraw"]
 #: `rename`: the adapter has another name since. `mlflow`: done in MLflow past us, where a server saw it. `tag`: tags of
-#: a version were set or removed.
-NoteAction = Literal["rename", "mlflow", "tag"]
+#: a version were set or removed. `sign`: someone handed in a signature of a version, by the key that the reason names.
+NoteAction = Literal["rename", "mlflow", "tag", "sign"]
 StageAction = MoveAction | ApprovalAction | NoteAction
 GENESIS = "0" * 64
 #: MLflow knows these two stages only, in this order of rank; other stages of ours are aliases alone.

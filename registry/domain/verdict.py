@@ -63,6 +63,14 @@ class Receipt:
     loss: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """A signature of the version, by the id of its key; `fault` is why it does not count, nothing where it does."""
+
+    key: str
+    fault: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """All that a verdict stands on. Ages are in hours, `evaluation_age` that of the oldest evaluation that counts.
@@ -86,6 +94,7 @@ class Evidence:
     evaluation_age: float | None = None
     version_age: float = 0.0
     approvals: tuple[str, ...] = ()
+    signatures: tuple[Signed, ...] = ()
     tags: Mapping[str, str]
     license: str | None = None
 
@@ -252,6 +261,21 @@ def _approvals(condition: Condition, evidence: Evidence) -> Judged:
     return replace(judged, found=", ".join(evidence.approvals) or "nobody")
 
 
+def _signatures(condition: Condition, evidence: Evidence) -> Judged:
+    """Each key counts once, however often it signed; a signature that does not hold counts for nobody."""
+    good = {each.key for each in evidence.signatures if not each.fault}
+    faults = {each.key: each.fault for each in evidence.signatures}
+    signers = [name for name, key in condition.keys if key in good]
+    others = [
+        f"{name} did not sign" if key not in faults else f"what {name} signed does not count, for {faults[key]}"
+        for name, key in condition.keys
+        if key not in good
+    ]
+    judged = _counted(condition, float(len(signers)), "the number of signatures")
+    reason = f"{judged.reason}: {'; '.join(others)}" if judged.reason else ""
+    return replace(judged, found=", ".join(signers) or "nobody", reason=reason)
+
+
 def _tag(condition: Condition, evidence: Evidence) -> Judged:
     value = evidence.tags.get(condition.name)
     if value is None:
@@ -281,6 +305,7 @@ _JUDGES: Mapping[Kind, Callable[[Condition, Evidence], Judged]] = {
     "version_age": _version_age,
     "evaluation_age": _evaluation_age,
     "approvals": _approvals,
+    "signatures": _signatures,
     "tag": _tag,
     "license": _license,
 }

@@ -11,6 +11,7 @@ from ..domain.access import EVERY_NAME, Scope
 from ..domain.base_dtype import DTYPES
 from ..domain.recipe import MergeRequest, ResizeRequest, parse_layer_weights
 from ..domain.refs import check_name, parse_parent, parse_ref
+from ..domain.signature import MAX_PAYLOAD, MAX_SEAL, MAX_SEALS, MAX_TYPE, PAYLOAD_TYPE, Envelope, Seal
 from ..domain.tuning import DEFAULT_BUDGET, TuneRequest
 
 Text = Annotated[str, Field(max_length=5000)]
@@ -172,6 +173,34 @@ class TagsBody(Body):
     put: Annotated[dict[Short, Text], Field(max_length=64, examples=[{"reviewed": "yes"}])] = {}
     remove: Annotated[list[Short], Field(max_length=64)] = []
     reason: Text = ""
+
+
+class SealBody(BaseModel):
+    """One signature of an envelope. DSSE wants fields that are not known to be passed over, in the envelope too."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    sig: Annotated[str, Field(max_length=MAX_SEAL, description="base64")]
+    keyid: Annotated[str, Field(max_length=MAX_SEAL)] = ""
+
+
+class EnvelopeBody(BaseModel):
+    """DSSE around the in-toto Statement that docs/gates.md describes."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    payload: Annotated[str, Field(max_length=MAX_PAYLOAD, description="base64")]
+    payloadType: Annotated[str, Field(max_length=MAX_TYPE, examples=[PAYLOAD_TYPE])]
+    signatures: Annotated[list[SealBody], Field(min_length=1, max_length=MAX_SEALS)]
+
+    def seen(self) -> Envelope:
+        seals = tuple(Seal(seal.sig, seal.keyid) for seal in self.signatures)
+        return Envelope(self.payload, self.payloadType, seals)
+
+
+class SignatureBody(Body):
+    envelope: EnvelopeBody
+    key: Annotated[str, Field(max_length=1000, description="The public Ed25519 key, in PEM or the base64 of it.")]
 
 
 class StageBody(Body):

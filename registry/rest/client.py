@@ -36,6 +36,7 @@ from ..api import (
     RecallImpact,
     Registered,
     RetentionView,
+    SignatureView,
     StageEventView,
     Submitted,
     SuiteView,
@@ -51,6 +52,7 @@ from ..domain.evals import EvalReport
 from ..domain.job import Job, JobEvent, LogPiece
 from ..domain.recipe import MergeRequest, ResizeRequest
 from ..domain.refs import Ref, parse_source
+from ..domain.signature import Envelope
 from ..domain.suite import Suite
 from ..domain.tuning import TuneRequest
 from ..domain.verdict import Decision
@@ -382,6 +384,9 @@ class RemoteRegistry:
     def approve(self, ref: Ref, *, to: str, reason: str = "", withdraw: bool = False) -> StageEventView:
         body = {"version": _selector(ref), "to": to, "reason": reason, "withdraw": withdraw}
         return self._post(f"/v1/adapters/{_quoted(ref.name)}/approvals", body, StageEventView)
+
+    def sign(self, ref: Ref, *, envelope: Envelope, key: str) -> SignatureView:
+        return self._post(f"{_path(ref)}/signatures", {"envelope": envelope, "key": key}, SignatureView)
 
     def history(
         self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None

@@ -43,6 +43,7 @@ from ..api import (
     Registered,
     RetentionView,
     ServedRegistry,
+    SignatureView,
     StageEventView,
     Submitted,
     SuiteView,
@@ -364,6 +365,13 @@ def tag(name: str, version: str, body: bodies.TagsBody, call: Promote) -> Respon
     call.caller.check_change(name)
     done = call.registry.tag(version_ref(name, version), put=body.put, remove=body.remove, reason=body.reason)
     return _reply(done)
+
+
+@router.post("/adapters/{name}/versions/{version}/signatures", response_model=SignatureView)
+def sign(name: str, version: str, body: bodies.SignatureBody, call: Merge) -> Response:
+    """Keep a signature of a version. Its weight is that of the key, so whoever may make versions may hand one in."""
+    call.caller.check_change(name)
+    return _reply(call.registry.sign(version_ref(name, version), envelope=body.envelope.seen(), key=body.key))
 
 
 @router.post("/adapters/{name}/recalls", response_model=RecallImpact)

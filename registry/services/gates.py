@@ -29,6 +29,7 @@ from ..wire import from_json
 from .evaluate import is_imported, merged_from, parents_of
 from .read_yaml import parse_yaml, read_limited
 from .retain import retention_view
+from .signatures import evidence_of
 from .suites import suites_of
 from .views import iso_time, recall_views
 
@@ -164,6 +165,7 @@ def collect(ledger: Ledger, version: AdapterVersion, stage: str, conditions: Seq
         evaluation_age=_evaluation_age(ledger, current if suites else reports, now),
         version_age=round((now - version.created_at) / _HOUR_S, 4),
         approvals=approvals(ledger.stage_history(version.adapter_id, stage), version.id, stage),
+        signatures=evidence_of(ledger, version, {key for each in conditions for _, key in each.keys}),
         tags=version.spec.tags,
         license=version.spec.license,
     )

@@ -38,6 +38,7 @@ from ..api import (
     RecallImpact,
     Registered,
     RetentionView,
+    SignatureView,
     StageEventView,
     Submitted,
     SuiteView,
@@ -53,6 +54,7 @@ from ..domain.job import Job, JobEvent, LogPiece, QueueDepth
 from ..domain.recall import RecallAction
 from ..domain.recipe import MergeRequest, ResizeRequest
 from ..domain.refs import Ref, check_name
+from ..domain.signature import Envelope
 from ..domain.suite import Suite
 from ..domain.tuning import TuneRequest
 from ..domain.verdict import Decision
@@ -79,6 +81,7 @@ from . import (
     resize,
     schedule,
     select,
+    sign,
     tag,
     trace,
     tune,
@@ -303,7 +306,7 @@ class LocalRegistry:
     def start_verification(self, ref: Ref, *, rerun: bool = True) -> Verification | Job:
         version = resolve(self.ledger, ref)
         if not rerun or version.spec.recipe_digest is None:
-            return verify.verification(version, verify.check_files(self.folders, version), None)
+            return verify.verification(self.ledger, version, verify.check_files(self.folders, version), None)
         new = verify.new_verification(version, actor=self.settings.actor)
         return schedule.ask(self.ledger, self.bell, new)
 
@@ -315,7 +318,8 @@ class LocalRegistry:
             raise Conflict(f"job {job_id} is {job.state}", hint=f"adapterctl jobs wait {job_id}")
         schedule.raise_for(job)
         version = self.ledger.versions_by_id([job.spec["version_id"]])[job.spec["version_id"]]
-        return verify.verification(version, verify.check_files(self.folders, version), verify.outcome_of(job))
+        findings = verify.check_files(self.folders, version)
+        return verify.verification(self.ledger, version, findings, verify.outcome_of(job))
 
     def remove(self, ref: Ref, *, reason: str) -> VersionView:
         version = resolve(self.ledger, ref, removed=True)
@@ -499,6 +503,10 @@ class LocalRegistry:
     def approve(self, ref: Ref, *, to: str, reason: str = "", withdraw: bool = False) -> StageEventView:
         self._check_stage(ref)
         return self._stages.approve(resolve(self.ledger, ref), stage=to, reason=reason, withdraw=withdraw)
+
+    def sign(self, ref: Ref, *, envelope: Envelope, key: str) -> SignatureView:
+        self._check_stage(ref)
+        return sign.sign(self.ledger, resolve(self.ledger, ref), envelope, key, actor=self.settings.actor)
 
     def history(
         self, name: str, *, stage: str | None = None, verify: bool = False, head: str | None = None

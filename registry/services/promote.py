@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from ..api import HistoryView, StageEventView
 from ..crashpoints import reached
 from ..domain.errors import DecisionOutdated, InvalidInput, NotFound, Refused, StageMoved, Unavailable
+from ..domain.signature import SIGNED_BY
 from ..domain.stage import (
     GENESIS,
     LEGACY_STAGES,
@@ -330,7 +331,7 @@ def history(
 
 
 def _verify_evidence(ledger: Ledger, events: Sequence[StageEvent]) -> list[str]:
-    """Rows whose evidence is not there, or is not what it was."""
+    """Rows whose evidence or signature is not there, or whose evidence is not what it was."""
     referred = {event.seq: event.evidence for event in events if event.evidence is not None}
     kept = ledger.decisions(list(referred.values()))
     findings = []
@@ -339,6 +340,11 @@ def _verify_evidence(ledger: Ledger, events: Sequence[StageEvent]) -> list[str]:
             findings.append(f"the evidence of row {seq} is gone")
         elif record_digest(kept[digest]) != digest:
             findings.append(f"the evidence of row {seq} was edited")
+    for event in events:
+        if event.action == "sign" and event.version_id is not None:
+            keys = {each.key.id for each in ledger.signatures(event.version_id)}
+            if event.reason.removeprefix(SIGNED_BY) not in keys:
+                findings.append(f"the signature of row {event.seq} is gone")
     return findings
 
 

@@ -24,6 +24,7 @@ from .merge import merge_task
 from .pull import damage
 from .schedule import Done, Task
 from .staging import stage_folder
+from .views import signature_views
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +60,17 @@ def outcome_of(job: Job) -> Comparison:
     return from_builtins(job.result, Comparison)
 
 
-def verification(version: AdapterVersion, findings: Sequence[str], outcome: Comparison | None) -> Verification:
+def verification(
+    ledger: Ledger, version: AdapterVersion, findings: Sequence[str], outcome: Comparison | None
+) -> Verification:
     """Both verdicts in one answer; `outcome` is None where the recipe was not run."""
     files: Literal["intact", "damaged"] = "damaged" if findings else "intact"
+    signatures = signature_views(ledger, version)
     if outcome is None:
         skipped: Literal["skipped", "not a merge"] = "skipped" if version.spec.recipe_digest else "not a merge"
-        return Verification(version.label, files, skipped, None, tuple(findings))
-    return Verification(version.label, files, outcome.verdict, outcome.distance, (*findings, *outcome.details))
+        return Verification(version.label, files, skipped, None, tuple(findings), signatures)
+    details = (*findings, *outcome.details)
+    return Verification(version.label, files, outcome.verdict, outcome.distance, details, signatures)
 
 
 def verify_all(registry: RegistryAPI, *, rerun: bool = False) -> Verifications:

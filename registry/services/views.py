@@ -7,15 +7,17 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from ..api import AdapterView, ParentView, RecallView, VersionView
+from ..api import AdapterView, ParentView, RecallView, SignatureView, VersionView
 from ..domain.conversion import CONVERTED, Conversion
 from ..domain.digest import is_digest
 from ..domain.errors import Corrupt, InvalidAdapter
 from ..domain.evals import HERE, REGISTERED
 from ..domain.header import strict_json_object
+from ..domain.signature import Signature
 from ..domain.version import AdapterVersion, Edge
 from ..ports import Ledger
 from ..wire import from_builtins
+from .signatures import signed
 
 
 def iso_time(seconds: float) -> str:
@@ -57,6 +59,22 @@ def version_view(ledger: Ledger, version: AdapterVersion) -> VersionView:
         receipt=detail.receipt,
         imported={key: source for key, source in sources.items() if not source.startswith(own)},
         converted=_conversion(detail.facts.metadata),
+        signatures=signature_views(ledger, version),
+    )
+
+
+def signature_views(ledger: Ledger, version: AdapterVersion) -> tuple[SignatureView, ...]:
+    return tuple(signature_view(signature, wrong) for signature, wrong in signed(ledger, version))
+
+
+def signature_view(signature: Signature, fault: str) -> SignatureView:
+    return SignatureView(
+        keyid=signature.key.id,
+        key=str(signature.key),
+        by=signature.actor,
+        at=iso_time(signature.at),
+        fault=fault,
+        envelope=signature.envelope,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,17 @@ import mlflow
 import numpy as np
 import pytest
 import yaml
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from keys import public, write_key
 from tiny import LINEAR, header_bytes, safetensors_bytes, write_tiny_lycoris
 from tiny_merge import WEIGHTS, deltas, distance, facts_of
 
 from adapterctl.bootstrap import connect
+from adapterctl.cli.signing import sign_version, signature_of
 from adapterctl.migrations import VERSION_TABLE
 from adapterctl.registry.domain.digest import file_digest
+from adapterctl.registry.domain.errors import Refused
 from adapterctl.registry.domain.job import JobState, NewJob
+from adapterctl.registry.domain.refs import Ref, parse_ref
 from adapterctl.registry.domain.version import local_folder
 from adapterctl.registry.services import doctor
 
@@ -576,11 +580,8 @@ def test_history_finds_a_head_that_is_no_longer_there(run: Run, pair: Path, tmp_
 
 def test_a_signed_head_tells_who_vouches_for_it(run: Run, pair: Path, tmp_path: Path):
     run("promote", "translate:v1", "--to", "staging")
-    keys = {name: Ed25519PrivateKey.generate() for name in ("ada", "eve")}
-    for name, key in keys.items():
-        (tmp_path / f"{name}.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        (tmp_path / f"{name}.pub").write_bytes(public)
+    for name in ("ada", "eve"):
+        write_key(tmp_path, name)
     signed, bare, forged, broken = (tmp_path / name for name in ("signed", "bare", "forged", "broken"))
 
     def verify(head: Path, key: str, code: int) -> Any:
@@ -606,6 +607,65 @@ def test_a_signed_head_tells_who_vouches_for_it(run: Run, pair: Path, tmp_path: 
     assert not (tmp_path / "x").exists()
     run("history", "translate", "--verify", "--key", str(tmp_path / "ada.pub"), code=2)
     run("history", "translate", "--sign", str(tmp_path / "ada.key"), code=2)
+
+
+def test_a_signature_from_the_key_to_who_pulls_only_what_was_signed(run: Run, pair: Path, tmp_path: Path):
+    ada, _ = (write_key(tmp_path, name) for name in ("ada", "eve"))
+    key, eve = {"key": str(tmp_path / "ada.key"), "pub": str(tmp_path / "ada.pub")}, str(tmp_path / "eve.pub")
+    pulled, served, written = (tmp_path / name for name in ("pulled", "served", "envelope.json"))
+    run("pull", "translate:v1", str(pulled))
+
+    unsigned = run("pull", "translate:v1", str(served), "--key", key["pub"], code=5)
+    signed = run("sign", "translate:v1", "--key", key["key"], "--files", str(pulled))
+    other = run("verify", "translate:v1", "--key", eve, code=5)
+    verified = run("verify", "translate:v1", "--key", key["pub"], "--envelope", str(written))
+    run("pull", "translate:v1", str(served), "--key", key["pub"])
+
+    keyid = public(ada).id
+    assert "translate:v1 has no signature by that key: ada.pub did not sign it" in unsigned.stderr
+    assert re.match(f"translate:v1 is signed\n  key +{keyid}\n", signed.stdout)
+    assert f"adapter_config.json  sha256:{file_digest(pulled / 'adapter_config.json')}" in signed.stdout
+    assert "eve.pub did not sign it" in other.stderr
+    assert re.search(f"signatures  key {keyid[:16]}  .* by .*, verified", verified.stdout)
+    assert f"key {keyid[:16]}" in run("show", "translate:v1").stdout
+    assert (served / "adapter_config.json").is_file()
+    envelope = json.loads(written.read_text())
+    assert envelope == run("show", "translate:v1", "-o", "json").data["signatures"][0]["envelope"]
+    message = b"DSSEv1 28 application/vnd.in-toto+json %d %b"
+    body = base64.b64decode(envelope["payload"])
+    ada.public_key().verify(base64.b64decode(envelope["signatures"][0]["sig"]), message % (len(body), body))
+    (pulled / "adapter_config.json").write_text("{}")
+    changed = run("sign", "translate:v1", "--key", str(tmp_path / "eve.key"), "--files", str(pulled), code=5)
+    assert "adapter_config.json has 2 bytes, the manifest says" in changed.stderr
+    assert len(run("show", "translate:v1", "-o", "json").data["signatures"]) == 1
+    for words in (
+        ("sign", "translate:v1", "--key", key["pub"]),
+        ("sign", "translate:v1", "--key", str(tmp_path / "nowhere")),
+        ("verify", "translate:v1", "--key", key["key"]),
+        ("verify", "--all", "--key", key["pub"]),
+        ("verify", "translate:v1", "--envelope", str(written)),
+        ("verify", "translate:v1", "--key", key["pub"], "--envelope", str(written)),  # is there already
+    ):
+        run(*words, code=2)
+
+
+def test_what_a_server_tells_of_another_version_is_not_taken_for_the_one_that_was_asked_for(pair: Path, tmp_path: Path):
+    write_key(tmp_path, "ada")
+    registry = connect()
+    with closing(registry.ledger):
+        version = registry.version(parse_ref("translate:v1"))
+        envelope, key = sign_version(parse_ref("translate@production"), version, tmp_path / "ada.key")
+        registry.sign(parse_ref("translate:v1"), envelope=envelope, key=str(key))
+        told = registry.version(parse_ref("translate:v1"))
+
+    assert signature_of(parse_ref("translate"), told, tmp_path / "ada.pub") == envelope
+    for asked in ("translate:v2", "chat:v1", "translate@sha256:01234567"):
+        with pytest.raises(Refused, match=f"asked for {asked}, the registry tells of translate:v1"):
+            signature_of(parse_ref(asked), told, tmp_path / "ada.pub")
+    lies = ({"number": 2}, {"content_digest": "0" * 64}, {"files": told.files[:1]}, {"base_id": "other"})
+    for lie in lies:
+        with pytest.raises(Refused, match=r"what ada\.pub signed does not count: it"):
+            signature_of(Ref("translate"), replace(told, **lie), tmp_path / "ada.pub")
 
 
 def test_rm_asks_and_needs_an_answer(run: Run, pair: Path):

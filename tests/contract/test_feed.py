@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from keys import new_key, public, seal
 from sqlalchemy import text
 
 from adapterctl.migrations import VERSION_TABLE, migrate
@@ -16,11 +17,13 @@ from adapterctl.registry.domain.errors import InvalidInput, NotFound
 from adapterctl.registry.domain.event import read_kinds
 from adapterctl.registry.domain.version import AdapterVersion
 from adapterctl.registry.services.feed import check_filter, events, listen, read_filter
+from adapterctl.registry.services.signatures import statement_of
 from adapterctl.registry.stores.sql.engine import Database, is_shared, sqlite_url
 from adapterctl.registry.stores.sql.feed import tell
 from adapterctl.registry.stores.sql.ledger import SqlLedger
 
 AddVersion = Callable[..., AdapterVersion]
+KEY = new_key()
 ALL = read_filter(None, (), None)
 
 
@@ -39,6 +42,7 @@ def busy(ledger: SqlLedger, add_version: AddVersion) -> list[tuple[str, str | No
         child.adapter_id, "production", version_id=None, action="demote", **(move | {"expected": child.id})
     )
     ledger.set_tags(first.id, {"lang": "fr"}, [], actor="ada", reason="")
+    ledger.add_signature(other.id, public(KEY), seal(statement_of(other), KEY), actor="ci")
     for action in ("recall", "recall", "undo"):
         ledger.recall(other.id, action, actor="ada", reason=f"why {action}")
     ledger.rename_adapter(first.adapter_id, "translator", actor="ada")
@@ -53,6 +57,7 @@ def busy(ledger: SqlLedger, add_version: AddVersion) -> list[tuple[str, str | No
         ("promote", "both:v1", "eve", None, "fits"),
         ("demote", None, "eve", "both:v1", "fits"),
         ("tag", "translator:v1", "ada", None, 'lang="fr"'),
+        ("sign", "chat:v1", "ci", None, f"by the key {public(KEY).id}"),
         ("recall", "chat:v1", "ada", None, "why recall"),
         ("undo_recall", "chat:v1", "ada", None, "why undo"),
         ("rename", None, "ada", None, "was translate"),
@@ -93,10 +98,10 @@ def test_a_registration_that_is_found_again_is_told_once(ledger: SqlLedger, add_
     ("asked", "ids"),
     [
         ({"kind": ["move"]}, [6, 7]),
-        ({"kind": ["merge", "remove"]}, [3, 12]),
+        ({"kind": ["merge", "remove"]}, [3, 13]),
         ({"stage": "production"}, [5, 6, 7]),
-        ({"name": "both"}, [3, 5, 6, 7, 12]),
-        ({"name": "*a*"}, [1, 2, 8, 9, 10, 11]),
+        ({"name": "both"}, [3, 5, 6, 7, 13]),
+        ({"name": "*a*"}, [1, 2, 8, 9, 10, 11, 12]),
         ({"name": "both", "kind": ["promote"], "stage": "production"}, [6]),
         ({"name": "no*"}, []),
     ],
@@ -197,10 +202,10 @@ def test_who_reads_while_many_write_misses_nothing_and_sees_nothing_twice(
 
 
 def test_who_follows_is_told_each_event_as_it_comes(ledger: SqlLedger, busy: list):
-    heard = listen(ledger, 10, ALL)
+    heard = listen(ledger, 11, ALL)
     following = (event for _, event in heard if event is not None)
 
-    assert [next(following).id, next(following).id] == [11, 12]
+    assert [next(following).id, next(following).id] == [12, 13]
     later = threading.Timer(0.2, lambda: ledger.set_gate_file("cd" * 32, "gates: []", set_by="later"))
     later.start()
     assert next(following).actor == "later"
@@ -211,10 +216,11 @@ def test_a_registry_from_before_there_were_events_tells_what_it_has_kept(
     ledger: SqlLedger, busy: list, url: str, add_version: AddVersion
 ):
     with ledger._db.write() as connection:
-        for table in ("event", "event_counter"):
+        for table in ("event", "event_counter", "signature"):
             connection.execute(text(f"DROP TABLE {table}"))
         if is_shared(url):
-            connection.execute(text("DROP FUNCTION event_is_append_only()"))
+            for table in ("event", "signature"):
+                connection.execute(text(f"DROP FUNCTION {table}_is_append_only()"))
         connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0007'"))
     ledger.close()
 

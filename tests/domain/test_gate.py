@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from adapterctl.registry.domain.errors import InvalidInput
 from adapterctl.registry.domain.evals import Interval
 from adapterctl.registry.domain.gate import GATE_KEYS, Gate, check_gates, conditions_for, parse_condition
+from adapterctl.registry.domain.signature import read_public_key
 from adapterctl.registry.domain.verdict import (
     Decision,
     Evidence,
@@ -19,6 +20,7 @@ from adapterctl.registry.domain.verdict import (
     Judged,
     Receipt,
     Retained,
+    Signed,
     decide,
     record_digest,
 )
@@ -46,6 +48,8 @@ def judge(line: str, **facts: Any) -> Judged:
 
 # what a file may say
 
+KEY = "MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE="
+
 COMPLETE = {
     "gates": [
         {
@@ -65,6 +69,7 @@ COMPLETE = {
             "receipt": "passed",
             "fresh": ["suite", "base"],
             "evaluated_here": True,
+            "signatures": {"at_least": 1, "keys": {"release": KEY}},
             "tags": {"reviewed": "yes", "team": ["mt", "chat"], "owner": []},
             "license": ["apache-2.0", "mit"],
         },
@@ -77,7 +82,7 @@ def test_a_complete_file_is_read_with_bounds_confidences_and_places():
     production, staging = check_gates(COMPLETE, stages=("staging", "production"))
 
     by_text = {condition.text: condition for condition in production.conditions}
-    assert len(by_text) == 17
+    assert len(by_text) == 18
     assert by_text["bleu >= 0.3"].confidence == 0.9
     assert not by_text["bleu >= 0.3"].strict
     assert by_text["translate/loops <= 0.05 @ estimate"].confidence is None
@@ -87,7 +92,7 @@ def test_a_complete_file_is_read_with_bounds_confidences_and_places():
     assert by_text["version.age <= 30d"].bound == 720
     assert [condition.text for condition in staging.conditions] == ["tag owner"]
     assert conditions_for([production, staging], "other", "production")[1:] == ()
-    assert len(conditions_for([production, staging], "translate-chat", "production")) == 18
+    assert len(conditions_for([production, staging], "translate-chat", "production")) == 19
 
 
 @pytest.mark.parametrize(("text", "share"), [("50", 0.5), ("99.9", 0.999), ("99.90", 0.999)])
@@ -139,6 +144,10 @@ def test_every_problem_of_a_file_is_told_with_its_place():
             {"stage": "prod", "require": ["bleu => 1"], "recieved": "yes"},
             {"stage": "production", "adapters": ["A B"], "receipt": "failed", "fresh": ["data"], "license": []},
             {"stage": "latest", "tags": {"reviewed": True}, "evaluated_here": False},
+            {"stage": "staging", "signatures": {"keys": {"a": KEY, "b": KEY, 3: KEY, "c": "x", "d": 1}, "at_least": 9}},
+            {"stage": "staging", "signatures": {"keys": {}, "of": 1}},
+            {"stage": "staging", "signatures": [KEY]},
+            {"stage": "staging", "signatures": {"keys": [KEY]}},
             {"stage": "staging"},
             "nothing",
         ],
@@ -160,8 +169,17 @@ def test_every_problem_of_a_file_is_told_with_its_place():
         ("gates[2].stage", "is 'latest'"),
         ("gates[2].tags", "has 'reviewed': True"),
         ("gates[2].evaluated_here", "is False"),
-        ("gates[3].require", "is missing"),
-        ("gates[4]", "is a text"),
+        ("gates[3].signatures.keys.b", "is the key of a"),
+        ("gates[3].signatures.keys.3", "is no name"),
+        ("gates[3].signatures.keys.c", "is 'x'"),
+        ("gates[3].signatures.keys.d", "is '1'"),
+        ("gates[3].signatures.at_least", "is 9"),
+        ("gates[4].signatures.of", "is no key of signatures"),
+        ("gates[4].signatures.keys", "is 0 keys"),
+        ("gates[5].signatures", "is a list"),
+        ("gates[6].signatures.keys", "is a list"),
+        ("gates[7].require", "is missing"),
+        ("gates[8]", "is a text"),
     }
     with pytest.raises(InvalidInput, match=r"gates\[0\]\.stage: is 'prod', expected one of staging, production"):
         check_gates(file, stages=("staging", "production"))
@@ -276,6 +294,7 @@ KEYS = {
     "receipt": "passed",
     "fresh": ["suite"],
     "evaluated_here": True,
+    "signatures": {"keys": {"release": KEY}},
     "tags": {"reviewed": "yes"},
     "license": ["mit"],
 }
@@ -283,7 +302,9 @@ KEYS = {
 
 def test_keys_of_a_gate_ask_for_facts():
     (gate,) = check_gates({"gates": [KEYS]})
-    good = replace(NOTHING, receipt=Receipt(True, 0.0), evaluated_here=2, tags={"reviewed": "yes"}, license="MIT")
+    release = (Signed(read_public_key(KEY).id, ""),)
+    shown = {"receipt": Receipt(True, 0.0), "evaluated_here": 2, "tags": {"reviewed": "yes"}, "license": "MIT"}
+    good = replace(NOTHING, signatures=release, **shown)
     bad = replace(
         NOTHING, receipt=Receipt(False, 0.0), changed={"suite": ("chat",)}, tags={"reviewed": "no"}, license="gpl"
     )
@@ -295,6 +316,7 @@ def test_keys_of_a_gate_ask_for_facts():
         "this registry has not evaluated it",
         "its tag reviewed is 'no', expected yes",
         "its license is gpl, expected mit",
+        "the number of signatures is 0, the gate asks for at least 1: release did not sign",
     ]
     imported = replace(figure("bleu", 0.3), here=False, source="results.json")
     assert decide(gate.conditions, replace(good, figures=(imported,))).reasons == [

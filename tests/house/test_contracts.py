@@ -31,7 +31,7 @@ BREACHES = {
 TOOLS = {
     "registry/domain": {"re2", "rfc8785", "uuid6"},
     "registry/merging": {"numpy", "threadpoolctl"},
-    "registry/services": {"fast_sugiyama", "matplotlib", "uuid6", "yaml"},
+    "registry/services": {"cryptography", "fast_sugiyama", "matplotlib", "uuid6", "yaml"},
 }
 
 

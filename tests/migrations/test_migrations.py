@@ -90,7 +90,9 @@ def test_a_registry_of_a_newer_program_is_refused_with_both_revisions(url: str):
         assert "pip install --upgrade" in caught.value.hint
 
 
-@pytest.mark.parametrize("table", ["base_assignment", "decision", "edge", "event", "gate_file", "stage_history"])
+@pytest.mark.parametrize(
+    "table", ["base_assignment", "decision", "edge", "event", "gate_file", "signature", "stage_history"]
+)
 @pytest.mark.parametrize("statement", ["UPDATE {table} SET {column} = {column}", "DELETE FROM {table}"])
 def test_facts_of_record_can_neither_be_changed_nor_deleted(url: str, table: str, statement: str):
     migrate(url)

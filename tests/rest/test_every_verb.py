@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from keys import public, seal, write_key
 from tiny import LINEAR, safetensors_bytes, write_tiny_adapter
 
+from adapterctl.cli.signing import sign_version, signature_of
 from adapterctl.registry.api import RegistryAPI, VersionView
 from adapterctl.registry.domain.access import Scope
 from adapterctl.registry.domain.errors import (
@@ -41,6 +44,7 @@ from adapterctl.registry.services.bake import bake
 from adapterctl.registry.services.carry import LISTING, export, read_family, take_in
 from adapterctl.registry.services.layouts import lay_out
 from adapterctl.registry.services.pull import damage
+from adapterctl.registry.services.signatures import statement_of_view
 from adapterctl.registry.services.verify import verify_all
 from adapterctl.registry.settings import load_settings
 from adapterctl.registry.wire import to_json
@@ -733,6 +737,35 @@ def test_a_gate_is_forced_with_a_reason(registry: RegistryAPI, gated: VersionVie
 
     assert (event.action, event.reason) == ("force", "urgent")
     assert event.warnings == ("the gate of production: the number of approvals is 0, the gate asks for at least 1",)
+
+
+def test_a_version_is_signed_shown_verified_and_promoted_by_its_signature(
+    registry: RegistryAPI, merged: VersionView, tmp_path: Path
+):
+    ada, eve = write_key(tmp_path, "ada"), write_key(tmp_path, "eve")
+    keys = {"ada": str(public(ada)), "eve": (tmp_path / "eve.pub").read_text()}
+    asked = {"stage": "production", "adapters": [merged.name], "signatures": {"at_least": 2, "keys": keys}}
+    registry.set_gates({"gates": [asked]})
+    try:
+        envelope, key = sign_version(ref(merged), merged, tmp_path / "ada.key")
+        kept = registry.sign(ref(merged), envelope=envelope, key=str(key))
+        with pytest.raises(Refused, match="not by that key"):
+            registry.sign(ref(merged), envelope=envelope, key=keys["eve"])
+        with pytest.raises(GateRefused, match="at least 2: eve did not sign"):
+            registry.promote(ref(merged), to="production")
+        other = registry.sign(ref(merged), envelope=seal(statement_of_view(merged), eve), key=keys["eve"])
+        event = registry.promote(ref(merged), to="production")
+    finally:
+        registry.set_gates({"gates": []})
+
+    assert (kept.keyid, kept.fault, kept.by) == (public(ada).id, "", event.actor)
+    assert registry.version(ref(merged)).signatures == (kept, other)
+    assert registry.verify(ref(merged)).signatures == (kept, other)
+    assert signature_of(ref(merged), registry.version(ref(merged)), tmp_path / "ada.pub") == envelope
+    signers = registry.decision(event.evidence).evidence.signatures
+    assert {each.key for each in signers} == {kept.keyid, other.keyid}
+    assert registry.history(merged.name, verify=True).findings == ()
+    assert json.loads(base64.b64decode(envelope.payload))["predicate"]["recipe"] == merged.recipe_digest
 
 
 def test_a_bad_gate_file_is_refused_with_every_problem(registry: RegistryAPI):

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from keys import public, seal, write_key
 from tiny import write_tiny_adapter
 
 from adapterctl.registry.domain.access import Scope, new_secret
-from adapterctl.registry.domain.errors import NotAllowed
+from adapterctl.registry.domain.errors import GateRefused, NotAllowed
+from adapterctl.registry.domain.refs import Ref
 from adapterctl.registry.rest.mlflow_rules import beyond_merge, needed_scope
 from adapterctl.registry.rest.pages import router as pages
 from adapterctl.registry.rest.routes import router
+from adapterctl.registry.services.signatures import statement_of_view
+from adapterctl.registry.wire import to_json
 
 #: Every route with the least scope that it takes. A new route has to be entered here.
 NEEDED = {
@@ -67,6 +71,7 @@ NEEDED = {
     "merge": [
         "POST /v1/adapters/{name}/versions",
         "POST /v1/adapters/{name}/versions/{version}/results",
+        "POST /v1/adapters/{name}/versions/{version}/signatures",
         "POST /v1/bases",
         "POST /v1/evaluations",
         "POST /v1/jobs/{job_id}/cancel",
@@ -180,6 +185,69 @@ def test_whoever_may_only_merge_gives_an_adapter_its_first_suite_and_no_other(se
     }
 
 
+def test_whoever_may_merge_hands_a_signature_in_and_only_its_key_opens_a_gate(served: Any, tmp_path: Path):
+    merger, promoter = served.remote("merge"), served.remote("promote")
+    ada, eve = write_key(tmp_path, "ada"), write_key(tmp_path, "eve")
+    version = merger.register(str(write_tiny_adapter(tmp_path / "source", seed=904)), name="signed").version
+    asked = {"stage": "production", "adapters": ["signed"], "signatures": {"keys": {"ada": str(public(ada))}}}
+    served.registry.set_gates({"gates": [asked]})
+    try:
+        merger.sign(Ref("signed"), envelope=seal(statement_of_view(version), eve), key=str(public(eve)))
+        with pytest.raises(GateRefused, match="ada did not sign"):
+            promoter.promote(Ref("signed"), to="production")
+        kept = merger.sign(Ref("signed"), envelope=seal(statement_of_view(version), ada), key=str(public(ada)))
+        with pytest.raises(NotAllowed, match="this needs promote"):
+            merger.promote(Ref("signed"), to="production")
+        event = promoter.promote(Ref("signed"), to="production")
+    finally:
+        served.registry.set_gates({"gates": []})
+
+    assert (kept.by, event.action) == ("merge", "promote")
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "told"),
+    [
+        ({"payload": "A" * 65_540}, 400, "payload"),
+        ({"payload": "A" * (2 << 20)}, 413, "larger than"),
+        ({"payload": "*"}, 400, "no base64"),
+        ({"payload": 1}, 400, "payload"),
+        ({"signatures": []}, 400, "signatures"),
+        ({"signatures": [{"sig": "A" * 300}]}, 400, "sig"),
+        ({"signatures": [{"sig": "c2ln"}] * 17}, 400, "signatures"),
+        ({"payloadType": "text/plain"}, 422, "not by that key"),
+        ({"key": "garbage"}, 400, "expected a public Ed25519 key"),
+    ],
+)
+def test_an_envelope_that_is_none_is_refused(served: Any, tmp_path: Path, changes: Any, status: int, told: str):
+    merger, ada = served.remote("merge"), write_key(tmp_path, "ada")
+    folder = write_tiny_adapter(tmp_path / "source", seed=905)
+    version = merger.register(str(folder), name="enveloped").version
+    envelope = json.loads(to_json(seal(statement_of_view(version), ada)))
+    good = {"envelope": envelope, "key": str(public(ada))}
+    bad = good | {"key": changes["key"]} if "key" in changes else good | {"envelope": envelope | changes}
+    path = "/v1/adapters/enveloped/versions/1/signatures"
+
+    answer = served.client.post(path, headers=served.auth("merge"), json=bad)
+
+    assert answer.status_code == status
+    assert told in answer.text
+    assert merger.version(Ref("enveloped")).signatures == ()
+
+
+def test_fields_of_an_envelope_that_are_not_known_are_passed_over(served: Any, tmp_path: Path):
+    merger, ada = served.remote("merge"), write_key(tmp_path, "ada")
+    version = merger.register(str(write_tiny_adapter(tmp_path / "source", seed=906)), name="more").version
+    envelope = json.loads(to_json(seal(statement_of_view(version), ada))) | {"comment": "of a later DSSE"}
+    body = {"envelope": envelope, "key": (tmp_path / "ada.pub").read_text()}
+
+    answer = served.client.post("/v1/adapters/more/versions/1/signatures", headers=served.auth("merge"), json=body)
+
+    assert answer.status_code == 200
+    assert answer.json()["fault"] == ""
+    assert "comment" not in answer.json()["envelope"]
+
+
 def suite_file(folder: Path, name: str) -> str:
     (folder / "rows.jsonl").write_text(json.dumps({"prompt": "p", "target": " x"}) + "\n")
     path = folder / f"{name}.yaml"
@@ -235,6 +303,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "POST /v1/adapters/translate/adoptions": {"stage": "production"},
     "POST /v1/adapters/translate/approvals": {"version": "1", "to": "production"},
     "POST /v1/adapters/translate/versions/1/results": {"source": "runs:/1"},
+    "POST /v1/adapters/translate/versions/1/signatures": {
+        "envelope": {"payload": "e30=", "payloadType": "t", "signatures": [{"sig": "c2ln"}]},
+        "key": "k",
+    },
     "PUT /v1/gates": {"gates": []},
     "PUT /v1/adapters/translate/suite": {"suite": "0" * 64},
     "POST /v1/adapters/translate/versions/1/tags": {"put": {"owner": "ada"}},

@@ -27,6 +27,7 @@ from ...domain.event import RECALLS, EventKind
 from ...domain.job import Job, JobState, NewJob
 from ...domain.recall import DESCENT, Recall, RecallAction, Recalls
 from ...domain.refs import first_few
+from ...domain.signature import MAX_SIGNATURES, SIGNED_BY, Envelope, PublicKey, Signature, read_public_key
 from ...domain.stage import GENESIS, ApprovalAction, MoveAction, NoteAction, StageAction, StageEvent
 from ...domain.verdict import record_digest
 from ...domain.version import (
@@ -57,6 +58,7 @@ from .tables import (
     gate_file,
     meta,
     metric,
+    signature,
     stage,
     stage_history,
     suite,
@@ -606,6 +608,34 @@ class SqlLedger(JobRows, WorkerRows, FeedRows):
                 _append_event(connection, adapter_id, "", "tag", version_id=version_id, actor=actor, reason=said)
         return self._existing_version(version_id)
 
+    def add_signature(self, version_id: str, key: PublicKey, envelope: Envelope, *, actor: str) -> Signature:
+        version = self._existing_version(version_id)
+        with self._db.write() as connection:
+            _lock_stages(connection, version.adapter_id)
+            _check_may_be_signed(connection, version)
+            kept = _signatures(connection, version_id)
+            same = [each for each in kept if (each.key, each.envelope) == (key, envelope)]
+            if same:
+                return same[0]
+            if len(kept) >= MAX_SIGNATURES:
+                raise Refused(f"{version.label} has {len(kept)} signatures, which is as many as one may have")
+            row = {"version_id": version_id, "key": str(key), "envelope": wire.to_json(envelope), "actor": actor}
+            connection.execute(insert(signature).values(**row, at=Now()))
+            _append_event(
+                connection,
+                version.adapter_id,
+                "",
+                "sign",
+                version_id=version_id,
+                actor=actor,
+                reason=f"{SIGNED_BY}{key.id}",
+            )
+            return _signatures(connection, version_id)[-1]
+
+    def signatures(self, version_id: str) -> list[Signature]:
+        with self._db.read() as connection:
+            return _signatures(connection, version_id)
+
     def record_note(
         self, adapter_id: str, stage: str, *, version_id: str | None, action: NoteAction, actor: str, reason: str
     ) -> StageEvent:
@@ -958,6 +988,21 @@ def _check_may_hold(connection: Connection, adapter_id: str, version_id: str, st
         raise Refused(
             f"version {version_id} is {state or 'not of this adapter'}", hint=f"{stage_name} takes a live version only"
         )
+
+
+def _check_may_be_signed(connection: Connection, signed: AdapterVersion) -> None:
+    query = select(version.c.state).where(version.c.id == signed.id).with_for_update(read=True)
+    if connection.execute(query).scalar_one() != "live":
+        raise Refused(f"{signed.label} was removed", hint="choose another version")
+
+
+def _signatures(connection: Connection, version_id: str) -> list[Signature]:
+    columns = (signature.c.key, signature.c.envelope, signature.c.actor, signature.c.at)
+    query = select(*columns).where(signature.c.version_id == version_id).order_by(signature.c.id)
+    return [
+        Signature(read_public_key(key), wire.from_json(envelope, Envelope), actor, at)
+        for key, envelope, actor, at in connection.execute(query)
+    ]
 
 
 def _stage_moved(connection: Connection, stage_name: str, holder: str | None, expected: str | None) -> StageMoved:

@@ -1,8 +1,8 @@
 """Our tables. `migrations/` builds them; a test holds both against each other.
 
-Facts of record (`edge`, `base_assignment`, `stage_history`, `recall`, `decision`, `gate_file`, `event`) are append-only
-by triggers. Rules that concurrent writers could break are unique indexes: one live job a key, one live version of the
-same content or recipe in an adapter.
+Facts of record (`edge`, `base_assignment`, `stage_history`, `recall`, `decision`, `gate_file`, `signature`, `event`)
+are append-only by triggers. Rules that concurrent writers could break are unique indexes: one live job a key, one live
+version of the same content or recipe in an adapter.
 """
 
 from __future__ import annotations
@@ -282,6 +282,18 @@ gate_file = Table(
     Column("digest", Text, nullable=False),
     Column("body", Text, nullable=False),
     Column("set_by", Text, nullable=False),
+    Column("at", Float, nullable=False),
+)
+
+# An envelope as DSSE writes it, and the public key that it was held against before it was kept.
+signature = Table(
+    "signature",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version_id", Text, ForeignKey("version.id"), nullable=False, index=True),
+    Column("key", Text, nullable=False),
+    Column("envelope", Text, nullable=False),
+    Column("actor", Text, nullable=False),
     Column("at", Float, nullable=False),
 )
 
