@@ -23,8 +23,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from keys import public, write_key
 from tiny import write_tiny_adapter
 from typer.testing import CliRunner
 
@@ -136,21 +135,48 @@ def test_commands_say_the_same_wherever_the_registry_is(run: Callable):
 
 
 def test_a_head_is_signed_where_the_key_is_and_checked_wherever_the_registry_is(run: Callable, tmp_path: Path):
-    key, head = Ed25519PrivateKey.generate(), str(tmp_path / "head")
-    private, public = tmp_path / "head.key", tmp_path / "head.pub"
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    write_key(tmp_path, "head")
+    head, private, public = str(tmp_path / "head"), tmp_path / "head.key", tmp_path / "head.pub"
 
     assert run("history", "chat", "--export-head", head, "--sign", str(private), scope="read")[0] == 0
 
     for local in (True, False):
         ended = run("history", "chat", "--verify", "--head", head, "--key", str(public), local=local, scope="read")
         assert ended[0] == 0, ended
-    public.write_bytes(
-        Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    )
+    write_key(tmp_path, "head")
     code, _, said = run("history", "chat", "--verify", "--head", head, "--key", str(public), scope="read")
     assert (code, "is not by head.pub" in said) == (1, True)
+
+
+def test_a_version_is_signed_where_the_key_is_and_pulled_by_who_trusts_that_key_alone(run: Callable, tmp_path: Path):
+    for name in ("ada", "eve"):
+        write_key(tmp_path, name)
+    ada, eve = str(tmp_path / "ada.pub"), str(tmp_path / "eve.pub")
+
+    assert run("sign", "chat:v1", "--key", str(tmp_path / "ada.key"), scope="read")[0] == 4
+    signed = run("sign", "chat:v1", "--key", str(tmp_path / "ada.key"), scope="merge")
+
+    assert signed[0] == 0, signed
+    assert run("show", "chat:v1") == run("show", "chat:v1", local=True)
+    assert run("verify", "chat:v1", "--key", ada, scope="merge")[0] == 0
+    refused = run("pull", "chat", str(tmp_path / "out"), "--key", eve, scope="read")
+    assert (refused[0], (tmp_path / "out").exists()) == (5, False)
+    assert run("pull", "chat", str(tmp_path / "out"), "--key", ada, scope="read")[0] == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_the_script_of_the_documentation_signs(server: Server, run: Callable, tmp_path: Path):
+    key = public(write_key(tmp_path, "my"))
+    page = (Path(__file__).parents[2] / "docs" / "rest.md").read_text()
+    script = page.split("# Signatures\n")[1].split("```python\n")[1].split("```")[0]
+    environment = os.environ | {"ADAPTERCTL_SERVER": server.url, "ADAPTERCTL_TOKEN": server.secrets["merge"]}
+
+    said = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+
+    assert said.stdout == f"{key.id}\n"
+    assert run("verify", "translate:v1", "--key", str(tmp_path / "my.pub"))[0] == 0
 
 
 def test_what_a_token_may_not_do_ends_with_code_4(run: Callable):
