@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .registry.domain.adapter import PLAIN_NAMES
+
 PROMPT_COLUMN = "prompt"
 
 
@@ -63,12 +65,12 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Ad
         ) from error
     adapted = PeftModel(model, PeftConfig.from_pretrained(path, inference_mode=True))
     # not `from_pretrained`, which warns at most and answers as the bare base where weights and modules do not meet
-    outcome = adapted.load_adapter(path, adapter_name=adapted.active_adapter)
+    names = {**PLAIN_NAMES, **getattr(model, "_checkpoint_conversion_mapping", {})}  # as `from_pretrained` has it
+    outcome = adapted.load_adapter(path, adapter_name=adapted.active_adapter, key_mapping=names)
     if keys := [*outcome.missing_keys, *outcome.unexpected_keys]:
         raise ValueError(
             f"the adapter does not fit the base {base!r}: {len(keys)} tensors do not meet, first {keys[0]}; give the "
-            "base that it was trained on as mlflow.pyfunc.load_model(uri, model_config={'base_model': FOLDER}); where "
-            "its tensors carry the name of an adapter, `adapterctl resize` makes a version with PEFT's names"
+            "base that it was trained on as mlflow.pyfunc.load_model(uri, model_config={'base_model': FOLDER})"
         )
     return AdapterModel(adapted.eval(), tokenizer, max_new_tokens=int(config["max_new_tokens"]))
 

@@ -26,6 +26,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+from ..registry.domain.adapter import PLAIN_NAMES
 from ..registry.domain.base_dtype import FOUR_BITS, FULL
 from ..registry.domain.errors import Corrupt, InvalidInput, JobFailed, Unavailable
 from ..registry.domain.evals import answer_statistics
@@ -147,7 +148,9 @@ class Engine:
             self._add(PeftConfig.from_pretrained(str(folder)), name)
         assert self._peft is not None
         # not `from_pretrained`, which only warns when weights and modules do not meet
-        outcome = self._peft.load_adapter(str(folder), adapter_name=name, torch_device=self._device)
+        outcome = self._peft.load_adapter(
+            str(folder), adapter_name=name, torch_device=self._device, key_mapping=dict(PLAIN_NAMES)
+        )
         if outcome.missing_keys or outcome.unexpected_keys:
             keys = [*outcome.missing_keys, *outcome.unexpected_keys]
             raise Corrupt(f"the adapter does not fit the base: {len(keys)} tensors do not meet, first {keys[0]}")

@@ -100,6 +100,11 @@ _KEY = re.compile(
     r"|lora_embedding_(?P<embedding_side>[AB])(?:\.(?P<embedding_name>[^.]+))?)"
 )
 
+#: For PEFT's `load_adapter(key_mapping=...)`: names with an adapter's name in them are read as those that PEFT writes.
+PLAIN_NAMES: Mapping[str, str] = {
+    r"(\.lora_[AB])\.[^.]+(\.weight|\.bias)$": r"\1\2",
+    r"(\.lora_embedding_[AB])\.[^.]+$": r"\1",
+}
 
 #: The tensors of one module by what they are to it.
 Tensors = dict[str, TensorEntry]
@@ -177,7 +182,12 @@ def tensors_by_module(
             unknown(entry, findings)
             continue
         if entry.dtype not in WEIGHT_DTYPES:
-            findings.add("bad_dtype", f"{entry.key} is {entry.dtype}, expected one of {', '.join(WEIGHT_DTYPES)}")
+            expected = ", ".join(WEIGHT_DTYPES)
+            findings.add(
+                "bad_dtype",
+                f"{entry.key} is {entry.dtype}, expected one of {expected}",
+                "save it in one of these types",
+            )
         name, slot, carried = place
         tensors = found.setdefault(name, {})
         names.add(carried)

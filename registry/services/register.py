@@ -502,7 +502,7 @@ def _warnings(registration: Registration, facts: AdapterFacts, base: Base, *, kn
         )
     if carried := carried_name(facts.modules[0].a.key):
         found.append(
-            f"tensor names carry the adapter name {carried!r}: PEFT loads them under that name alone; merges do, and "
+            f"tensor names carry the adapter name {carried!r}: PEFT by itself loads them under that name alone; "
             f"`adapterctl resize {registration.name} --rank {facts.max_rank}` makes a version with PEFT's names"
         )
     return found

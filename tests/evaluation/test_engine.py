@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny import carrying
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from adapterctl.registry.domain.base_dtype import stored_dtype
@@ -260,6 +261,20 @@ def test_dropout_that_is_on_stops_the_evaluation(engine: Engine, tiny_adapters: 
             engine.answer(suite.tasks[0], suite.tasks[0].rows)
 
     assert "training mode" in failure.value.message
+
+
+def test_names_with_an_adapter_name_in_them_are_those_of_peft(
+    engine: Engine, tiny_adapters: tuple[Path, Path], tmp_path: Path
+):
+    named = carrying("mine", tiny_adapters[1], tmp_path / "named")
+
+    with engine.subject(tiny_adapters[0]), engine.subject(tiny_adapters[1]):
+        expected = engine._probe()
+    with engine.subject(named):
+        found = engine._probe()
+
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, engine._untouched)
 
 
 def test_an_adapter_of_another_shape_is_refused(engine: Engine, tiny_adapters: tuple[Path, Path], tmp_path: Path):

@@ -12,8 +12,10 @@ import pandas
 import pytest
 import torch
 from peft import PeftModel
+from tiny import carrying
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from adapterctl.mlflow_flavor import _load_pyfunc
 from adapterctl.registry.domain.refs import Ref
 from adapterctl.registry.services.pull import damage
 from adapterctl.registry.services.register import Registration, register
@@ -124,6 +126,14 @@ def test_an_answer_is_as_long_as_is_asked_for(published, expected):
     assert model.predict(served.data, params=served.params) == asked
     with pytest.raises(ValueError, match="max_new_tokens is 0, expected at least 1"):
         model.predict(PROMPTS, params={"max_new_tokens": 0})
+
+
+def test_names_with_an_adapter_name_in_them_are_loaded_too(tiny_base, tiny_adapters, tmp_path, expected):
+    folder = carrying("mine", tiny_adapters[0], tmp_path / "named")
+
+    model = _load_pyfunc(str(folder), {"base_model": str(tiny_base), "max_new_tokens": 12})
+
+    assert model.predict(PROMPTS) == expected
 
 
 def test_an_adapter_that_does_not_fit_the_base_never_answers_as_the_bare_base(published, tiny_base, tmp_path):

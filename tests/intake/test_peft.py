@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from tiny import carrying
 from torch import nn
 
 from adapterctl.registry.domain.errors import InvalidAdapter
@@ -134,10 +134,8 @@ def test_what_cannot_be_added_is_refused_as_peft_saves_it(tmp_path, config, code
 )
 def test_peft_loads_names_with_an_adapter_name_under_that_name_alone(tmp_path, carried, asked, found):
     """What `register` warns of and `export --layout` refuses."""
-    folder, _ = save(tmp_path, target_modules=Q, init_lora_weights=False)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    renamed = {key.replace(".weight", f".{carried}.weight"): value for key, value in tensors.items()}
-    save_file(renamed, folder / "adapter_model.safetensors")
+    source, _ = save(tmp_path / "plain", target_modules=Q, init_lora_weights=False)
+    folder = carrying(carried, source, tmp_path / "named")
     model = get_peft_model(Net(), LoraConfig(target_modules=Q), adapter_name=asked)
 
     outcome = model.load_adapter(str(folder), adapter_name=asked)

@@ -165,6 +165,19 @@ def encode(array: np.ndarray, dtype: str) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def carrying(name: str, source: Path, folder: Path) -> Path:
+    """A copy of the adapter in `source` whose tensor names carry an adapter's name, as state dicts have it."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    whole = (source / "adapter_model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = {key.replace(".weight", f".{name}.weight"): value for key, value in json.loads(whole[8:end]).items()}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (folder / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + whole[end:])
+    return folder
+
+
 def safetensors_bytes(
     tensors: Mapping[str, tuple[str, np.ndarray]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
