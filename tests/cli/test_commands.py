@@ -638,6 +638,8 @@ def test_a_signature_from_the_key_to_who_pulls_only_what_was_signed(run: Run, pa
     changed = run("sign", "translate:v1", "--key", str(tmp_path / "eve.key"), "--files", str(pulled), code=5)
     assert "adapter_config.json has 2 bytes, the manifest says" in changed.stderr
     assert len(run("show", "translate:v1", "-o", "json").data["signatures"]) == 1
+    run("recall", "translate:v1", "--reason", "leaked")
+    assert "translate:v1 is recalled: leaked" in run("sign", "translate:v1", "--key", str(tmp_path / "eve.key")).stderr
     for words in (
         ("sign", "translate:v1", "--key", key["pub"]),
         ("sign", "translate:v1", "--key", str(tmp_path / "nowhere")),

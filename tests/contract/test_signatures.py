@@ -12,7 +12,7 @@ import pytest
 from keys import new_key, public, seal
 from sqlalchemy import text
 
-from adapterctl.registry.domain.errors import InvalidInput, Refused
+from adapterctl.registry.domain.errors import Corrupt, InvalidInput, Refused
 from adapterctl.registry.domain.gate import check_gates
 from adapterctl.registry.domain.signature import MAX_SIGNATURES, Envelope, Seal
 from adapterctl.registry.domain.verdict import Judged, Signed, decide
@@ -23,6 +23,7 @@ from adapterctl.registry.services.promote import history
 from adapterctl.registry.services.sign import sign
 from adapterctl.registry.services.signatures import OTHER, statement_of
 from adapterctl.registry.services.views import version_view
+from adapterctl.registry.wire import to_json
 
 AddVersion = Callable[..., AdapterVersion]
 ADA, EVE, BOT = new_key(), new_key(), new_key()
@@ -212,6 +213,13 @@ def test_an_envelope_or_a_key_that_is_changed_in_the_database_counts_no_more(
     moved = judged(ledger, version, ADA)
     unguarded("UPDATE signature SET key = :key", key=str(public(EVE)))
     swapped = judged(ledger, version, EVE)
+    unguarded("UPDATE signature SET key = 'garbage'")
+    with pytest.raises(Corrupt, match="the key of a stored signature is 'garbage', expected"):
+        judged(ledger, version, EVE)
+    unguarded("UPDATE signature SET key = :key, envelope = '{}'", key=str(public(EVE)))
+    with pytest.raises(Corrupt, match="stored Envelope cannot be read"):
+        judged(ledger, version, EVE)
+    unguarded("UPDATE signature SET envelope = :good", good=to_json(seal(statement_of(version), EVE)))
 
     assert "for it says version 'chat:v1'" in moved.reason
     assert OTHER in swapped.reason

@@ -21,7 +21,16 @@ from sqlalchemy.exc import IntegrityError
 
 from ... import wire
 from ...crashpoints import reached
-from ...domain.errors import Conflict, DecisionOutdated, HasDescendants, InvalidInput, NotFound, Refused, StageMoved
+from ...domain.errors import (
+    Conflict,
+    Corrupt,
+    DecisionOutdated,
+    HasDescendants,
+    InvalidInput,
+    NotFound,
+    Refused,
+    StageMoved,
+)
 from ...domain.evals import REGISTERED, EvalReport
 from ...domain.event import RECALLS, EventKind
 from ...domain.job import Job, JobState, NewJob
@@ -999,10 +1008,15 @@ def _check_may_be_signed(connection: Connection, signed: AdapterVersion) -> None
 def _signatures(connection: Connection, version_id: str) -> list[Signature]:
     columns = (signature.c.key, signature.c.envelope, signature.c.actor, signature.c.at)
     query = select(*columns).where(signature.c.version_id == version_id).order_by(signature.c.id)
-    return [
-        Signature(read_public_key(key), wire.from_json(envelope, Envelope), actor, at)
-        for key, envelope, actor, at in connection.execute(query)
-    ]
+    try:
+        return [
+            Signature(read_public_key(key), wire.from_json(envelope, Envelope), actor, at)
+            for key, envelope, actor, at in connection.execute(query)
+        ]
+    except InvalidInput as error:
+        raise Corrupt(
+            f"the key of a stored signature {error.message}", hint="restore the ledger from a backup"
+        ) from error
 
 
 def _stage_moved(connection: Connection, stage_name: str, holder: str | None, expected: str | None) -> StageMoved:
