@@ -33,7 +33,8 @@ def knots_ties(
         majority_sign_method: elect signs by the sum of elements (total) or of their signs (frequency).
 
     With Dᵢ = Uᵢ σᵢ Wᵢᵀ decomposed on its own, Σ² and Q are the eigenvalues and vectors of σ UᵀU σ, and Vᵢᵀ = Qᵢᵀ Wᵢᵀ:
-    no matrix larger than R x d_in is formed.
+    no matrix larger than R x d_in is formed. The authors' code trims Σ Vᵢᵀ instead, of all layers at once
+    (https://github.com/gstoica27/KnOTS, task_merger.py), which is another result wherever the density is below 1.
     """
     stack = deltas.stack
     parents = canonical(stack.grams())
