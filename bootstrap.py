@@ -18,11 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .registry.domain.errors import Misconfigured, NotFound
+from .registry.domain.errors import InvalidInput, Misconfigured, NotFound
 from .registry.settings import MLFLOW_DATABASE, Settings, check_address, load_settings
 
 # Everything else is imported where it is used: a command that goes to a server needs no SQLAlchemy and no services.
 if TYPE_CHECKING:
+    from .migrations import Migration
     from .registry.api import RegistryAPI
     from .registry.domain.evals import EvalReport
     from .registry.domain.job import Job, NewJob
@@ -69,19 +70,14 @@ def connect(settings: Settings | None = None, *, readonly: bool = False) -> Loca
     from .registry.services.local import LocalRegistry
     from .registry.stores.hub import hub_folder
     from .registry.stores.sql.access import SqlAccess
-    from .registry.stores.sql.engine import Database, is_shared, sqlite_url
+    from .registry.stores.sql.engine import Database
     from .registry.stores.sql.ledger import SqlLedger
 
     settings = settings or load_settings()
-    if settings.database_url and not is_shared(settings.database_url):
-        raise Misconfigured("database_url is no postgresql:// address", hint="for a registry in files, set home")
-    if not settings.database_url and {"?", "%"} & set(str(settings.home)):
-        # MLflow takes an address, where the one begins options and the other a number, and makes folders beside ours
-        raise Misconfigured(f"the home {settings.home} has a '?' or a '%' in its path", hint="give another: --home DIR")
+    url = _ledger_url(settings)
     if settings.database_url:
         for name in ("mlflow_uri", "broker_url"):
             check_address(name, getattr(settings, name) or "")
-    url = settings.database_url or sqlite_url(settings.home)
     database = Database(url)
     if not readonly:
         migrate(url)
@@ -105,6 +101,30 @@ def connect(settings: Settings | None = None, *, readonly: bool = False) -> Loca
         open_hub=hub_folder,
         made_on_demand=made_on_demand(),
     )
+
+
+def migrate_tables(settings: Settings, *, check: bool = False) -> Migration:
+    """Bring the tables of the ledger up to date; with `check` raise `Refused` where they are not, and write nothing."""
+    from .migrations import check_newest, migrate
+
+    if settings.server:
+        raise InvalidInput(
+            f"commands go to the server at {settings.server}, which looks after its tables itself",
+            hint="run it where the server runs, with its settings; or name a home: --home DIR",
+        )
+    return (check_newest if check else migrate)(_ledger_url(settings))
+
+
+def _ledger_url(settings: Settings) -> str:
+    """Raises `Misconfigured` for what cannot be the place of a registry."""
+    from .registry.stores.sql.engine import is_shared, sqlite_url
+
+    if settings.database_url and not is_shared(settings.database_url):
+        raise Misconfigured("database_url is no postgresql:// address", hint="for a registry in files, set home")
+    if not settings.database_url and {"?", "%"} & set(str(settings.home)):
+        # MLflow takes an address, where the one begins options and the other a number, and makes folders beside ours
+        raise Misconfigured(f"the home {settings.home} has a '?' or a '%' in its path", hint="give another: --home DIR")
+    return settings.database_url or sqlite_url(settings.home)
 
 
 def _bell(settings: Settings, ledger: SqlLedger) -> Doorbell:

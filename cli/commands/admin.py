@@ -1,4 +1,4 @@
-"""For those who keep it running: doctor and gc."""
+"""For those who keep it running: doctor, migrate and gc."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GROUP = "The registry"
 
 
 def add_to(app: typer.Typer) -> None:
-    add_verbs(app, {"doctor": doctor, "gc": gc}, group=GROUP)
+    add_verbs(app, {"doctor": doctor, "migrate": migrate, "gc": gc}, group=GROUP)
 
 
 def doctor(
@@ -77,6 +77,26 @@ def _own_settings() -> list[Check]:
         return []
     said = f"{path} holds {', '.join(secrets)} and can be read by others (mode {path.stat().st_mode & 0o777:03o})"
     return [Check("settings", "warning", said, f"chmod 600 {shlex.quote(str(path))}")]
+
+
+def migrate(
+    session: Session,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit with 5 where the tables are behind.")
+    ] = False,
+) -> None:
+    """Bring the tables of the registry up to date.
+
+    Tells from which revision to which. Every command that writes does so too, this one does nothing else. There
+    is no way back: back up first. Of several at once one does it, and the others wait.
+
+    Example: adapterctl migrate --check
+    """
+    from ...bootstrap import migrate_tables  # deferred: help opens nothing
+
+    done = migrate_tables(session.settings(), check=check)
+    told = f"{done.before or 'no tables'} -> {done.after}" if done.before != done.after else f"{done.after}, the newest"
+    session.out.data(done, text=lambda: f"{done.ledger}  {told}", names=[done.after])
 
 
 def gc(
