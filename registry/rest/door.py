@@ -19,6 +19,7 @@ from asyncio import Lock
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Container, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -134,6 +135,7 @@ class Door:
             caller = await self._identify(visit)
             visit.caller = caller.name if caller else ""
             state["caller"] = caller
+            state["still_valid"] = partial(self._is_valid, visit, caller)
             none = _none_of_mlflow(visit, caller)
             if none is not None:
                 await answer.send_json(none)
@@ -205,6 +207,13 @@ class Door:
         if wait_s := self._uses.take(caller.token_id):
             raise _too_many(wait_s)
         return caller
+
+    async def _is_valid(self, visit: _Visit, caller: Caller | None) -> bool:
+        """Whether the token that opened an answer counts still; for answers that go on for long."""
+        try:
+            return await self._callers.find(_secret(visit.header(b"authorization")) or "") == caller
+        except AdapterctlError:
+            return False
 
     def _note(self, visit: _Visit, answer: _Answer) -> None:
         seconds = time.perf_counter() - visit.began

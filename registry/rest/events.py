@@ -1,7 +1,8 @@
 """Server-sent events: a job with its history, its state whenever that changes, its end; and what happens in a registry.
 
-A stream ends without a word where the server stops, or nothing can be read any more: whoever listens comes back with
-the last id that it has seen, and is told then. https://html.spec.whatwg.org/multipage/server-sent-events.html
+A stream ends without a word where the server stops, the token does, or nothing can be read any more: whoever listens
+comes back with the last id that it has seen, and is told then.
+https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from threading import Event
 
@@ -27,7 +28,7 @@ _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 PING_S = 10.0
 #: A job that shows no life for so long lost its worker, or its ring.
 SILENCE_S = 15.0
-#: A stream without an end is ended after so long, and its caller is looked up again when it comes back.
+#: A stream without an end is ended after so long; whoever listens comes back.
 LIFE_S = 300.0
 #: When to come back where too many are open.
 WAIT_S = 5.0
@@ -63,15 +64,31 @@ class Streams:
 class Stream(StreamingResponse):
     """The answer that sends messages as they come, past proxies that would collect or keep them."""
 
-    def __init__(self, messages: AsyncIterator[bytes], streams: Streams, token_id: str) -> None:
+    def __init__(
+        self,
+        messages: AsyncIterator[bytes],
+        streams: Streams,
+        token_id: str,
+        still_valid: Callable[[], Awaitable[bool]],
+    ) -> None:
         headers = {"x-accel-buffering": "no", "cache-control": "no-store"}
-        super().__init__(messages, media_type="text/event-stream", headers=headers)
+        super().__init__(_while_valid(messages, still_valid), media_type="text/event-stream", headers=headers)
         self._streams, self._token_id = streams, token_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # counted here, for a client that is gone by now has its messages never begun, and so never ended
         with self._streams.one_more(self._token_id):
             await super().__call__(scope, receive, send)
+
+
+async def _while_valid(
+    messages: AsyncIterator[bytes], still_valid: Callable[[], Awaitable[bool]]
+) -> AsyncIterator[bytes]:
+    """Up to the first message for a token that was revoked, or has ended, meanwhile."""
+    async for message in messages:
+        if not await still_valid():
+            return
+        yield message
 
 
 async def registry_events(look: Callable[[int], EventsView], after: int, leaving: Event) -> AsyncIterator[bytes]:

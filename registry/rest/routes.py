@@ -493,7 +493,7 @@ def events(
     # what is wrong with the question is told before the stream begins
     cursor = look(start).cursor
     messages = registry_events(look, cursor if start is None else start, request.app.state.leaving)
-    return Stream(messages, request.app.state.streams, call.caller.token_id)
+    return Stream(messages, request.app.state.streams, call.caller.token_id, request.state.still_valid)
 
 
 # gates
@@ -661,7 +661,7 @@ def events_of_job(
     seen = _last_event_id(request)
     start = after if seen is None else seen
     messages = job_events(call.registry, job_id, start, request.app.state.leaving)
-    return Stream(messages, request.app.state.streams, call.caller.token_id)
+    return Stream(messages, request.app.state.streams, call.caller.token_id, request.state.still_valid)
 
 
 @router.get("/jobs/{job_id}/log", response_model=list[LogPiece])

@@ -271,6 +271,24 @@ def submitted(registry: LocalRegistry, key: str = "k") -> Job:
     return registry.ledger.submit(NewJob("merge", key, "merge a b", {}, "ada"))[0]
 
 
+@pytest.mark.parametrize("of", ["the registry", "a job"])
+def test_a_stream_sends_nothing_more_to_a_token_that_was_revoked(listened: tuple[LocalRegistry, str, str], of: str):
+    registry, url, _ = listened
+    job = submitted(registry, key=of)
+    made = registry.create_token("leaving", scope=Scope.READ)
+    path = "/v1/events" if of == "the registry" else f"/v1/jobs/{job.id}/events"
+    listener = Listener(url, made.secret, "?after=now" if of == "the registry" else "", path=path)
+    listener.answer.readline()
+
+    remote(url, registry.create_token("root", scope=Scope.ADMIN).secret).revoke_token(made.token.id)
+    change_tags(registry, 3)
+    registry.ledger.request_cancel(job.id)
+
+    with closing(listener):
+        seen = (each for each in listener if each.get("kind") == "tag" or each.get("state") == "cancelled")
+        assert next(seen, None) is None
+
+
 def test_streams_of_a_token_and_in_all_are_counted_as_long_as_they_are_open(crowded: Crowded):
     job = submitted(crowded.registry)
     first, _ = crowded.listen(0), crowded.listen(0, f"/v1/jobs/{job.id}/events")
