@@ -16,6 +16,7 @@ from .errors import Problem
 from .header import DTYPE_BYTES
 from .recipe import Recipe
 
+_TRANSFORMERS = re.compile(r"transformers(\.[A-Za-z0-9_]+)+")
 _NUMBER = re.compile(r"(?:^|\.)(\d{1,6})(?=\.)")
 
 
@@ -250,6 +251,7 @@ def _config(recipe: Recipe, facts: Sequence[AdapterFacts], *, with_bias: bool) -
         lora_bias=with_bias,
         target_modules=target_modules([([m.name for m in f.modules], f.config) for f in facts]),
         task_type=next((f.task_type for f in facts if f.task_type), None),
+        auto_mapping=auto_mapping([f.config for f in facts]),
     )
 
 
@@ -260,14 +262,18 @@ def lora_config(
     base_revision: str | None,
     target_modules: list[str],
     task_type: str | None,
+    auto_mapping: Mapping[str, str] | None = None,
     fan_in_fan_out: bool = False,
     lora_bias: bool = False,
 ) -> dict[str, Any]:
     """adapter_config.json of an output: one rank, alpha = rank, nothing that a reader has to resolve.
 
-    vLLM reads `r`, `lora_alpha` and `use_rslora` and ignores patterns, so there are none.
+    vLLM reads `r`, `lora_alpha` and `use_rslora` and ignores patterns, so there are none. `auto_mapping` is what PEFT's
+    AutoPeftModel finds the base's class by where there is no task type.
     """
+    mapped = {"auto_mapping": dict(auto_mapping)} if auto_mapping and task_type is None else {}
     return {
+        **mapped,
         "alpha_pattern": {},
         "base_model_name_or_path": base_name,
         "bias": "none",
@@ -290,6 +296,16 @@ def lora_config(
         "use_dora": False,
         "use_rslora": False,
     }
+
+
+def auto_mapping(configs: Sequence[Mapping[str, Any]]) -> Mapping[str, str] | None:
+    """The class of the base that these configs name, if they name one, and one of transformers: PEFT imports it."""
+    named = [config["auto_mapping"] for config in configs if isinstance(config.get("auto_mapping"), dict)]
+    found = [{key: str(each.get(key)) for key in ("base_model_class", "parent_library")} for each in named]
+    if not found or any(each != found[0] for each in found):
+        return None
+    known = _TRANSFORMERS.fullmatch(found[0]["parent_library"]) and found[0]["base_model_class"].isidentifier()
+    return found[0] if known else None
 
 
 def target_modules(adapters: Sequence[tuple[Sequence[str], Mapping[str, Any]]]) -> list[str]:

@@ -21,7 +21,7 @@ from ..domain.errors import InvalidInput, Refused
 from ..domain.header import read_header, strict_json_object
 from ..domain.lora_config import MAX_RANK
 from ..domain.lycoris import LycorisFacts, read_lycoris
-from ..domain.plan import lora_config, target_modules
+from ..domain.plan import auto_mapping, lora_config, target_modules
 from ..wire import to_builtins
 from .register import CONFIG_FILE, MAX_BYTES, README_FILE, WEIGHTS_FILE, check_folder, inspect, read_small
 from .staging import new_folder
@@ -136,6 +136,7 @@ def _config(facts: LycorisFacts, rank: int) -> Mapping[str, Any]:
         base_revision=facts.base_revision,
         target_modules=target_modules([([module.name for module in facts.modules], facts.config)]),
         task_type=facts.task_type,
+        auto_mapping=auto_mapping([facts.config]),
     )
 
 

@@ -6,6 +6,7 @@ Tolerance: float32 throughout, so outputs agree to rounding of the model itself 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,50 @@ def test_peft_agrees_where_its_own_merging_is_right(combination: str, bench: Any
     merged = run_merge(folders, tmp_path / "ours", weights=(0.7, 1.2), method=combination, rank=rank.get("svd_rank"))
 
     assert distance(deltas(merged.folder), deltas(tmp_path / "peft" / "both")) <= 1e-5
+
+
+def named(folder: Path, base: Path, **fields: Any) -> Path:
+    """The same adapter, with another base and other fields in its config."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(base), **fields}))
+    return folder
+
+
+def test_automodels_of_peft_load_a_merge_of_parents_without_a_task_type(bench: Any, tmp_path: Path):
+    from peft import AutoPeftModel, AutoPeftModelForCausalLM
+
+    base = bench.save_base("llama", tmp_path / "base")
+    folders = [
+        named(bench.save_adapter("llama", tmp_path / f"p{i}", seed=i, target_modules=ATTENTION), base) for i in (1, 2)
+    ]
+
+    merged = run_merge(folders, tmp_path / "out")
+
+    expected, _ = bench.merged("llama", merged.folder)
+    for kind in (AutoPeftModel, AutoPeftModelForCausalLM):
+        with torch.no_grad():
+            output = kind.from_pretrained(merged.folder).eval()(bench.inputs("llama")).logits
+        assert relative(output, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"auto_mapping": {"base_model_class": "Popen", "parent_library": "subprocess"}}, {"auto_mapping": None}),
+        ({"auto_mapping": {"base_model_class": "GPT2Model", "parent_library": "transformers.models.gpt2"}}, {}),
+        ({"task_type": "CAUSAL_LM"}, {}),
+    ],
+    ids=["another library", "two classes", "a task type"],
+)
+def test_a_merge_names_no_class_but_one_of_transformers_that_is_needed(
+    first: dict[str, Any], second: dict[str, Any], bench: Any, tmp_path: Path
+):
+    folders = [
+        named(bench.save_adapter("llama", tmp_path / f"p{i}", seed=i, target_modules=ATTENTION), tmp_path, **fields)
+        for i, fields in enumerate((first, second))
+    ]
+
+    assert "auto_mapping" not in plan_of(folders).config
 
 
 # Cases that PEFT 0.21 merges wrongly without a word, and whose sum is no plain LoRA adapter: refused, by name.
