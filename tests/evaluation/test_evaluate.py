@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from adapterctl.migrations import migrate
 from adapterctl.registry.domain.errors import InvalidInput, JobCancelled, JobFailed, Refused, Unavailable
 from adapterctl.registry.domain.eval_plan import BASE
 from adapterctl.registry.domain.job import Job, NewJob
@@ -88,9 +87,9 @@ class World:
 
 
 @pytest.fixture
-def world(home: Path, mlflow_schema: Path, tiny_base: Path) -> World:
+def world(home: Path, ledger_schema: Path, mlflow_schema: Path, tiny_base: Path) -> World:
     shutil.copy(mlflow_schema, home / "mlflow.db")
-    migrate(sqlite_url(home))
+    shutil.copy(ledger_schema, home / "registry.db")
     ledger = SqlLedger(Database(sqlite_url(home)))
     ledger.establish(f"sqlite:///{home / 'mlflow.db'}")
     settings = Settings(home, threads=1, eval_device="cpu", actor="me", base_paths=(f"tiny/base={tiny_base}",))
@@ -272,7 +271,9 @@ def test_retention_names_what_is_not_evaluated_yet(family: World):
     assert (view.rows, view.missing) == ((), ("one", "two"))
 
 
-def test_committed_results_spare_the_computation_and_say_so(family: World, tmp_path: Path, mlflow_schema: Path):
+def test_committed_results_spare_the_computation_and_say_so(
+    family: World, tmp_path: Path, ledger_schema: Path, mlflow_schema: Path
+):
     family.request("translate")
     family.work()
     version = _version(family, "translate")
@@ -281,7 +282,7 @@ def test_committed_results_spare_the_computation_and_say_so(family: World, tmp_p
     foreign = [replace(r, key=f"foreign-{i}", engine={**r.engine, "torch": "1.0"}) for i, r in enumerate(reports)]
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "tiny.json").write_text(to_json(foreign))
-    fresh = _another_registry(family, tmp_path, mlflow_schema)
+    fresh = _another_registry(family, tmp_path, ledger_schema, mlflow_schema)
 
     taken = evaluate.import_reports(fresh.ledger, evaluate.read_reports(tmp_path / "results"))
     fresh.request("translate")
@@ -293,13 +294,13 @@ def test_committed_results_spare_the_computation_and_say_so(family: World, tmp_p
 
 
 def test_a_report_says_nothing_of_the_same_bytes_on_another_base_nor_of_all_that_begin_alike(
-    family: World, tmp_path: Path, mlflow_schema: Path
+    family: World, tmp_path: Path, ledger_schema: Path, mlflow_schema: Path
 ):
     family.request("translate")
     family.work()
     version = _version(family, "translate")
     (report,) = family.ledger.reports_for(version.spec.content_digest, version.spec.base.id)
-    fresh = _another_registry(family, tmp_path, mlflow_schema)
+    fresh = _another_registry(family, tmp_path, ledger_schema, mlflow_schema)
     other = bases.add_base(fresh.ledger, "other/base")
 
     with pytest.raises(InvalidInput, match="no subject of a report"):
@@ -309,12 +310,12 @@ def test_a_report_says_nothing_of_the_same_bytes_on_another_base_nor_of_all_that
     assert not any(fresh.ledger.metrics([_version(fresh, "translate").id]).values())
 
 
-def _another_registry(family: World, tmp_path: Path, mlflow_schema: Path) -> World:
+def _another_registry(family: World, tmp_path: Path, ledger_schema: Path, mlflow_schema: Path) -> World:
     """A new home with the same adapter and suite, and nothing evaluated."""
     home = tmp_path / "fresh"
     home.mkdir()
     shutil.copy(mlflow_schema, home / "mlflow.db")
-    migrate(sqlite_url(home))
+    shutil.copy(ledger_schema, home / "registry.db")
     ledger = SqlLedger(Database(sqlite_url(home)))
     ledger.establish(f"sqlite:///{home / 'mlflow.db'}")
     fresh = World(replace(family.settings, home=home), ledger, MlflowVersions(None, home, ledger.registry_id))

@@ -8,20 +8,22 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import uvicorn
 from broker import Broker, start_worker
 from registries import WorkHere
 from starlette.testclient import TestClient
 
-from adapterctl.bootstrap import OwnFiles, connect, remote
+from adapterctl.bootstrap import OwnFiles, application, connect, remote
 from adapterctl.registry.api import RegistryAPI
 from adapterctl.registry.domain.access import Scope
-from adapterctl.registry.rest.app import create_app
+from adapterctl.registry.rest.app import LOOPBACK, create_app, listen
 from adapterctl.registry.rest.client import RemoteRegistry
 from adapterctl.registry.rest.door import Door, Rules
 from adapterctl.registry.services.local import LocalRegistry
@@ -171,27 +173,37 @@ def _service(request: pytest.FixtureRequest, folder: Path) -> Iterator[RegistryA
             worker.wait(60)
 
 
-@pytest.fixture(scope="module", params=["local", "in process", "over a socket", "service"])
+@contextmanager
+def _listening(door: Door) -> Iterator[str]:
+    """A thread of this process serves it on a port of its own; gives its address."""
+    listening = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(door, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, args=[[listening]], daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture(scope="module", params=["local", "over a socket", "service"])
 def registry(
     request: pytest.FixtureRequest, new_home: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RegistryAPI]:
     """One registry for a module: the thing itself, or what a client sees of it. Tests take names of their own."""
-    home = new_home("registry")
-    if request.param == "local":
-        local = connect(Settings(home=home, actor="ada"))
-        local.bell = WorkHere(local.settings)
-        yield local
-        local.ledger.close()
-    elif request.param == "in process":
-        with serving(home) as served:
-            yield served.remote()
-    elif request.param == "service":
+    if request.param == "service":
         with _service(request, tmp_path_factory.mktemp("service")) as service:
             yield service
-    else:
-        secret = connect(Settings(home=home, actor="ada")).create_token("ada", scope=Scope.ADMIN).secret
-        log = tmp_path_factory.mktemp("server") / "log"
-        with _server_process(home, log, environment={"ADAPTERCTL_IDLE_S": "5"}) as url:
+        return
+    local = connect(Settings(home=new_home("registry"), actor="ada"))
+    local.bell = WorkHere(local.settings)
+    with closing(local.ledger):
+        if request.param == "local":
+            yield local
+            return
+        secret = local.create_token("ada", scope=Scope.ADMIN).secret
+        with _listening(application(local, hosts=LOOPBACK, loopback=True)) as url:
             yield remote(url, secret)
 
 

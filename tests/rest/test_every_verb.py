@@ -1,4 +1,4 @@
-"""Every verb of `RegistryAPI`, written once: here, through a client, over a socket and as a service it is the same."""
+"""Every verb of `RegistryAPI`, written once: here, through a client over a socket, and as a service it is the same."""
 
 from __future__ import annotations
 
