@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
-from registries import nobody_works, supervise
+from registries import WorkHere, nobody_works, supervise
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -306,6 +306,7 @@ def test_a_search_on_a_base_in_four_bits_is_another_one_and_so_is_what_its_merge
     registry = connect(
         load_settings({"home": home, "idle_s": 0.3, "eval_device": "cpu", "base_paths": f"tiny/base={tiny_base}"})
     )
+    registry.bell = WorkHere(registry.settings)
     for name, folder in zip(("a", "b"), tiny_adapters, strict=True):
         registry.register(str(folder), name=name, base="tiny/base")
     suite = str(write_suite(TASK.replace("chrf", "nll_per_byte").replace("NAME", "one"), rows=ROWS, name="one"))
