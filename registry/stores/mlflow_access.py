@@ -11,17 +11,19 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Literal, ParamSpec, TypeVar
 
+from sqlalchemy import NullPool, create_engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..domain.errors import Corrupt, Misconfigured, NotAllowed, NotFound, Unavailable
 from ..settings import MLFLOW_DATABASE
 from .mlflow_server import ENVIRONMENT, artifact_root, client_uri, embedded_uri, without_password
+from .sql.engine import check_encoding, is_shared
 
 for _name, _value in ENVIRONMENT.items():  # read by MLflow while it is imported
     os.environ.setdefault(_name, _value)
@@ -153,6 +155,15 @@ def _check_can_open(database: Path) -> None:
         raise Corrupt(f"{database} is no SQLite database", hint="restore it from a backup")
 
 
+@in_our_words
+def _check_encoding(uri: str) -> None:
+    """Say what the first text that cannot be kept would tell. A server that does not answer is left to MLflow."""
+    engine = create_engine(uri, poolclass=NullPool)
+    with suppress(DBAPIError), engine.connect() as connection:
+        encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+        check_encoding(encoding, engine.url, "mlflow_uri")
+
+
 def _first_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(len(_SQLITE))
@@ -165,6 +176,8 @@ class Mlflow:
         self.uri = client_uri(tracking_uri or embedded_uri(home))
         if self.uri == embedded_uri(home):
             _check_can_open(home / MLFLOW_DATABASE)
+        elif is_shared(self.uri):
+            _check_encoding(self.uri)
         self.client = _connect(self.uri)
         self._artifacts = artifacts or artifact_root(home)
         self._registry_id = registry_id

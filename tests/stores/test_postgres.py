@@ -7,6 +7,7 @@ import sys
 import threading
 from contextlib import closing
 from itertools import count
+from pathlib import Path
 
 import pytest
 from postgres import PASSWORD, PostgresServer
@@ -15,6 +16,7 @@ from adapterctl.migrations import migrate
 from adapterctl.registry.domain.errors import InvalidInput, Misconfigured, Unavailable
 from adapterctl.registry.domain.job import NewJob
 from adapterctl.registry.domain.version import Base
+from adapterctl.registry.stores.mlflow_versions import MlflowVersions
 from adapterctl.registry.stores.sql.engine import Database
 from adapterctl.registry.stores.sql.ledger import SqlLedger
 
@@ -71,17 +73,29 @@ def test_an_address_that_cannot_be_read_is_not_repeated():
     assert "canary" not in f"{caught.value} {caught.value.hint}"
 
 
-def test_a_database_without_an_encoding_is_refused_with_the_way_out(postgres: PostgresServer):
-    postgres.run("CREATE DATABASE no_encoding ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_database_that_cannot_keep_every_text_is_refused_with_the_way_out(postgres: PostgresServer, encoding: str):
+    name = f"in_{encoding.lower()}"
+    postgres.run(f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
 
-    with pytest.raises(Misconfigured, match="SQL_ASCII, expected is UTF8") as caught:
-        migrate(postgres.url("no_encoding"))
-    with closing(SqlLedger(Database(postgres.url("no_encoding")))) as ledger, pytest.raises(Misconfigured):
+    with pytest.raises(Misconfigured, match=f"/{name} has the encoding {encoding}, expected is UTF8") as caught:
+        migrate(postgres.url(name))
+    with closing(SqlLedger(Database(postgres.url(name)))) as ledger, pytest.raises(Misconfigured):
         ledger.versions()
-    with pytest.raises(Misconfigured), Database(postgres.url("no_encoding")).exclusive("key"):
+    with pytest.raises(Misconfigured), Database(postgres.url(name)).exclusive("key"):
         pass
 
-    assert "createdb -E UTF8 -T template0" in caught.value.hint
+    assert f"createdb -E UTF8 -T template0 {name}_utf8, and set database_url" in caught.value.hint
+    assert PASSWORD not in f"{caught.value} {caught.value.hint}"
+
+
+def test_so_is_one_of_mlflow(postgres: PostgresServer, tmp_path: Path):
+    postgres.run("CREATE DATABASE mlflow_ascii ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
+
+    with pytest.raises(Misconfigured, match="/mlflow_ascii has the encoding SQL_ASCII, expected is UTF8") as caught:
+        MlflowVersions(postgres.url("mlflow_ascii"), tmp_path, "me")
+
+    assert "createdb -E UTF8 -T template0 mlflow_ascii_utf8, and set mlflow_uri" in caught.value.hint
     assert PASSWORD not in f"{caught.value} {caught.value.hint}"
 
 

@@ -78,8 +78,6 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _ANSWERS = "adapterctl_answers"
 #: Two writers in each other's way, and PostgreSQL ended one: deadlock_detected, serialization_failure.
 _GAVE_WAY = ("40P01", "40001")
-#: What PostgreSQL calls bytes of which it does not know what they mean.
-_NO_ENCODING = "SQL_ASCII"
 
 
 class Now(FunctionElement[float]):
@@ -122,6 +120,19 @@ def _strings_postgresql(element: _Strings, compiler: SQLCompiler, **kw: Any) -> 
 def sqlite_url(home: Path) -> str:
     """Address of the embedded registry in `home`."""
     return f"{_SQLITE}{home.absolute() / LEDGER_DATABASE}"
+
+
+def check_encoding(encoding: str | None, url: URL, setting: str) -> None:
+    """Raise `Misconfigured` for a database that cannot keep every text; None was not told. `setting` names it."""
+    if encoding not in (None, "UTF8"):
+        raise Misconfigured(
+            f"the database {_label(url)} has the encoding {encoding}, expected is UTF8",
+            hint=f"make another one: createdb -E UTF8 -T template0 {url.database}_utf8, and set {setting}",
+        )
+
+
+def _label(url: URL) -> str:
+    return f"{url.host or 'local'}:{url.port or 5432}/{url.database}"
 
 
 def is_shared(url: str) -> bool:
@@ -528,7 +539,7 @@ class _Postgres:
 
     @property
     def label(self) -> str:
-        return f"{self._url.host or 'local'}:{self._url.port or 5432}/{self._url.database}"
+        return _label(self._url)
 
     @property
     def exists(self) -> bool:
@@ -585,13 +596,11 @@ class _Postgres:
         return engine
 
     def _check_encoding(self, connection: Any, _: object) -> None:
-        encoding = connection.info.parameter_status("server_encoding")
-        if encoding == _NO_ENCODING:
+        try:
+            check_encoding(connection.info.parameter_status("server_encoding"), self._url, "database_url")
+        except Misconfigured:
             connection.close()
-            raise Misconfigured(
-                f"the database {self.label} has the encoding {encoding}, expected is UTF8",
-                hint=f"make another one: createdb -E UTF8 -T template0 {self._url.database}_utf8, and set database_url",
-            )
+            raise
 
     def in_our_words(self, error: DBAPIError) -> AdapterctlError:
         if getattr(error.orig, "sqlstate", None) in _GAVE_WAY:
