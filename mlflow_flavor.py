@@ -39,6 +39,8 @@ class AdapterModel:
 
     def _answer(self, prompt: str, limit: int) -> str:
         encoded = self._tokenizer(prompt, return_tensors="pt").to(self._model.device)
+        if not encoded["input_ids"].numel():
+            raise ValueError(f"the prompt {prompt[:80]!r} has no tokens, expected at least one to go on from")
         tokens = self._model.generate(
             **encoded, max_new_tokens=limit, do_sample=False, pad_token_id=self._tokenizer.eos_token_id
         )

@@ -163,8 +163,12 @@ def test_a_base_that_is_not_there_is_named_with_the_way_out(published):
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [(pandas.DataFrame({"a": ["x"], "b": ["y"]}), "needs the column 'prompt'"), ([["x"]], "is of the type list")],
-    ids=["no prompts", "no texts"],
+    [
+        (pandas.DataFrame({"a": ["x"], "b": ["y"]}), "needs the column 'prompt'"),
+        ([["x"]], "is of the type list"),
+        (["x", ""], "the prompt '' has no tokens"),
+    ],
+    ids=["no prompts", "no texts", "an empty text"],
 )
 def test_what_holds_no_prompts_is_refused(published, given, said):
     model = mlflow.pyfunc.load_model("models:/chat/1")
