@@ -22,6 +22,7 @@ import bakes  # these modules register their benchmarks
 import commands
 import jobs
 import lineage
+import listing
 import merges
 import pages
 import service
@@ -32,7 +33,7 @@ from adapterctl.workers.receipt import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, PAGE = ROOT / "build" / "bench.json", ROOT / "docs" / "benchmarks.md"
-MODULES = (merges, bakes, lineage, pages, commands, service, jobs, tuning)
+MODULES = (merges, bakes, lineage, listing, pages, commands, service, jobs, tuning)
 PACKAGES = ("numpy", "torch", "peft", "transformers", "mlflow")
 
 

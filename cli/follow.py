@@ -6,7 +6,7 @@ The work happens in another process; nothing that happens here can harm it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from sys import stderr
 from threading import Timer
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import typer
 
 from ..registry.domain.errors import NotFound
-from ..registry.domain.refs import parse_ref
+from ..registry.domain.refs import Ref, parse_ref
 from .connect import Session
 from .output import INTERRUPTED, Output, is_terminal, printable
 
@@ -72,6 +72,10 @@ def _no_worker(out: Output, job_id: str) -> Iterator[Callable[[], None]]:
 def version_of(registry: RegistryAPI, name: str, job: Job) -> VersionView:
     """The version that a merge job made."""
     made = job.result.get("version_id")
+    with suppress(NotFound):
+        newest = registry.version(Ref(name))
+        if newest.id == made:  # nearly always
+            return newest
     found = next((version for version in registry.versions(name) if version.id == made), None)
     if found is None:
         raise NotFound(f"job {job.id} names no version of {name}", hint=f"adapterctl jobs show {job.id}")

@@ -17,7 +17,7 @@ from ..registry.domain.errors import Misconfigured, Refused
 from ..registry.stores.sql.engine import Database
 
 #: The newest revision in `versions/`; a test holds both together.
-HEAD_REVISION = "0009"
+HEAD_REVISION = "0010"
 VERSION_TABLE = "adapterctl_alembic_version"
 
 SchemaState = Literal["empty", "older", "current", "newer"]

@@ -697,7 +697,10 @@ class RegistryAPI(Protocol):
         suite: str | None = None,
         assume_converted: bool = False,
     ) -> Registered: ...
-    def adapters(self) -> list[AdapterView]: ...
+    def adapters(self, *, limit: int | None = None) -> list[AdapterView]:
+        """By name; the first `limit` of them."""
+        ...
+
     def versions(
         self,
         name: str | None = None,
@@ -710,8 +713,11 @@ class RegistryAPI(Protocol):
         dataset: str | None = None,
         trained_on: str | None = None,
         descends_from: Ref | None = None,
+        limit: int | None = None,
     ) -> list[VersionView]:
-        """`metric` holds conditions such as `bleu>0.3` (operators < <= > >= =).
+        """By name and number; the first `limit` of those that meet every filter.
+
+        `metric` holds conditions such as `bleu>0.3` (operators < <= > >= != =).
 
         `dataset` is what a version itself was trained on; `trained_on` what it or any of its ancestors was trained on.
         """
@@ -1001,6 +1007,29 @@ class ServedRegistry(RegistryAPI, Protocol):
 
     def page(self, ref: Ref, look: Look, *, whole: bool, root: str) -> Drawing:
         """The page of a version or of an adapter; `root` leads from it to the root of the server."""
+        ...
+
+    def adapters(self, *, after: str | None = None, limit: int | None = None) -> list[AdapterView]:
+        """As in `RegistryAPI`; those that come `after` a name."""
+        ...
+
+    def adapter(self, name: str) -> AdapterView: ...
+    def versions(
+        self,
+        name: str | None = None,
+        *,
+        base: str | None = None,
+        tag: Mapping[str, str] | None = None,
+        stage: str | None = None,
+        metric: Sequence[str] = (),
+        removed: bool = False,
+        dataset: str | None = None,
+        trained_on: str | None = None,
+        descends_from: Ref | None = None,
+        after: tuple[str, int] | None = None,
+        limit: int | None = None,
+    ) -> list[VersionView]:
+        """As in `RegistryAPI`; those that come `after` a name and number."""
         ...
 
     def pin_base(self, name: str, *, revision: str | None, pins: Mapping[str, str]) -> Base: ...

@@ -18,6 +18,7 @@ from .domain.evals import EvalReport
 from .domain.event import Event, EventKind
 from .domain.job import Job, JobEvent, JobState, LogPiece, NewJob, Progress, QueueDepth
 from .domain.recall import Recall, RecallAction, Recalls
+from .domain.selection import EVERY, Selection
 from .domain.signature import Envelope, PublicKey, Signature
 from .domain.stage import ApprovalAction, MoveAction, NoteAction, StageEvent
 from .domain.version import AdapterVersion, Base, Edge, EdgeKind, NewVersion, Placement, VersionDetail
@@ -144,12 +145,41 @@ class Ledger(Protocol):
         ...
 
     def version_by_number(self, name: str, number: int) -> AdapterVersion | None: ...
-    def has_versions(self) -> bool:
-        """Whether there ever was one, removed ones included."""
+    def has_versions(self, name: str | None = None) -> bool:
+        """Whether there ever was one, removed ones included; of that adapter."""
         ...
 
-    def versions(self, name: str | None = None, *, include_removed: bool = False) -> list[AdapterVersion]:
-        """Ordered by adapter name, then number."""
+    def count_versions(self) -> int:
+        """How many live ones there are."""
+        ...
+
+    def versions(
+        self,
+        name: str | None = None,
+        *,
+        include_removed: bool = False,
+        only: Selection = EVERY,
+        after: tuple[str, int] | None = None,
+        limit: int | None = None,
+    ) -> list[AdapterVersion]:
+        """Ordered by adapter name, by code points, then number; the first `limit` of those `after` a name and number.
+
+        A page costs what the versions on it do, and those that a filter has passed over on the way, wherever it begins.
+        """
+        ...
+
+    def numbers(self, name: str, *, include_removed: bool = False) -> dict[int, str]:
+        """The ids of an adapter's versions by their numbers, in this order."""
+        ...
+
+    def newest_of_each(
+        self, name: str | None = None, *, after: str | None = None, limit: int | None = None
+    ) -> list[tuple[AdapterVersion, int]]:
+        """The newest live version of each adapter that has one, and how many it has; by name, as `versions`."""
+        ...
+
+    def labels(self, version_ids: Collection[str]) -> dict[str, str]:
+        """`NAME:vN` of each version that there is, by its id."""
         ...
 
     def newest(self, names: Sequence[str]) -> dict[str, int]:
@@ -382,8 +412,16 @@ class Ledger(Protocol):
 
     # stages
     def stage_holder(self, adapter_id: str, stage: str) -> str | None: ...
-    def stages(self) -> dict[str, dict[str, str]]:
-        """Adapter id to {stage: version id}; emptied stages are absent."""
+    def stages(self, adapter_ids: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
+        """Adapter id to {stage: version id}, of these adapters or of all; emptied stages are absent."""
+        ...
+
+    def stages_of(self, version_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """The stages that each of these versions holds, by name; those that hold none are absent."""
+        ...
+
+    def is_held(self, stage_name: str) -> bool:
+        """Whether some version holds a stage of this name."""
         ...
 
     def move_stage(

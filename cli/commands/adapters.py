@@ -19,9 +19,13 @@ from ..output import printable
 from ..signing import signature_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ...registry.api import Registered
 
 GROUP = "Adapters"
+#: How many lines a table has where nobody says.
+ROWS = 1000
 RefArgument = Annotated[str, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)]
 
 
@@ -157,18 +161,26 @@ def ls(
         str | None, typer.Option(metavar="TEXT", help="Versions trained on it, or made of one that was.")
     ] = None,
     removed: Annotated[bool, typer.Option("--removed", help="Removed versions too.")] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help=f"Rows at most.  [default: {ROWS} of a table, else all]"),
+    ] = None,
 ) -> None:
     """List adapters, or the versions of one.
 
     Example: adapterctl ls --trained-on wmt14 --stage production
     """
     registry = session.registry(readonly=True)
+    # a table is read by a person, who wants no minute's worth of it; programs mean all
+    most = ROWS if limit is None and session.out.format == "table" else None
+    asked_for = limit if most is None else most + 1
     asked = (name, base, stage, descends_from, dataset, trained_on)
     if all(each is None for each in asked) and not (tag or metric or removed):
-        adapters = registry.adapters()
+        adapters = registry.adapters(limit=asked_for)
         session.out.data(
-            adapters, text=lambda: views.adapters_table(adapters, session.out), names=[a.name for a in adapters]
+            adapters, text=lambda: views.adapters_table(adapters[:most], session.out), names=[a.name for a in adapters]
         )
+        _tell_more(session, adapters, most)
         return
     found = registry.versions(
         name,
@@ -180,8 +192,15 @@ def ls(
         dataset=dataset,
         trained_on=trained_on,
         descends_from=parse_ref(descends_from) if descends_from else None,
+        limit=asked_for,
     )
-    session.out.data(found, text=lambda: views.versions_table(found, session.out), names=[v.ref for v in found])
+    session.out.data(found, text=lambda: views.versions_table(found[:most], session.out), names=[v.ref for v in found])
+    _tell_more(session, found, most)
+
+
+def _tell_more(session: Session, found: Sequence[object], most: int | None) -> None:
+    if most is not None and len(found) > most:
+        session.out.say(f"the first {most}; --limit N for more")
 
 
 def show(session: Session, ref: RefArgument) -> None:

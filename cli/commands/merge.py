@@ -322,7 +322,8 @@ def rebuild(
         evaluations += [each.id for each in then if each.kind == "eval"]
     if evaluations:
         session.out.say(f"{len(evaluations)} evaluations go on: adapterctl jobs ls --kind eval")
-    by_id = {version.id: version for version in registry.versions()}
+    adapters = sorted({parse_ref(step.ref).name for step in planned.steps})
+    by_id = {version.id: version for name in adapters for version in registry.versions(name)}
     found = [by_id[version_id] for version_id in made]
     session.out.data(
         found, text=lambda: views.versions_table(found, session.out), names=[version.ref for version in found]

@@ -88,12 +88,17 @@ def _in_address(host: str) -> str:
 
 def _print_links(session: Session, root: str | None) -> None:
     """Where those versions are shown that hold a stage or are the newest of their adapter."""
+    from ...registry.services.views import mlflow_path  # deferred: help shows no versions
+
     settings = session.settings()
     root = root or settings.server or settings.mlflow_ui
     registry = session.registry(readonly=True)
-    latest = {f"{adapter.name}:{adapter.latest}" for adapter in registry.adapters()}
-    shown = [version for version in registry.versions() if version.stages or version.ref in latest]
-    found = [{"ref": version.ref, "url": root + version.mlflow_path} for version in shown]
+    shown = [
+        (adapter.name, number)
+        for adapter in registry.adapters()
+        for number in sorted({int(each[1:]) for each in (adapter.latest, *adapter.stages.values())})
+    ]
+    found = [{"ref": f"{name}:v{number}", "url": root + mlflow_path(name, number)} for name, number in shown]
     session.out.data(
         found,
         text=lambda: session.out.table(["VERSION", "ADDRESS"], [[link["ref"], link["url"]] for link in found]),

@@ -141,8 +141,8 @@ class RemoteRegistry:
         self._own.check_folder(folder)
         return wire.from_json(self._upload(path, about, folder), Registered)
 
-    def adapters(self) -> list[AdapterView]:
-        return self._pages("/v1/adapters", {}, "adapters", AdapterView)
+    def adapters(self, *, limit: int | None = None) -> list[AdapterView]:
+        return self._pages("/v1/adapters", {}, "adapters", AdapterView, limit=limit)
 
     def versions(
         self,
@@ -156,6 +156,7 @@ class RemoteRegistry:
         dataset: str | None = None,
         trained_on: str | None = None,
         descends_from: Ref | None = None,
+        limit: int | None = None,
     ) -> list[VersionView]:
         query = {
             "name": name,
@@ -168,7 +169,7 @@ class RemoteRegistry:
             "trained_on": trained_on,
             "descends_from": str(descends_from) if descends_from else None,
         }
-        return self._pages("/v1/versions", query, "versions", VersionView)
+        return self._pages("/v1/versions", query, "versions", VersionView, limit=limit)
 
     def version(self, ref: Ref, *, agreed: bool = False) -> VersionView:
         return self._get(_path(ref), VersionView, {"agreed": "true"} if agreed and ref.alias is not None else None)

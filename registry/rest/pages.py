@@ -11,6 +11,7 @@ import hashlib
 import html
 import re
 from typing import Annotated
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
@@ -21,6 +22,8 @@ from ..domain.refs import Ref, check_name
 from .routes import Call, Read, version_ref
 
 router = APIRouter(prefix="/adapters", include_in_schema=False)
+#: Adapters on one page of their list.
+LISTED = 500
 #: A form sends what nobody chose as an empty text.
 Depth = Annotated[str, Query(pattern="^[0-9]{0,5}$")]
 Metric = Annotated[str, Query(max_length=300)]
@@ -34,11 +37,16 @@ _STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode(
 
 @router.api_route("", methods=["GET", "HEAD"])
 @router.api_route("/", methods=["GET", "HEAD"])
-def list_page(request: Request, call: Read) -> Response:
-    """The adapters, each with its newest version and what serves its stages."""
+def list_page(request: Request, call: Read, after: Annotated[str, Query(max_length=512)] = "") -> Response:
+    """The adapters, each with its newest version and what serves its stages; a page of them, `after` a name."""
     folder = "" if request.url.path.endswith("/") else "adapters/"
-    items = "\n".join(_item(folder, each) for each in call.registry.adapters())
-    return _plain("Adapters", f"<ul>\n{items}\n</ul>" if items else "<p>None is registered yet.</p>", 200)
+    found = call.registry.adapters(after=after or None, limit=LISTED + 1)
+    items = "\n".join(_item(folder, each) for each in found[:LISTED])
+    none = "There are no more." if after else "None is registered yet."
+    body = f"<ul>\n{items}\n</ul>" if items else f"<p>{none}</p>"
+    if len(found) > LISTED:
+        body += f'\n<p><a href="?after={quote(found[LISTED - 1].name, safe="")}">More</a></p>'
+    return _plain("Adapters", body, 200)
 
 
 @router.api_route("/{name}/lineage.svg", methods=["GET", "HEAD"])

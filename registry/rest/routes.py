@@ -174,18 +174,15 @@ _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 @router.get("/adapters", response_model=AdapterPage)
 def adapters(call: Read, max_results: MaxResults = 100, page_token: PageToken = None) -> Response:
     """List the adapters, by name."""
-    found, following = _page(call.registry.adapters(), lambda each: [each.name], max_results, page_token)
-    return _reply(AdapterPage(tuple(found), following))
+    after = _read_token(page_token, str)[0] if page_token else None
+    found = call.registry.adapters(after=after, limit=max_results + 1)
+    return _reply(AdapterPage(*_page(found, lambda each: [each.name], max_results)))
 
 
 @router.get("/adapters/{name}", response_model=AdapterView)
 def adapter(name: str, call: Read) -> Response:
     """One adapter, with its newest version and what serves its stages."""
-    found = next((each for each in call.registry.adapters() if each.name == name), None)
-    if found is None:
-        call.registry.versions(check_name(name))  # says of a name that is unknown what is like it
-        raise NotFound(f"every version of {name} was removed", hint=f"GET /v1/versions?name={name}&removed=true")
-    return _reply(found)
+    return _reply(call.registry.adapter(check_name(name)))
 
 
 @router.get("/adapters/{name}/versions", response_model=VersionPage)
@@ -193,9 +190,9 @@ def versions_of(
     name: str, call: Read, removed: bool = False, max_results: MaxResults = 100, page_token: PageToken = None
 ) -> Response:
     """The versions of one adapter, by number; `/v1/versions` filters, and lists those of all."""
-    found = call.registry.versions(check_name(name), removed=removed)
-    page, following = _page(found, lambda each: [each.name, each.number], max_results, page_token)
-    return _reply(VersionPage(tuple(page), following))
+    after = _after(page_token)
+    found = call.registry.versions(check_name(name), removed=removed, after=after, limit=max_results + 1)
+    return _reply(_version_page(found, max_results))
 
 
 @router.get("/versions", response_model=VersionPage)
@@ -227,9 +224,10 @@ def versions(
         dataset=dataset,
         trained_on=trained_on,
         descends_from=parse_ref(descends_from) if descends_from else None,
+        after=_after(page_token),
+        limit=max_results + 1,
     )
-    page, following = _page(found, lambda each: [each.name, each.number], max_results, page_token)
-    return _reply(VersionPage(tuple(page), following))
+    return _reply(_version_page(found, max_results))
 
 
 @router.post(
@@ -486,7 +484,7 @@ def events(
 
     start = None if after == "now" else int(after)
     if not _wants_stream(request):
-        page = look(_place(page_token) if page_token else start)
+        page = look(_read_token(page_token, int)[0] if page_token else start)
         return _reply(EventPage(page.events, page.cursor, _token([page.cursor]) if page.more else None))
     seen = _last_event_id(request)
     start = start if seen is None else seen
@@ -627,12 +625,9 @@ def jobs(
     call: Read, state: Text = None, kind: Text = None, max_results: MaxResults = 100, page_token: PageToken = None
 ) -> Response:
     """List jobs, the newest first."""
-    before = _read_token(page_token)[0] if page_token else None
-    found = call.registry.jobs(
-        state=state, kind=kind, limit=max_results + 1, before=str(before) if before is not None else None
-    )
-    following = _token([found[max_results - 1].id]) if len(found) > max_results else None
-    return _reply(JobPage(tuple(found[:max_results]), following))
+    before = _read_token(page_token, str)[0] if page_token else None
+    found = call.registry.jobs(state=state, kind=kind, limit=max_results + 1, before=before)
+    return _reply(JobPage(*_page(found, lambda each: [each.id], max_results)))
 
 
 @router.get("/jobs/{job_id}", response_model=Job)
@@ -919,38 +914,43 @@ def _pairs(items: Sequence[str]) -> dict[str, str]:
     return dict(item.split("=", 1) for item in items)
 
 
-def _page(
-    items: Sequence[T], key: Callable[[T], list[str | int]], max_results: int, page_token: str | None
-) -> tuple[Sequence[T], str | None]:
-    """A page of a sorted list, and the token of the next: it names the last item, so that new ones do not shift it."""
-    if page_token is not None:
-        last = _read_token(page_token)
-        if items and [type(part) for part in last] != [type(part) for part in key(items[0])]:
-            raise _bad_token()
-        items = [item for item in items if key(item) > last]
-    page = items[:max_results]
-    return page, _token(key(page[-1])) if len(items) > max_results else None
+def _page(found: Sequence[T], key: Callable[[T], list[Any]], max_results: int) -> tuple[tuple[T, ...], str | None]:
+    """A page of a sorted list, and the token of the next: it names the last item, so that new ones do not shift it.
+
+    `found` has one more than the page where there is a next one.
+    """
+    page = tuple(found[:max_results])
+    return page, _token(key(page[-1])) if len(found) > max_results else None
+
+
+def _version_page(found: Sequence[VersionView], max_results: int) -> VersionPage:
+    return VersionPage(*_page(found, lambda each: [each.name, each.number], max_results))
+
+
+def _after(page_token: str | None) -> tuple[str, int] | None:
+    """The name and number of the version that the page before ended with."""
+    if page_token is None:
+        return None
+    name, number = _read_token(page_token, str, int)
+    return name, number
 
 
 def _token(key: list[Any]) -> str:
     return base64.urlsafe_b64encode(json.dumps(key).encode()).decode()
 
 
-def _read_token(token: str) -> list[Any]:
+def _read_token(token: str, *kinds: type) -> list[Any]:
+    """What names an item of a list: as many values of these types."""
     try:
         key = json.loads(base64.b64decode(token.encode(), altchars=b"-_", validate=True))
+        json.dumps(key, ensure_ascii=False).encode()  # fails for half a character, which no database takes
     except (ValueError, RecursionError) as error:
         raise _bad_token() from error
-    if not isinstance(key, list) or not key:
+    if not isinstance(key, list) or [type(part) for part in key] != [*kinds]:
+        raise _bad_token()
+    if any(isinstance(part, int) and not 0 <= part < 2**63 for part in key):
         raise _bad_token()
     return key
-
-
-def _place(page_token: str) -> int:
-    place = _read_token(page_token)[0]
-    if not isinstance(place, int) or isinstance(place, bool):
-        raise _bad_token()
-    return place
 
 
 def _bad_token() -> InvalidInput:

@@ -73,7 +73,7 @@ def _examine(
         return [Check("home", "warning", error.message, error.hint), _evaluation()]
     return [
         *examine_home(settings.home),
-        Check("ledger", "ok", f"registry {registry_id}, {len(ledger.versions())} versions"),
+        Check("ledger", "ok", f"registry {registry_id}, {ledger.count_versions()} versions"),
         *_mlflow(settings, ledger, open_versions, rules, adoption, abroad=abroad),
         *(_files(ledger) if settings.database_url is None else ()),
         *_recalled(ledger),

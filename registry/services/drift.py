@@ -49,7 +49,7 @@ def check_not_emptied(ledger: Ledger, store: VersionStore) -> None:
     """
     if store.check_identity():
         return
-    count = len(ledger.versions())
+    count = ledger.count_versions()
     if count:
         said = f"has no experiment 'adapters', the ledger has {count} versions: it is another store, or was emptied"
         raise Misconfigured(

@@ -183,8 +183,17 @@ class LocalRegistry:
             add_suite(self.ledger, known_adapter(self.ledger, name), loaded)
         return registered
 
-    def adapters(self) -> list[AdapterView]:
-        return views.adapter_views(self.ledger)
+    def adapters(self, *, after: str | None = None, limit: int | None = None) -> list[AdapterView]:
+        with self.ledger.snapshot():
+            return views.adapter_views(self.ledger, after=after, limit=limit)
+
+    def adapter(self, name: str) -> AdapterView:
+        known_adapter(self.ledger, check_name(name))
+        with self.ledger.snapshot():
+            found = views.adapter_views(self.ledger, name)
+        if not found:
+            raise NotFound(f"every version of {name} was removed", hint=f"GET /v1/versions?name={name}&removed=true")
+        return found[0]
 
     def versions(
         self,
@@ -198,16 +207,27 @@ class LocalRegistry:
         dataset: str | None = None,
         trained_on: str | None = None,
         descends_from: Ref | None = None,
+        after: tuple[str, int] | None = None,
+        limit: int | None = None,
     ) -> list[VersionView]:
-        if stage is not None:
-            check_stage_name(
-                stage, self.settings.stages, kept={key for held in self.ledger.stages().values() for key in held}
+        with self.ledger.snapshot():
+            if stage is not None and stage not in self.settings.stages:
+                check_stage_name(stage, self.settings.stages, kept=[stage] if self.ledger.is_held(stage) else ())
+            found = select.select(
+                self.ledger,
+                name,
+                base=base,
+                tag=tag,
+                stage=stage,
+                metric=metric,
+                removed=removed,
+                dataset=dataset,
+                trained_on=trained_on,
+                descends_from=descends_from,
+                after=after,
+                limit=limit,
             )
-        found = select.candidates(
-            self.ledger, name, removed=removed, stage=stage, trained_on=trained_on, descends_from=descends_from
-        )
-        shown = views.version_views(self.ledger, found)
-        return select.select(shown, base=base, tag=tag, stage=stage, metric=metric, dataset=dataset)
+            return views.version_views(self.ledger, found)
 
     def version(self, ref: Ref, *, agreed: bool = False) -> VersionView:
         if agreed:

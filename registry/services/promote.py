@@ -281,7 +281,7 @@ class Stages:
         """Make MLflow say what the ledger says after `event`, the last one of its stage. The caller holds the lock."""
         legacy: dict[int, str] = {}
         if event.stage in LEGACY_STAGES:
-            holders = self.ledger.stages().get(event.adapter_id, {})
+            holders = self.ledger.stages([event.adapter_id]).get(event.adapter_id, {})
             ids = [each for each in (event.version_id, event.previous_id) if each is not None]
             for version in self.ledger.versions_by_id(ids).values():
                 highest = legacy_stage([stage for stage, holder in holders.items() if holder == version.id])

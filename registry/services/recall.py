@@ -116,7 +116,7 @@ def _impact(ledger: Ledger, version: AdapterVersion, said: Recall) -> RecallImpa
     versions = {key: each for key, each in ledger.versions_by_id(list(hit)).items() if each.state == "live"}
     held = (
         (stage, versions[key])
-        for stages in ledger.stages().values()
+        for stages in ledger.stages(sorted({each.adapter_id for each in versions.values()})).values()
         for stage, key in stages.items()
         if key in versions
     )

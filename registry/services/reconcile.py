@@ -200,7 +200,7 @@ class Adoption:
                 full.append(version.label)
         tell_parents(self.ledger, self.versions, difference.versions)
         if not model.described:
-            newest = self.ledger.versions(model.name)[-1]
+            ((newest, _),) = self.ledger.newest_of_each(model.name)
             full += [] if self.versions.describe_adapter(model.name, newest.spec.base) else [model.name]
         if full:
             raise Refused(f"no room is left in {', '.join(full)}", hint="shorten what is written there, in MLflow")

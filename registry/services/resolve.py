@@ -31,7 +31,8 @@ def resolve(ledger: Ledger, ref: Ref, *, removed: bool = False) -> AdapterVersio
     elif ref.digest is not None:
         version = _by_digest(ledger, ref)
     elif ref.number is None:
-        version = next(iter(reversed(ledger.versions(ref.name))), None)
+        newest = ledger.newest([ref.name]).get(ref.name)
+        version = ledger.version_by_number(ref.name, newest) if newest is not None else None
     if version is None:
         raise NotFound(f"there is no {ref}", hint=_what_there_is(ledger, ref.name, adapter_id))
     return _unless_removed(ledger, version, removed=removed)
@@ -46,8 +47,9 @@ def _unless_removed(ledger: Ledger, version: AdapterVersion, *, removed: bool) -
 
 def known_adapter(ledger: Ledger, name: str) -> str:
     """The id of the adapter `name`. Raises `NotFound` with a did-you-mean."""
-    adapter_id, names = ledger.adapter_id(name), ledger.adapter_names()
-    if adapter_id is None or name not in names:
+    adapter_id = ledger.adapter_id(name)
+    if adapter_id is None or not ledger.has_versions(name):
+        names = ledger.adapter_names()
         if (now := ledger.former_names().get(name)) is not None:
             raise NotFound(f"there is no adapter {name!r} any more", hint=f"it is called {now} now")
         hint = did_you_mean(name, names) or "`adapterctl ls` shows what there is"
@@ -70,8 +72,8 @@ def _by_digest(ledger: Ledger, ref: Ref) -> AdapterVersion | None:
 
 
 def _what_there_is(ledger: Ledger, name: str, adapter_id: str) -> str:
-    numbers = [f"v{version.number}" for version in ledger.versions(name)]
-    stages = sorted(ledger.stages().get(adapter_id, {}))
+    numbers = [f"v{number}" for number in ledger.numbers(name)]
+    stages = sorted(ledger.stages([adapter_id]).get(adapter_id, {}))
     if not numbers:
         return f"{name} has no version left"
     shown = numbers if len(numbers) <= 8 else [*numbers[:2], "…", *numbers[-2:]]

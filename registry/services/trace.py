@@ -124,7 +124,7 @@ def family(ledger: Ledger, name: str, *, most: int) -> LineageView:
     Tombstones are part of it.
     """
     known_adapter(ledger, name)
-    ids = [version.id for version in ledger.versions(name, include_removed=True)[-most:]]
+    ids = list(ledger.numbers(name, include_removed=True).values())[-most:]
     up = [edge for edges in ledger.parent_edges(ids).values() for edge in edges]
     down = [edge for version_id in ids for edge in ledger.edges_down(version_id, 1)]
     return _view(ledger, name, "both", ids, [*up, *down])

@@ -14,7 +14,7 @@ from ..domain.errors import Corrupt, InvalidAdapter
 from ..domain.evals import HERE, REGISTERED
 from ..domain.header import strict_json_object
 from ..domain.signature import Signature
-from ..domain.version import AdapterVersion, Edge
+from ..domain.version import AdapterVersion
 from ..ports import Ledger
 from ..wire import from_builtins
 from .signatures import signed
@@ -25,23 +25,26 @@ def iso_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def mlflow_path(name: str, number: int) -> str:
+    """Where MLflow's pages show a version."""
+    return f"/#/models/{name}/versions/{number}"
+
+
 def version_views(ledger: Ledger, versions: Sequence[AdapterVersion]) -> list[VersionView]:
     """Views in the order given, without recipes and receipts; what they need is read for all of them at once."""
     ids = [version.id for version in versions]
     metrics = ledger.metrics(ids)
-    stages = stages_by_version(ledger)
+    stages = ledger.stages_of(ids)
     edges = ledger.parent_edges(ids)
-    known = {version.id: version for version in versions}
-    others = {edge.parent_id for of_child in edges.values() for edge in of_child} - known.keys()
-    parents = known | ledger.versions_by_id(sorted(others))
+    labels = {version.id: version.label for version in versions}
+    labels |= ledger.labels({edge.parent_id for of_child in edges.values() for edge in of_child} - labels.keys())
     recalls = recall_views(ledger)
     return [
         _view(
             version,
             stages.get(version.id, ()),
             metrics.get(version.id, {}),
-            edges.get(version.id, ()),
-            parents,
+            tuple(ParentView(labels[each.parent_id], each.weight, each.kind) for each in edges.get(version.id, ())),
             recalls.get(version.id),
         )
         for version in versions
@@ -86,40 +89,35 @@ def _conversion(metadata: Mapping[str, str]) -> Conversion | None:
     return None
 
 
-def adapter_views(ledger: Ledger) -> list[AdapterView]:
-    """One row an adapter that has a live version, by name."""
-    stages = ledger.stages()
-    by_name: dict[str, list[AdapterVersion]] = {}
-    for version in ledger.versions():
-        by_name.setdefault(version.name, []).append(version)
-    labels = {version.id: f"v{version.number}" for versions in by_name.values() for version in versions}
+def adapter_views(
+    ledger: Ledger, name: str | None = None, *, after: str | None = None, limit: int | None = None
+) -> list[AdapterView]:
+    """One row an adapter that has a live version, by name; the first `limit` of those `after` a name."""
+    found = ledger.newest_of_each(name, after=after, limit=limit)
+    stages = ledger.stages([newest.adapter_id for newest, _ in found])
+    numbers = ledger.labels({held for of_adapter in stages.values() for held in of_adapter.values()})
     return [
         AdapterView(
-            name=name,
-            versions=len(versions),
-            latest=f"v{versions[-1].number}",
-            base=versions[-1].spec.base.name,
-            stages={stage: labels[held] for stage, held in stages.get(versions[-1].adapter_id, {}).items()},
-            created_at=iso_time(versions[-1].created_at),
+            name=newest.name,
+            versions=versions,
+            latest=f"v{newest.number}",
+            base=newest.spec.base.name,
+            stages={
+                stage: numbers[held].removeprefix(f"{newest.name}:")
+                for stage, held in stages.get(newest.adapter_id, {}).items()
+            },
+            created_at=iso_time(newest.created_at),
         )
-        for name, versions in sorted(by_name.items())
+        for newest, versions in found
     ]
-
-
-def stages_by_version(ledger: Ledger) -> dict[str, tuple[str, ...]]:
-    held: dict[str, list[str]] = {}
-    for stages in ledger.stages().values():
-        for stage, version_id in stages.items():
-            held.setdefault(version_id, []).append(stage)
-    return {version_id: tuple(sorted(stages)) for version_id, stages in held.items()}
 
 
 def recall_views(ledger: Ledger) -> dict[str, RecallView]:
     """The recall that hits a version, by the version's id."""
     recalls = ledger.recalls()
-    recalled = ledger.versions_by_id(sorted({hit.version_id for hit in recalls.values()})) if recalls else {}
+    labels = ledger.labels({hit.version_id for hit in recalls.values()})
     return {
-        version_id: RecallView(recalled[hit.version_id].label, hit.reason, hit.actor, iso_time(hit.at))
+        version_id: RecallView(labels[hit.version_id], hit.reason, hit.actor, iso_time(hit.at))
         for version_id, hit in recalls.items()
     }
 
@@ -129,16 +127,11 @@ def cause(recall: RecallView | None) -> tuple[str, str] | None:
     return None if recall is None else (recall.ref, recall.reason)
 
 
-def parent_views(edges: Sequence[Edge], parents: Mapping[str, AdapterVersion]) -> tuple[ParentView, ...]:
-    return tuple(ParentView(parents[edge.parent_id].label, edge.weight, edge.kind) for edge in edges)
-
-
 def _view(
     version: AdapterVersion,
     stages: Sequence[str],
     metrics: Mapping[str, float],
-    edges: Sequence[Edge],
-    parents: Mapping[str, AdapterVersion],
+    parents: tuple[ParentView, ...],
     recall: RecallView | None,
 ) -> VersionView:
     spec, summary, placement = version.spec, version.summary, version.placement
@@ -160,7 +153,7 @@ def _view(
         created_at=iso_time(version.created_at),
         created_by=version.created_by,
         stages=tuple(stages),
-        parents=parent_views(edges, parents),
+        parents=parents,
         method=summary.method,
         loss=summary.loss,
         metrics=metrics,
@@ -174,6 +167,6 @@ def _view(
         run_id=placement.run_id,
         model_id=placement.model_id,
         location=placement.location,
-        mlflow_path=f"/#/models/{version.name}/versions/{version.number}",
+        mlflow_path=mlflow_path(version.name, version.number),
         recall=recall,
     )

@@ -36,7 +36,7 @@ def witness(ledger: Ledger, stages: Sequence[str], deed: str, said: Mapping[str,
     elif deed == "POST registered-models/rename":
         reason = f"renamed to {said.get('new_name')}"
     elif deed == "DELETE registered-models/delete":
-        count = len(ledger.versions(name))
+        count = len(ledger.numbers(name))
         reason = f"deleted, with {count} versions" if count else ""
     elif deed == "DELETE model-versions/delete":
         number = _number(said)

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import yaml
 from keys import public, write_key
+from large import fill
 from tiny import LINEAR, header_bytes, safetensors_bytes, write_tiny_lycoris
 from tiny_merge import WEIGHTS, deltas, distance, facts_of
 
@@ -1019,3 +1020,22 @@ def test_suites_are_checked_without_a_model_and_shown_with_whom_they_judge(run: 
 def test_eval_takes_references_as_it_takes_run(run: Run, pair: Path):
     for words in (["eval"], ["eval", "run"]):
         assert "has no evaluation suite" in run(*words, "translate:v1", "-o", "json", code=2).stderr
+
+
+def test_a_table_is_cut_where_nobody_says_how_long_it_may_be(
+    run: Any, sql_ledger: Any, monkeypatch: pytest.MonkeyPatch
+):
+    fill(sql_ledger._db, adapters=9, each=2)
+    monkeypatch.setattr("adapterctl.cli.commands.adapters.ROWS", 5)
+
+    adapters, versions = run("ls"), run("ls", "--tag", "team=many")
+    exact, more, few = run("ls", "--stage", "production", "--limit", "9"), run("ls", "--limit", "99"), run("ls", "-q")
+
+    for cut in (adapters, versions):
+        assert len(cut.stdout.splitlines()) == 1 + 5
+        assert cut.stderr == "the first 5; --limit N for more\n"
+    assert [len(whole.stdout.splitlines()) for whole in (exact, more, few)] == [1 + 9, 1 + 10, 10]
+    assert (exact.stderr, more.stderr, few.stderr) == ("", "", "")
+    assert len(run("ls", "large", "-o", "json").data) == 18
+    assert [each["ref"] for each in run("ls", "large", "-o", "json", "--limit", "2").data] == ["large:v1", "large:v2"]
+    assert run("ls", "--limit", "0", code=2).stdout == ""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
+from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from adapterctl import migrations
@@ -179,3 +180,13 @@ def test_facts_of_record_can_neither_be_changed_nor_deleted(url: str, table: str
         assert connection.execute(text(f"SELECT count(*) FROM {table}")).scalar_one() == 1
         connection.rollback()
     database.close()
+
+
+def test_names_are_in_the_order_of_code_points_whatever_the_language_of_a_database(new_database: Callable[[str], str]):
+    url = new_database("template0")
+    migrate(url)
+
+    with closing(Database(url)) as database, database.read() as connection:
+        columns = inspect(connection).get_columns("adapter")
+
+    assert {each["name"]: each["type"].collation for each in columns if each["name"] == "name"} == {"name": "C"}

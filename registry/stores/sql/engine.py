@@ -117,6 +117,23 @@ def _strings_postgresql(element: _Strings, compiler: SQLCompiler, **kw: Any) -> 
     return f"json_array_elements_text(CAST({compiler.process(element.clauses, **kw)} AS JSON))"
 
 
+class _Members(FunctionElement[str]):
+    """The members of a JSON object of strings, as a table with the columns `key` and `value`."""
+
+    name = "members"
+    inherit_cache = True
+
+
+@compiles(_Members, "sqlite")
+def _members_sqlite(element: _Members, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"json_each({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(_Members, "postgresql")
+def _members_postgresql(element: _Members, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"json_each_text(CAST({compiler.process(element.clauses, **kw)} AS JSON))"
+
+
 def sqlite_url(home: Path) -> str:
     """Address of the embedded registry in `home`."""
     return f"{_SQLITE}{home.absolute() / LEDGER_DATABASE}"
@@ -289,6 +306,12 @@ def among(column: ColumnElement[str]) -> ColumnElement[bool]:
 def these(values: Iterable[str]) -> dict[str, str]:
     """The values of `among`. They travel as one, so there is no limit to cut at, and no statement to parse anew."""
     return {"these": json.dumps(list(values))}
+
+
+def has_member(column: ColumnElement[str], key: str, value: str) -> ColumnElement[bool]:
+    """Whether the JSON object in a column has this member, a string."""
+    members = _Members(column).table_valued("key", "value")
+    return select(members.c.key).where(members.c.key == key, members.c.value == value).exists()
 
 
 def is_remote(connection: Connection) -> bool:

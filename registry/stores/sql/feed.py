@@ -18,7 +18,8 @@ from .engine import Database, among, rows, these
 from .graph import labels
 from .tables import adapter, event, event_counter, gate_file, recall, stage_history, version
 
-_LAST = select(event_counter.c.last)
+#: The id of the newest event.
+LAST = select(event_counter.c.last)
 
 
 def tell(
@@ -63,7 +64,7 @@ class FeedRows:
         names: str | None = None,
     ) -> tuple[list[Event], int]:
         with self._db.read() as connection:
-            ((last,),) = rows(connection, _LAST)
+            ((last,),) = rows(connection, LAST)
             if after is None or after == last:
                 return [], last
             if after > last:

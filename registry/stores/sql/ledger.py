@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import uuid6
-from sqlalchemy import Connection, Row, Select, bindparam, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ... import wire
@@ -36,6 +37,7 @@ from ...domain.event import RECALLS, EventKind
 from ...domain.job import Job, JobState, NewJob
 from ...domain.recall import DESCENT, Recall, RecallAction, Recalls
 from ...domain.refs import first_few
+from ...domain.selection import COMPARE, EVERY, Selection
 from ...domain.signature import MAX_SIGNATURES, SIGNED_BY, Envelope, PublicKey, Signature, read_public_key
 from ...domain.stage import GENESIS, ApprovalAction, MoveAction, NoteAction, StageAction, StageEvent
 from ...domain.verdict import record_digest
@@ -51,8 +53,8 @@ from ...domain.version import (
     summarise,
 )
 from ...ports import GateFile, Lock
-from .engine import Database, Now, among, insert_once, rows, these
-from .feed import FeedRows, tell
+from .engine import Database, Now, among, has_member, insert_once, rows, these
+from .feed import LAST, FeedRows, tell
 from .graph import add_recall, check_not_recalled, descend, edges_at, labels, lock_recalls, recalled, walk
 from .jobs import JobRows, end_job, held, queue_jobs
 from .tables import (
@@ -90,6 +92,7 @@ class SqlLedger(JobRows, WorkerRows, FeedRows):
         super().__init__(database)
         self._meta: Row[Any] | None = None
         self._details: OrderedDict[str, VersionDetail] = OrderedDict()
+        self._recalls: tuple[int, Recalls] | None = None
 
     # the registry itself
 
@@ -284,15 +287,68 @@ class SqlLedger(JobRows, WorkerRows, FeedRows):
     def version_by_number(self, name: str, number: int) -> AdapterVersion | None:
         return next(iter(self._versions(_BY_NUMBER, {"name": name, "number": number})), None)
 
-    def versions(self, name: str | None = None, *, include_removed: bool = False) -> list[AdapterVersion]:
-        query = _VERSION if name is None else _VERSION.where(adapter.c.name == name)
+    def versions(
+        self,
+        name: str | None = None,
+        *,
+        include_removed: bool = False,
+        only: Selection = EVERY,
+        after: tuple[str, int] | None = None,
+        limit: int | None = None,
+    ) -> list[AdapterVersion]:
+        # by its id: of that, a planner knows whether it has many
+        adapter_id = None if name is None else self.adapter_id(name) or ""
+        query, order = _IN_ORDER, [adapter.c.name, version.c.number]
+        if only.ids is not None or only.stage is not None or only.dataset is not None:
+            query = _VERSION  # few, which an index finds
+        if adapter_id is not None:
+            query, order = _VERSION.where(version.c.adapter_id == adapter_id), [version.c.number]
+        query = query.where(*_conditions(only, adapter_id))
         if not include_removed:
             query = query.where(version.c.state == "live")
-        return self._versions(query.order_by(adapter.c.name, version.c.number))
-
-    def has_versions(self) -> bool:
+        if after is not None:
+            query = query.where(*_beyond(*after, name))
+        given = {} if only.ids is None else these(only.ids)
         with self._db.read() as connection:
-            return connection.execute(select(version.c.id).limit(1)).first() is not None
+            found = connection.execute(query.order_by(*order).limit(limit), given)
+            return [_read_version(tuple(row)) for row in found]
+
+    def has_versions(self, name: str | None = None) -> bool:
+        query = select(version.c.id).limit(1)
+        if name is not None:
+            query = query.join(adapter, version.c.adapter_id == adapter.c.id).where(adapter.c.name == name)
+        with self._db.read() as connection:
+            return connection.execute(query).first() is not None
+
+    def count_versions(self) -> int:
+        query = select(func.count()).select_from(version).where(version.c.state == "live")
+        with self._db.read() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def numbers(self, name: str, *, include_removed: bool = False) -> dict[int, str]:
+        query = select(version.c.number, version.c.id).join(adapter, version.c.adapter_id == adapter.c.id)
+        query = query.where(adapter.c.name == name).order_by(version.c.number)
+        if not include_removed:
+            query = query.where(version.c.state == "live")
+        with self._db.read() as connection:
+            return {row.number: row.id for row in connection.execute(query)}
+
+    def newest_of_each(
+        self, name: str | None = None, *, after: str | None = None, limit: int | None = None
+    ) -> list[tuple[AdapterVersion, int]]:
+        shown = select(adapter.c.id).where(select(_OTHER.c.id).where(_LIVE_OF_ADAPTER).exists())
+        if name is not None:
+            shown = shown.where(adapter.c.name == name)
+        if after is not None:
+            shown = shown.where(adapter.c.name > after)
+        page = shown.order_by(adapter.c.name).limit(limit).subquery("page")
+        query = _NEWEST_OF_EACH.join(page, page.c.id == adapter.c.id).order_by(adapter.c.name)
+        with self._db.read() as connection:
+            return [(_read_version(tuple(row[:-1])), row[-1]) for row in connection.execute(query)]
+
+    def labels(self, version_ids: Collection[str]) -> dict[str, str]:
+        with self._db.read() as connection:
+            return labels(connection, version_ids) if version_ids else {}
 
     def newest(self, names: Sequence[str]) -> dict[str, int]:
         # one look at the end of an index each; a grouped maximum would read every version of an adapter
@@ -438,7 +494,11 @@ class SqlLedger(JobRows, WorkerRows, FeedRows):
 
     def recalls(self) -> Recalls:
         with self._db.read() as connection:
-            return recalled(connection)
+            ((last,),) = rows(connection, LAST)
+            # a recall and a new version are events: between two of them, what a recall hits is the same
+            if self._recalls is None or self._recalls[0] != last:
+                self._recalls = last, recalled(connection)
+            return self._recalls[1]
 
     def trained_on(self, dataset: str) -> list[str]:
         query = select(version.c.id).where(version.c.dataset == dataset).order_by(version.c.id)
@@ -528,9 +588,10 @@ class SqlLedger(JobRows, WorkerRows, FeedRows):
 
     def judging_suites(self) -> list[tuple[str, str, str]]:
         columns = select(adapter_suite.c.name, adapter_suite.c.digest, adapter.c.name.label("adapter"))
-        query = columns.join(adapter, adapter.c.id == adapter_suite.c.adapter_id).order_by(adapter.c.name)
+        query = columns.join(adapter, adapter.c.id == adapter_suite.c.adapter_id)
         with self._db.read() as connection:
-            return [(row.name, row.digest, row.adapter) for row in connection.execute(query)]
+            # sorted here: along the index of names, every adapter would be looked at
+            return sorted(((name, digest, of) for name, digest, of in connection.execute(query)), key=itemgetter(2))
 
     # stages
 
@@ -538,12 +599,28 @@ class SqlLedger(JobRows, WorkerRows, FeedRows):
         with self._db.read() as connection:
             return _holder(connection, adapter_id, stage)
 
-    def stages(self) -> dict[str, dict[str, str]]:
+    def stages(self, adapter_ids: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
         found: dict[str, dict[str, str]] = {}
+        query, given = select(stage).order_by(stage.c.adapter_id, stage.c.stage), {}
+        if adapter_ids is not None:
+            query, given = query.where(among(stage.c.adapter_id)), these(adapter_ids)
         with self._db.read() as connection:
-            for row in connection.execute(select(stage).order_by(stage.c.adapter_id, stage.c.stage)):
+            for row in connection.execute(query, given):
                 found.setdefault(row.adapter_id, {})[row.stage] = row.version_id
         return found
+
+    def stages_of(self, version_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        held: dict[str, tuple[str, ...]] = {}
+        query = select(stage.c.version_id, stage.c.stage).where(among(stage.c.version_id)).order_by(stage.c.stage)
+        with self._db.read() as connection:
+            for version_id, name in connection.execute(query, these(version_ids)):
+                held[version_id] = (*held.get(version_id, ()), name)
+        return held
+
+    def is_held(self, stage_name: str) -> bool:
+        query = select(stage.c.stage).where(stage.c.stage == stage_name).limit(1)
+        with self._db.read() as connection:
+            return connection.execute(query).first() is not None
 
     def move_stage(
         self,
@@ -732,18 +809,70 @@ def _base_columns(value: Base) -> dict[str, str | None]:
 
 # versions
 
-# in the order in which `_version` reads them
+# in the order in which `_read_version` reads them
+_FIELDS = [
+    *(version.c[name] for name in ("id", "adapter_id", "created_at", "created_by", "state", "kind")),
+    *(version.c[name] for name in ("content_digest", "license", "source", "dataset", "recipe_digest")),
+    *(version.c[name] for name in ("params", "tags", "summary", "placement")),
+    adapter.c.name.label("adapter_name"),
+    *(column.label(f"base_{column.name}_") for column in _BASE),
+]
 _VERSION = (
-    select(
-        *(version.c[name] for name in ("id", "adapter_id", "created_at", "created_by", "state", "kind")),
-        *(version.c[name] for name in ("content_digest", "license", "source", "dataset", "recipe_digest")),
-        *(version.c[name] for name in ("params", "tags", "summary", "placement")),
-        adapter.c.name.label("adapter_name"),
-        *(column.label(f"base_{column.name}_") for column in _BASE),
-    )
+    select(*_FIELDS)
+    .select_from(version)
     .join(adapter, version.c.adapter_id == adapter.c.id)
     .join(base, version.c.base_id == base.c.id)
 )
+# One adapter after the other, and in each one version after the other, along two indexes: a page ends where it is full.
+# Something is added to the id, so that no planner looks the adapter of each version up and sorts them all instead.
+_IN_ORDER = (
+    select(*_FIELDS)
+    .select_from(adapter)
+    .join(version, version.c.adapter_id == adapter.c.id.concat(""))
+    .join(base, version.c.base_id == base.c.id)
+)
+_OTHER = version.alias("other")
+_LIVE_OF_ADAPTER = (_OTHER.c.adapter_id == adapter.c.id) & (_OTHER.c.state == "live")
+_NEWEST_OF_EACH = (
+    select(*_FIELDS, select(func.count()).select_from(_OTHER).where(_LIVE_OF_ADAPTER).scalar_subquery())
+    .select_from(adapter)
+    .join(
+        version,
+        (version.c.adapter_id == adapter.c.id)
+        & (version.c.number == select(func.max(_OTHER.c.number)).where(_LIVE_OF_ADAPTER).scalar_subquery()),
+    )
+    .join(base, version.c.base_id == base.c.id)
+)
+
+
+def _beyond(last: str, number: int, name: str | None) -> Iterator[ColumnElement[bool]]:
+    """True of what comes after a version in the list of all, or of the adapter `name`."""
+    if name is None or name == last:
+        beyond = version.c.number > number
+        yield beyond if name == last else (adapter.c.name > last) | beyond
+    if name != last:
+        yield adapter.c.name >= last  # said once more, for this leads to a place in an index
+
+
+def _conditions(only: Selection, adapter_id: str | None) -> Iterator[ColumnElement[bool]]:
+    if only.ids is not None:
+        yield among(version.c.id)
+    if only.base is not None:
+        either = (base.c.id == only.base) | (base.c.name == only.base)
+        yield version.c.base_id.in_(select(base.c.id).where(either).correlate(None))
+    if only.stage is not None:
+        held = select(stage.c.version_id).where(stage.c.stage == only.stage)
+        yield version.c.id.in_(held if adapter_id is None else held.where(stage.c.adapter_id == adapter_id))
+    if only.dataset is not None:
+        yield version.c.dataset == only.dataset
+    for key, value in only.tags.items():
+        yield has_member(version.c.tags, key, value)
+    for condition in only.metrics:
+        compare = COMPARE[condition.comparison]
+        values = select(metric.c.value).where(metric.c.version_id == version.c.id, metric.c.key == condition.metric)
+        # whether it ever had such a value is known sooner
+        yield values.where(compare(metric.c.value, condition.bound)).exists()
+        yield compare(values.order_by(metric.c.id.desc()).limit(1).scalar_subquery(), condition.bound)
 
 
 # Built once, for they are run with every request for a merge.
@@ -754,12 +883,9 @@ _LIVE_MERGE = _VERSION.where(
     version.c.recipe_digest == bindparam("recipe"),
     version_live_merge,
 )
-_NEWEST = (
-    select(version.c.number)
-    .join(adapter, version.c.adapter_id == adapter.c.id)
-    .where(adapter.c.name == bindparam("name"), version.c.state == "live")
-    .order_by(version.c.number.desc())
-    .limit(1)
+_ADAPTER_ID = select(adapter.c.id).where(adapter.c.name == bindparam("name"))
+_NEWEST = select(func.max(version.c.number)).where(
+    version.c.adapter_id == _ADAPTER_ID.scalar_subquery(), version.c.state == "live"
 )
 _SUITE_DIGESTS = (
     select(adapter_suite.c.adapter_id, adapter_suite.c.digest)
@@ -768,12 +894,9 @@ _SUITE_DIGESTS = (
 )
 _BY_ID = _VERSION.where(among(version.c.id))
 _LIVE = select(version.c.id).where(among(version.c.id), version.c.state == "live")
-_ADAPTER_ID = select(adapter.c.id).where(adapter.c.name == bindparam("name"))
 
 
-@lru_cache(maxsize=VERSIONS_KEPT)
-def _version(row: tuple[Any, ...]) -> AdapterVersion:
-    """The version of a row. Most requests are about the same few, and to read one costs as much as to find it."""
+def _read_version(row: tuple[Any, ...]) -> AdapterVersion:
     key, adapter_id, created_at, created_by, state, kind, *of_spec, name = row[: -len(_BASE)]
     content_digest, licensed, source, dataset, recipe_digest, params, tags, summary, placement = of_spec
     return AdapterVersion(
@@ -797,6 +920,10 @@ def _version(row: tuple[Any, ...]) -> AdapterVersion:
         summary=wire.from_json(summary, Summary),
         placement=wire.from_json(placement, Placement),
     )
+
+
+# Most requests are about the same few, and to read one costs as much as to find it.
+_version = lru_cache(maxsize=VERSIONS_KEPT)(_read_version)
 
 
 def _insert_version(

@@ -65,7 +65,8 @@ adapter = Table(
     "adapter",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("name", Text, nullable=False, unique=True),
+    # lists are in the order of code points, as Python compares, whatever the language of a database
+    Column("name", Text().with_variant(Text(collation="C"), "postgresql"), nullable=False, unique=True),
     Column("created_at", Float, nullable=False),
 )
 
@@ -94,6 +95,7 @@ version = Table(
     Column("removed_by", Text),
     Column("removed_reason", Text),
     UniqueConstraint("adapter_id", "number"),
+    Index(None, "adapter_id", "state", "number"),  # an adapter's live versions are counted, and its newest is found
 )
 # No `postgresql_where` beside `sqlite_where`: it would load that dialect into every command, 50 ms.
 _live_import, version_live_merge = text("state = 'live' AND kind <> 'merge'"), text("state = 'live' AND kind = 'merge'")
