@@ -106,12 +106,14 @@ def _receipt(ledger: Ledger, view: VersionView) -> _Receipt:
         return _Receipt({}, {}, {}, {})
     modules, digests = layers["module"], [parent["digest"] for parent in receipt["parents"]]
     parents = ledger.versions_by_id([edge.parent_id for edge in ledger.parent_edges([view.id]).get(view.id, ())])
+    # receipts of older engines have fewer columns
+    predicted, retention = layers.get("predicted_loss"), layers.get("retention")
     return _Receipt(
         loss=dict(zip(modules, layers["loss"], strict=True)),
-        predicted_loss=dict(zip(modules, layers["predicted_loss"], strict=True)),
+        predicted_loss=dict(zip(modules, predicted, strict=True)) if predicted else {},
         kept={
             digest: dict(zip(modules, kept, strict=True))
-            for digest, kept in zip(digests, layers["retention"], strict=True)
+            for digest, kept in zip(digests if retention else (), retention or (), strict=True)
         },
         labels={parent.spec.content_digest: parent.label for parent in parents.values()},
     )
