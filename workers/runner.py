@@ -195,12 +195,13 @@ def _checked(parent: Mapping[str, Any]) -> Path:
             found = file_digest(folder / name)
         except OSError as error:
             raise Corrupt(
-                f"{folder / name} cannot be read: {error.strerror}", hint="`adapterctl verify` names damaged versions"
+                f"{folder / name} cannot be read: {error.strerror}",
+                hint="`adapterctl verify --all` names every damaged version",
             ) from error
         if found != expected:
             raise Corrupt(
                 f"{folder / name} has SHA-256 {found[:12]}…, the manifest says {expected[:12]}…",
-                hint="the stored file was changed; `adapterctl verify` names damaged versions",
+                hint="the stored file was changed; `adapterctl verify --all` names every damaged version",
             )
     return folder / "adapter_model.safetensors"
 

@@ -120,7 +120,9 @@ def check_in_place(home: Path, mlflow_uri: str) -> None:
 
 def space(free_bytes: int) -> Check:
     if free_bytes < _FULL_BYTES:
-        return Check("space", "error", f"{free_bytes >> 20} MB free: writes fail", "free space on the home's disk")
+        return Check(
+            "space", "error", f"{free_bytes >> 20} MB free: writes fail, or will soon", "free space on the home's disk"
+        )
     if free_bytes < _LOW_SPACE_BYTES:
         return Check("space", "warning", f"{free_bytes >> 20} MB free", "merges need room for their output twice")
     return Check("space", "ok", f"{free_bytes >> 30} GB free")
