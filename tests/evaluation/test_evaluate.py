@@ -476,7 +476,7 @@ def test_a_registry_that_is_set_to_four_bits_evaluates_its_merges_in_them(family
     assert new.key != full.key
 
 
-def test_a_merge_shows_its_answers_beside_its_parents_and_what_it_kept_in_mlflow(family: World):
+def test_a_merge_shows_its_answers_beside_its_parents_and_what_it_kept_in_mlflow(family: World, tmp_path: Path):
     family.request("translate-chat")
     family.work()
 
@@ -488,10 +488,10 @@ def test_a_merge_shows_its_answers_beside_its_parents_and_what_it_kept_in_mlflow
     for run in runs:
         files = {file.path for file in client.list_artifacts(run.info.run_id)}
         assert {"retention.png", "side_by_side.md", "outputs.md", "report.json"} <= files
-        page = Path(client.download_artifacts(run.info.run_id, "side_by_side.md")).read_text()
+        page = Path(client.download_artifacts(run.info.run_id, "side_by_side.md", tmp_path)).read_text()
         assert "| prompt | expected | base | translate:v1 | chat:v1 | translate\\-chat:v1 |" in page
         assert "un chat" in page
-        picture = Path(client.download_artifacts(run.info.run_id, "retention.png")).read_bytes()
+        picture = Path(client.download_artifacts(run.info.run_id, "retention.png", tmp_path)).read_bytes()
         assert picture.startswith(b"\x89PNG")
     rows = {(row.task, row.metric): row for row in retention_view(family.ledger, version).rows}
     assert rows["t", "chrf"].switched == 1.0  # its weights are chat's, so it answers translate's task like chat

@@ -150,11 +150,11 @@ def test_registered_models_can_be_filtered_by_base(shared):
     assert [each.name for each in found] == ["chat", "translate", "translate-chat"]
 
 
-def test_the_lineage_record_of_a_run_names_parents_weights_and_digests(shared):
+def test_the_lineage_record_of_a_run_names_parents_weights_and_digests(shared, tmp_path: Path):
     shelf, family = shared
     run_id = family["translate-chat"].placement.run_id
 
-    record = json.loads(Path(shelf.client.download_artifacts(run_id, "lineage/lineage.json")).read_text())
+    record = json.loads(Path(shelf.client.download_artifacts(run_id, "lineage/lineage.json", tmp_path)).read_text())
 
     assert record["version_id"] == family["translate-chat"].id
     assert [(p["ref"], p["weight"], p["content_digest"]) for p in record["parents"]] == [
@@ -495,11 +495,11 @@ def test_models_can_be_searched_by_a_metric_of_a_report(client, store, family, r
     assert [model.model_id for model in found] == [family["translate-chat"].placement.model_id]
 
 
-def test_outputs_of_a_report_are_text_on_their_page(shelf, client, store, family, report):
+def test_outputs_of_a_report_are_text_on_their_page(shelf, client, store, family, report, tmp_path: Path):
     store.log_report(family["translate-chat"], report, dataset_digest="e" * 64)
     (run,) = shelf.runs("tags.`adapterctl.kind` = 'eval'")
 
-    page = Path(client.download_artifacts(run.info.run_id, "outputs.md")).read_text()
+    page = Path(client.download_artifacts(run.info.run_id, "outputs.md", tmp_path)).read_text()
 
     assert "| bon\\|jour | &lt;script&gt;alert\\(1\\)&lt;/script&gt; |" in page
 
