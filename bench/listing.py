@@ -19,7 +19,7 @@ from measure import Figure, bench
 from service import _resident_mb, _serving, two_adapters
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "plugins"))
-from large import fill
+from many import fill
 
 ADAPTERS, EACH = 5_000, 10
 PAGE, MOST, VISITS = 100, 1_000, 21

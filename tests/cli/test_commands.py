@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import yaml
 from keys import public, write_key
-from large import fill
+from many import fill
 from tiny import LINEAR, header_bytes, safetensors_bytes, write_tiny_lycoris
 from tiny_merge import WEIGHTS, deltas, distance, facts_of
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from large import LARGE, counted, fill
+from many import LARGE, counted, fill
 
 from adapterctl.registry.domain.refs import Ref
 from adapterctl.registry.domain.selection import Selection, parse_condition

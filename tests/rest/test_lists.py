@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from large import LARGE, counted, fill
+from many import LARGE, counted, fill
 
 from adapterctl.registry.rest import pages
 from adapterctl.registry.rest.routes import MAX_PAGE
