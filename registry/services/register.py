@@ -25,7 +25,7 @@ from ..api import Registered
 from ..crashpoints import reached
 from ..domain.adapter import AdapterFacts, carried_name, read_facts
 from ..domain.digest import json_digest
-from ..domain.errors import InvalidAdapter, InvalidInput, NotAllowed, NotFound, Problem, Unavailable
+from ..domain.errors import Corrupt, InvalidAdapter, InvalidInput, NotAllowed, NotFound, Problem, Unavailable
 from ..domain.header import open_plain_file, read_header, strict_json_object
 from ..domain.job import NewJob
 from ..domain.recipe import Recipe
@@ -35,7 +35,7 @@ from ..ports import Ledger, Parent, VersionStore
 from . import bases
 from .doubles import clear_doubles
 from .origins import check_bytes, origins, recipe_in
-from .pull import check_intact, damage
+from .pull import damage
 from .recall import mark
 from .staging import stage_folder
 from .views import version_view
@@ -254,7 +254,12 @@ def _mend_files(
     if folder is None or not found:
         return []
     open_versions().put_back(version, spec, staged)
-    check_intact(version, folder)
+    # such as a README of then, or an MLmodel of an older adapterctl
+    if left := damage(folder, version.placement.files):
+        raise Corrupt(
+            f"the stored files of {version.label} are damaged; this does not bring back all: {'; '.join(left)}",
+            hint=f"restore them from a backup; where there is none, `adapterctl rm {version.label}` and register again",
+        )
     return [f"the stored files of {version.label} were damaged ({'; '.join(found)}) and are mended"]
 
 

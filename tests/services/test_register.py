@@ -124,7 +124,7 @@ def test_files_that_the_same_adapter_does_not_mend_are_named(take, tmp_path):
     (stored / "README.md").unlink()
     (folder / "README.md").write_text("other words\n")
 
-    with pytest.raises(Corrupt, match=r"translate:v1 are damaged: README\.md is missing"):
+    with pytest.raises(Corrupt, match=r"does not bring back all: README\.md is missing"):
         take(folder)
 
 
