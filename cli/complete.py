@@ -97,9 +97,9 @@ def _refs(settings: Settings, start: str) -> list[str]:
     if mark == ":":
         query = (
             "SELECT a.name || ':v' || v.number FROM version v JOIN adapter a ON a.id = v.adapter_id"
-            " WHERE a.name = ? AND v.state = 'live' ORDER BY v.number DESC"
+            " WHERE a.name = ? AND v.state = 'live' AND 'v' || v.number LIKE ? ESCAPE '\\' ORDER BY v.number DESC"
         )
-        return [ref for ref in _query(settings, query, name) if ref.startswith(start)]
+        return [ref for ref in _query(settings, query, name, _prefix(start[len(name) + 1 :])) if ref.startswith(start)]
     if mark == "@":
         return [ref for ref in (f"{name}@{stage}" for stage in settings.stages) if ref.startswith(start)]
     return _names(settings, start)
@@ -124,7 +124,7 @@ def _ask(settings: Settings, what: str, field: str, **query: str) -> list[str]:
         return [item[field] for item in json.loads(answer.read())[what]] if answer.status == 200 else []
 
 
-def _query(settings: Settings, query: str, argument: str) -> list[str]:
+def _query(settings: Settings, query: str, *arguments: str) -> list[str]:
     import sqlite3  # deferred: see above
 
     from ..registry.settings import LEDGER_DATABASE
@@ -133,7 +133,7 @@ def _query(settings: Settings, query: str, argument: str) -> list[str]:
         return []
     address = f"{(settings.home / LEDGER_DATABASE).as_uri()}?mode=ro"
     with closing(sqlite3.connect(address, uri=True, timeout=0.2)) as ledger:
-        return [row[0] for row in ledger.execute(f"{query} LIMIT {_LIMIT}", (argument,))]
+        return [row[0] for row in ledger.execute(f"{query} LIMIT {_LIMIT}", arguments)]
 
 
 def _prefix(start: str) -> str:

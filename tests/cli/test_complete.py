@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from many import fill
 
 from adapterctl.cli.complete import glue
+from adapterctl.registry.stores.sql.ledger import SqlLedger
 
 PROGRAM = "from adapterctl.cli.main import main; main()"
 HEAVY = ("alembic", "mlflow", "msgspec", "numpy", "rich", "sqlalchemy", "torch", "transformers", "yaml")
@@ -52,6 +54,15 @@ def at_home(family: Path) -> dict[str, str]:
 )
 def test_names_versions_and_stages_are_offered(pieces: list[str], answers: list[str], at_home: dict[str, str]):
     assert complete(*pieces, **at_home) == answers
+
+
+def test_an_old_version_of_many_is_offered_once_its_number_is_begun(sql_ledger: SqlLedger, home: Path):
+    fill(sql_ledger._db, adapters=300, each=1)
+
+    newest, begun = (complete("show", "large", ":", start, ADAPTERCTL_HOME=str(home)) for start in ("", "v4"))
+
+    assert (newest[0], newest[-1], len(newest)) == ("v300", "v101", 200)
+    assert begun == [*(f"v{number}" for number in range(49, 39, -1)), "v4"]
 
 
 def test_jobs_are_offered(at_home: dict[str, str]):
