@@ -459,10 +459,13 @@ class Ledger(Protocol):
         """Set and remove tags of a live version, with a note in the history where that changes anything."""
         ...
 
-    def add_signature(self, version_id: str, key: PublicKey, envelope: Envelope, *, actor: str) -> Signature:
+    def add_signature(
+        self, version_id: str, key: PublicKey, envelope: Envelope, *, actor: str, asked_for: bool = False
+    ) -> Signature:
         """Keep a signature of a live version, with a note in the history. Whether it holds is the caller's to know.
 
-        Raises `Refused` for a version that was removed, and for more than `MAX_SIGNATURES` of one.
+        Raises `Refused` for a version that was removed, and for more than `MAX_SIGNATURES` of one; where the key is
+        `asked_for`, those by other keys do not count.
         """
         ...
 

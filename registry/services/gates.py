@@ -18,13 +18,13 @@ from ..domain.digest import canonical_json, json_digest
 from ..domain.errors import GateRefused, InvalidInput, NotFound, Problem, raise_all
 from ..domain.eval_plan import report_key
 from ..domain.evals import BEHAVIOUR, HERE, MEASURES, EvalReport, spread
-from ..domain.gate import Condition, Kind, check_gates, conditions_for
+from ..domain.gate import Condition, Gate, Kind, check_gates, conditions_for
 from ..domain.refs import first_few, is_like
 from ..domain.stage import approvals
 from ..domain.suite import Suite
 from ..domain.verdict import Decision, Evidence, Figure, Receipt, Retained, decide, record_digest
 from ..domain.version import AdapterVersion
-from ..ports import Ledger
+from ..ports import GateFile, Ledger
 from ..wire import from_json
 from .evaluate import is_imported, merged_from, parents_of
 from .read_yaml import parse_yaml, read_limited
@@ -69,10 +69,15 @@ def check_gate(ledger: Ledger, version: AdapterVersion, stage: str) -> GateCheck
     return GateCheck(version.label, stage, made.gate, made.verdict.outcome, made.verdict.conditions)
 
 
+def asks_for_key(ledger: Ledger, adapter: str, keyid: str) -> bool:
+    """Whether a gate of any stage asks for a signature of this adapter by the key of that id."""
+    gates = [gate for gate in _gates(ledger.gate_file()) if is_like(adapter, gate.adapters)]
+    return any(key == keyid for gate in gates for condition in gate.conditions for _, key in condition.keys)
+
+
 def changed_by_name(ledger: Ledger, tokens: Sequence[Token], former: str, name: str) -> list[str]:
     """What gates ask and tokens may for an adapter that is called `name`, where it is other than for `former`."""
-    kept = ledger.gate_file()
-    gates = check_gates(json.loads(kept.body)) if kept is not None else ()
+    gates = _gates(ledger.gate_file())
     changed = []
     for stage in dict.fromkeys(gate.stage for gate in gates):
         before, after = (conditions_for(gates, each, stage) for each in (former, name))
@@ -91,8 +96,7 @@ def changed_by_name(ledger: Ledger, tokens: Sequence[Token], former: str, name: 
 def decide_on(ledger: Ledger, version: AdapterVersion, stage: str) -> Decision:
     """Whether `version` may hold `stage` by the gates that count now, with all that this stands on."""
     kept = ledger.gate_file()
-    gates = check_gates(json.loads(kept.body)) if kept is not None else ()
-    conditions = conditions_for(gates, version.name, stage)
+    conditions = conditions_for(_gates(kept), version.name, stage)
     evidence = collect(ledger, version, stage, conditions)
     return Decision(stage, kept.digest if kept is not None else None, evidence, decide(conditions, evidence))
 
@@ -169,6 +173,10 @@ def collect(ledger: Ledger, version: AdapterVersion, stage: str, conditions: Seq
         tags=version.spec.tags,
         license=version.spec.license,
     )
+
+
+def _gates(kept: GateFile | None) -> tuple[Gate, ...]:
+    return check_gates(json.loads(kept.body)) if kept is not None else ()
 
 
 def _recalled(ledger: Ledger, version: AdapterVersion) -> tuple[str, ...]:

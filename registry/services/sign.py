@@ -7,6 +7,7 @@ from ..domain.errors import Refused
 from ..domain.signature import Envelope, read_public_key
 from ..domain.version import AdapterVersion
 from ..ports import Ledger
+from .gates import asks_for_key
 from .signatures import fault, signed, statement_of
 from .views import signature_view
 
@@ -25,5 +26,7 @@ def sign(ledger: Ledger, version: AdapterVersion, envelope: Envelope, key: str, 
             hint=f"adapterctl sign {version.label} --key FILE makes one of what is recorded now",
         )
     before = [each for each, past in signed(ledger, version) if each.key == public and not past]
-    kept = before[0] if before else ledger.add_signature(version.id, public, envelope, actor=actor)
+    # whoever may make versions can fill the places of one with keys of no weight: those that have some find one
+    asked_for = asks_for_key(ledger, version.name, public.id)
+    kept = before[0] if before else ledger.add_signature(version.id, public, envelope, actor=actor, asked_for=asked_for)
     return signature_view(kept, "")

@@ -184,6 +184,26 @@ def test_a_version_has_only_so_many_signatures(ledger: Ledger, add_version: AddV
         keep(ledger, version)
 
 
+def test_a_key_that_a_gate_asks_for_finds_a_place_where_others_took_all(ledger: Ledger, add_version: AddVersion):
+    version = add_version()
+    for _ in range(MAX_SIGNATURES):
+        keep(ledger, version, new_key())
+    elsewhere, here = gate(ADA), gate(ADA)
+    elsewhere["gates"][0]["adapters"] = ["chat-*"]
+
+    set_gates(ledger, elsewhere, stages=("production",), actor="root")
+    with pytest.raises(Refused, match=f"has {MAX_SIGNATURES} signatures"):
+        keep(ledger, version)
+    set_gates(ledger, here, stages=("production",), actor="root")
+    kept = keep(ledger, version)
+
+    assert decide_on(ledger, version, "production").verdict.passed
+    assert keep(ledger, version) == kept  # and takes one place
+    assert len(ledger.signatures(version.id)) == MAX_SIGNATURES + 1
+    with pytest.raises(Refused, match=f"has {MAX_SIGNATURES + 1} signatures"):
+        keep(ledger, version, EVE)
+
+
 @pytest.fixture
 def unguarded(ledger: Ledger) -> Callable[..., None]:
     """Run statements as one who owns the database and takes the triggers away."""
