@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..registry.domain.digest import canonical_json
-from ..registry.domain.errors import InvalidInput, Refused
+from ..registry.domain.errors import Corrupt, InvalidInput, Refused
 from ..registry.domain.refs import Ref
 from ..registry.domain.signature import PAYLOAD_TYPE, Envelope, PublicKey, Seal, pae
 from ..registry.domain.stage import Head, read_head
 
 if TYPE_CHECKING:
-    from ..registry.api import VersionView
+    from ..registry.api import RegistryAPI, VersionView
 
 _MAKE = "openssl genpkey -algorithm ed25519 -out my.key && openssl pkey -in my.key -pubout -out my.pub"
 
@@ -66,8 +66,26 @@ def signature_of(asked: Ref, version: VersionView, key: Path) -> Envelope:
     )
 
 
+def pull_signed(registry: RegistryAPI, asked: Ref, folder: Path, key: Path) -> VersionView:
+    """Pull what the public key in the file `key` signed. Nothing gets the name `folder` before that is known.
+
+    Held against what the registry told as it sent the files, which need not be what it told before.
+    """
+    from ..registry.services.staging import new_folder  # deferred: help copies nothing
+
+    with new_folder(folder) as apart:
+        version = registry.pull(asked, apart)
+        signature_of(asked, version, key)
+    return version
+
+
 def _check_asked(asked: Ref, version: VersionView) -> None:
-    """A signature of one version vouches for no other, which a server could send instead."""
+    """A signature of one version vouches for no other, which a server could send instead, and for all of its files."""
+    from ..registry.services.pull import check_below  # deferred: help checks nothing
+
+    check_below(version.ref, version.files)
+    if not version.files:
+        raise Corrupt(f"{version.ref} lists no files", hint="do not trust its server")
     number, digest = asked.number or version.number, asked.digest or version.content_digest
     if (asked.name, number) != (version.name, version.number) or not version.content_digest.startswith(digest):
         raise Refused(f"asked for {asked}, the registry tells of {version.ref}", hint="do not trust that server")

@@ -16,7 +16,7 @@ from ..complete import complete_names, complete_refs, complete_stages
 from ..connect import Session, add_verbs, confirm
 from ..diff_text import diff_text
 from ..output import printable
-from ..signing import signature_of
+from ..signing import pull_signed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -260,15 +260,8 @@ def pull(
 
     Example: adapterctl pull translate@production ./translate
     """
-    registry = session.registry(readonly=True)
-    asked = parse_ref(ref)
-    if key is not None:
-        signed = registry.version(asked)
-        signature_of(asked, signed, key)
-        asked = Ref(signed.name, number=signed.number)
-    version = registry.pull(asked, folder)
-    if key is not None:
-        signature_of(asked, version, key)  # for what was copied is what the registry said now, not before
+    registry, asked = session.registry(readonly=True), parse_ref(ref)
+    version = registry.pull(asked, folder) if key is None else pull_signed(registry, asked, folder, key)
     session.out.say(f"{version.ref} is in {printable(folder)}")
     if version.recall:
         session.out.warn(f"{version.ref} is recalled: {version.recall.reason}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...registry.domain.errors import InvalidInput, JobCancelled, JobFailed, NotFound, Refused
-from ...registry.domain.refs import parse_ref
+from ...registry.domain.refs import Ref, parse_ref
 from .. import parse, views
 from ..complete import complete_names, complete_refs
 from ..connect import Session, add_verbs, confirm
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from ...registry.api import PlanView, RegistryAPI, Submitted, VersionView
     from ...registry.domain.recipe import MergeRequest, OptionValue
-    from ...registry.domain.refs import Ref
 
 GROUP = "Merging"
 
@@ -244,6 +243,7 @@ def verify(
     asked = parse_ref(ref)
     version = session.registry(readonly=True).version(asked)
     signed = signature_of(asked, version, key) if key is not None else None
+    asked = Ref(version.name, number=version.number)  # what a stage means may change in between
     # only a recipe that is run again needs a home that can be written
     again = rerun is not False and version.recipe_digest is not None
     found = session.registry(readonly=not again).verify(asked, rerun=again)

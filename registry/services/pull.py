@@ -39,11 +39,7 @@ def pull(label: str, files: Sequence[FileRecord], target: Path, fetch: Callable[
 
     `fetch` writes one file to a path. All are verified before the folder gets its name; a failure leaves nothing.
     """
-    outside = [record.path for record in files if not is_below(record.path)]
-    if outside:
-        raise Corrupt(
-            f"{label} lists {outside[0]!r}, which is no file below its folder", hint="do not trust its server"
-        )
+    check_below(label, files)
     with new_folder(target) as temporary:
         try:
             for record in files:
@@ -54,6 +50,15 @@ def pull(label: str, files: Sequence[FileRecord], target: Path, fetch: Callable[
             raise Corrupt(
                 f"{label} lost a file: {error.filename}", hint=f"`adapterctl verify {label} --no-rerun` names all"
             ) from error
+
+
+def check_below(label: str, files: Sequence[FileRecord]) -> None:
+    """Raises `Corrupt` where a version, as a server tells of it, has a file that is not below its folder."""
+    outside = [record.path for record in files if not is_below(record.path)]
+    if outside:
+        raise Corrupt(
+            f"{label} lists {outside[0]!r}, which is no file below its folder", hint="do not trust its server"
+        )
 
 
 def _check(label: str, files: Sequence[FileRecord], folder: Path) -> None:

@@ -26,10 +26,10 @@ from tiny import LINEAR, header_bytes, safetensors_bytes, write_tiny_lycoris
 from tiny_merge import WEIGHTS, deltas, distance, facts_of
 
 from adapterctl.bootstrap import connect
-from adapterctl.cli.signing import sign_version, signature_of
+from adapterctl.cli.signing import pull_signed, sign_version, signature_of
 from adapterctl.migrations import VERSION_TABLE
 from adapterctl.registry.domain.digest import file_digest
-from adapterctl.registry.domain.errors import Refused
+from adapterctl.registry.domain.errors import Corrupt, Refused
 from adapterctl.registry.domain.job import JobState, NewJob
 from adapterctl.registry.domain.refs import Ref, parse_ref
 from adapterctl.registry.domain.version import local_folder
@@ -669,6 +669,46 @@ def test_what_a_server_tells_of_another_version_is_not_taken_for_the_one_that_wa
     for lie in lies:
         with pytest.raises(Refused, match=r"what ada\.pub signed does not count: it"):
             signature_of(Ref("translate"), replace(told, **lie), tmp_path / "ada.pub")
+
+
+def test_a_pull_by_key_leaves_nothing_where_the_server_sends_something_else_than_it_told(pair: Path, tmp_path: Path):
+    write_key(tmp_path, "ada")
+    asked, registry = parse_ref("translate:v1"), connect()
+
+    class Liar:
+        """Shows the signed version, and sends another one under its name."""
+
+        def version(self, ref: Ref) -> Any:
+            return registry.version(ref)
+
+        def pull(self, ref: Ref, folder: Path) -> Any:
+            sent = registry.pull(Ref("chat"), folder)
+            return replace(sent, ref="translate:v1", name="translate", signatures=self.version(ref).signatures)
+
+    with closing(registry.ledger):
+        envelope, key = sign_version(asked, registry.version(asked), tmp_path / "ada.key")
+        registry.sign(asked, envelope=envelope, key=str(key))
+        with pytest.raises(Refused, match=r"what ada\.pub signed does not count"):
+            pull_signed(Liar(), asked, tmp_path / "served", tmp_path / "ada.pub")  # type: ignore[arg-type]
+        left = [path.name for path in tmp_path.iterdir() if "served" in path.name]
+        pull_signed(registry, asked, tmp_path / "served", tmp_path / "ada.pub")
+
+    assert left == []
+    assert (tmp_path / "served" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("paths", "told"), [((), "lists no files"), (("../../.bashrc",), "lists '../../.bashrc'"), (("/etc/hosts",), "no")]
+)
+def test_nothing_is_signed_that_can_be_no_version(pair: Path, tmp_path: Path, paths: tuple[str, ...], told: str):
+    write_key(tmp_path, "ada")
+    registry = connect()
+    with closing(registry.ledger):
+        version = registry.version(parse_ref("translate:v1"))
+    lie = replace(version, files=tuple(replace(version.files[0], path=path) for path in paths))
+
+    with pytest.raises(Corrupt, match=told):
+        sign_version(parse_ref("translate:v1"), lie, tmp_path / "ada.key")
 
 
 def test_rm_asks_and_needs_an_answer(run: Run, pair: Path):
