@@ -22,7 +22,8 @@ from ..registry.domain.stage import Head, read_head
 if TYPE_CHECKING:
     from ..registry.api import RegistryAPI, VersionView
 
-_MAKE = "openssl genpkey -algorithm ed25519 -out my.key && openssl pkey -in my.key -pubout -out my.pub"
+# openssl writes over what is there: a name that is not yet that of a key
+_MAKE = "openssl genpkey -algorithm ed25519 -out new.key && openssl pkey -in new.key -pubout -out new.pub"
 
 
 def sign_version(asked: Ref, version: VersionView, key: Path) -> tuple[Envelope, PublicKey]:
@@ -122,7 +123,10 @@ def _public_file(path: Path) -> Any:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # deferred: see _private
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    return _load(path, load_pem_public_key, Ed25519PublicKey, "public")
+    found = _load(path, load_pem_public_key, Ed25519PublicKey, "public")
+    if _public(found).is_anyones:
+        raise InvalidInput(f"{path} holds a key by which anyone can sign", hint="do not trust whoever gave it to you")
+    return found
 
 
 def _public(key: Any) -> PublicKey:

@@ -32,6 +32,11 @@ MAX_SIGNATURES = 64
 _SPKI = bytes.fromhex("302a300506032b6570032100")
 #: How the base64 of a private one begins (RFC 8410, PKCS #8).
 _PRIVATE = "MC4CAQAwBQYDK2Vw"
+#: The y of the points of small order, in every encoding that is read. By such a key anyone can sign anything.
+#: Source: Chalkias, Garillot, Nikolaenko 2020, https://eprint.iacr.org/2020/1244
+_P = 2**255 - 19
+_Y8 = 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+_SMALL_ORDER = frozenset((0, 1, _P - 1, _P, _P + 1, _Y8, _P - _Y8))
 _BEGIN, _END = "-----BEGIN PUBLIC KEY-----", "-----END PUBLIC KEY-----"
 
 
@@ -49,6 +54,11 @@ class PublicKey:
     @property
     def raw(self) -> bytes:
         return self.der.removeprefix(_SPKI)
+
+    @property
+    def is_anyones(self) -> bool:
+        """Whether anyone can sign by it, without a private key."""
+        return int.from_bytes(self.raw, "little") % 2**255 in _SMALL_ORDER  # above is the sign of x
 
     def __str__(self) -> str:
         """One line: what is between the first and the last line of its PEM file."""
@@ -68,7 +78,10 @@ def read_public_key(text: str) -> PublicKey:
         what = "a private key" if private else repr(text.strip()[:40])
         hint = "openssl pkey -in my.key -pubout prints it; on one line it is what stands between BEGIN and END"
         raise InvalidInput(f"is {what}, expected a public Ed25519 key in PEM or base64", hint=hint)
-    return PublicKey(der)
+    key = PublicKey(der)
+    if key.is_anyones:
+        raise InvalidInput("is a key by which anyone can sign", hint="do not trust whoever gave it to you")
+    return key
 
 
 @dataclass(frozen=True, slots=True)

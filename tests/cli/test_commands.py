@@ -641,7 +641,10 @@ def test_a_signature_from_the_key_to_who_pulls_only_what_was_signed(run: Run, pa
     assert len(run("show", "translate:v1", "-o", "json").data["signatures"]) == 1
     run("recall", "translate:v1", "--reason", "leaked")
     assert "translate:v1 is recalled: leaked" in run("sign", "translate:v1", "--key", str(tmp_path / "eve.key")).stderr
+    anyones = base64.b64encode(public(ada).der[:12] + bytes([1]) + bytes(31)).decode()
+    (tmp_path / "anyones.pub").write_text(f"-----BEGIN PUBLIC KEY-----\n{anyones}\n-----END PUBLIC KEY-----\n")
     for words in (
+        ("pull", "translate:v1", str(tmp_path / "other"), "--key", str(tmp_path / "anyones.pub")),
         ("sign", "translate:v1", "--key", key["pub"]),
         ("sign", "translate:v1", "--key", str(tmp_path / "nowhere")),
         ("verify", "translate:v1", "--key", key["key"]),

@@ -17,7 +17,9 @@ from adapterctl.registry.domain.errors import InvalidInput
 from adapterctl.registry.domain.signature import (
     MAX_PAYLOAD,
     MAX_SEALS,
+    PAYLOAD_TYPE,
     Envelope,
+    PublicKey,
     Seal,
     difference,
     pae,
@@ -25,6 +27,7 @@ from adapterctl.registry.domain.signature import (
     statement,
 )
 from adapterctl.registry.domain.version import FileRecord
+from adapterctl.registry.services.signatures import fault
 
 FILES = (FileRecord("adapter_config.json", 2, "a" * 64), FileRecord("adapter_model.safetensors", 3, "b" * 64))
 SAID = statement(version="translate:v3", content="c" * 64, base="tiny", recipe="d" * 64, files=FILES)
@@ -81,6 +84,36 @@ def test_what_is_no_public_ed25519_key_is_refused_and_no_secret_is_told_again():
     for text in (private, line):
         with pytest.raises(InvalidInput, match="is a private key"):
             read_public_key(text)
+
+
+# by the neutral point B = 0 and S = 0 everything is signed; the others are of order 2, 4 and 8, or other encodings
+NEUTRAL = (1).to_bytes(32, "little")
+ORDER_8 = "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"
+ANYONES = [
+    NEUTRAL.hex(),
+    "01" + "00" * 30 + "80",
+    "00" * 32,
+    "ec" + "ff" * 30 + "7f",
+    "ed" + "ff" * 30 + "7f",
+    "ee" + "ff" * 30 + "ff",
+    ORDER_8,
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa",
+]
+
+
+@pytest.mark.parametrize("raw", ANYONES)
+def test_a_key_by_which_anyone_can_sign_is_none(raw: str):
+    key = PublicKey(base64.b64decode(RFC_KEY)[:12] + bytes.fromhex(raw))
+    sig = Seal(base64.b64encode(NEUTRAL + bytes(32)).decode())
+
+    forged = [
+        not fault(key, Envelope(base64.b64encode(body).decode(), PAYLOAD_TYPE, (sig,)), SAID)
+        for body in (canonical_json(SAID) + b" " * more for more in range(256))
+    ]
+
+    assert any(forged)  # nobody had a private key
+    with pytest.raises(InvalidInput, match="is a key by which anyone can sign"):
+        read_public_key(str(key))
 
 
 GOOD = Envelope("e30=", "t", (Seal("c2ln"),))
