@@ -496,9 +496,10 @@ class SqlLedger(JobRows, WorkerRows, FeedRows):
         with self._db.read() as connection:
             ((last,),) = rows(connection, LAST)
             # a recall and a new version are events: between two of them, what a recall hits is the same
-            if self._recalls is None or self._recalls[0] != last:
-                self._recalls = last, recalled(connection)
-            return self._recalls[1]
+            kept = self._recalls  # once: another thread, whose snapshot is older, may put its own here
+            if kept is None or kept[0] != last:
+                kept = self._recalls = last, recalled(connection)
+            return kept[1]
 
     def trained_on(self, dataset: str) -> list[str]:
         query = select(version.c.id).where(version.c.dataset == dataset).order_by(version.c.id)
