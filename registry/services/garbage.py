@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -113,13 +114,14 @@ def _stages(root: Path, *, dry_run: bool) -> Iterator[Garbage]:
 def _locks(root: Path, *, dry_run: bool) -> Iterator[Garbage]:
     """Files of locks whose holder was killed; who waits for one that is deleted makes it again."""
     for path in sorted(root.glob(f"{'[0-9a-f]' * 32}.lock")):
-        with locked_if_free(path, make=False) as lock:
+        # another user's is his to clear away
+        with suppress(PermissionError), locked_if_free(path, make=False) as lock:
             if lock is None:
                 continue
             size = _size(path)
             if not dry_run:
                 lock.delete()
-        yield Garbage("lock", str(path), size, "its process is gone")
+            yield Garbage("lock", str(path), size, "its process is gone")
 
 
 def _job_files(ledger: Ledger, home: Path, *, before: float, dry_run: bool) -> Iterator[Garbage]:

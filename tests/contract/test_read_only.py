@@ -17,6 +17,7 @@ from adapterctl.registry.domain.job import NewJob
 from adapterctl.registry.domain.version import AdapterVersion
 from adapterctl.registry.ports import Ledger
 from adapterctl.registry.services.doctor import check_in_place
+from adapterctl.registry.services.garbage import _locks
 from adapterctl.registry.settings import load_settings
 from adapterctl.registry.stores.sql.engine import Database, sqlite_url
 from adapterctl.registry.stores.sql.ledger import SqlLedger
@@ -97,6 +98,20 @@ def test_a_home_that_is_closed_to_us_is_said_to_be(home: Path):
             SqlLedger(Database(sqlite_url(home / "closed"))).versions()
 
     assert as_somebody_else(reads) == ""
+
+
+def test_the_lock_files_of_another_user_are_left_to_him(shared: Path):
+    shared.chmod(0o777)
+    his, own = (shared / f"{digit * 32}.lock" for digit in "ab")
+    for file, mode in ((his, 0o644), (own, 0o666)):
+        file.touch()
+        file.chmod(mode)
+
+    def frees() -> None:
+        assert [each.name for each in _locks(shared, dry_run=False)] == [str(own)]
+
+    assert as_somebody_else(frees) == ""
+    assert list(shared.iterdir()) == [his]
 
 
 def test_a_copy_whose_first_home_is_closed_to_us_is_refused_in_words(shared: Path):
