@@ -54,7 +54,7 @@ def ls(
     Example: adapterctl jobs ls --state live -q | xargs adapterctl jobs wait
     """
     # all of those: whoever waits for them, or cancels them, means each
-    most = limit or (EVERY if state in ("live", "queued", "running") else SOME)
+    most = min(limit or (EVERY if state in ("live", "queued", "running") else SOME), EVERY)
     found = session.registry(readonly=True).jobs(state=state, kind=kind, limit=most)
     _list(session, found)
     if limit is None and len(found) == SOME:

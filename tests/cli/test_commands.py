@@ -1082,3 +1082,5 @@ def test_a_table_is_cut_where_nobody_says_how_long_it_may_be(
     assert len(run("ls", "large", "-o", "json").data) == 18
     assert [each["ref"] for each in run("ls", "large", "-o", "json", "--limit", "2").data] == ["large:v1", "large:v2"]
     assert run("ls", "--limit", "0", code=2).stdout == ""
+    for all_of_them in (run("ls", "--limit", "9" * 20), run("jobs", "ls", "--limit", "9" * 20)):
+        assert all_of_them.stderr == ""
