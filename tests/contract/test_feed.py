@@ -218,6 +218,7 @@ def test_a_registry_from_before_there_were_events_tells_what_it_has_kept(
     with ledger._db.write() as connection:
         for table in ("event", "event_counter", "signature"):
             connection.execute(text(f"DROP TABLE {table}"))
+        connection.execute(text("DROP INDEX ix_version_adapter_id_state_number"))
         if is_shared(url):
             for table in ("event", "signature"):
                 connection.execute(text(f"DROP FUNCTION {table}_is_append_only()"))
