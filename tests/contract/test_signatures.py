@@ -243,4 +243,19 @@ def test_an_envelope_or_a_key_that_is_changed_in_the_database_counts_no_more(
 
     assert "for it says version 'chat:v1'" in moved.reason
     assert OTHER in swapped.reason
-    assert history(ledger, "translate", verify=True).findings == ("the signature of row 1 is gone",)
+    assert history(ledger, "translate", verify=True).findings == ("a signature by the key of row 1 is gone",)
+
+
+def test_a_signature_that_is_gone_is_missed_though_its_key_signed_twice(
+    ledger: Ledger, add_version: AddVersion, unguarded: Callable[..., None]
+):
+    version = add_version()
+    keep(ledger, version)
+    ledger.rename_adapter(version.adapter_id, "traduce", actor="ada")
+    keep(ledger, ledger.version(version.id))
+    before = history(ledger, "traduce", verify=True).findings
+
+    unguarded("DELETE FROM signature WHERE id = (SELECT max(id) FROM signature)")
+
+    assert before == ()
+    assert history(ledger, "traduce", verify=True).findings == ("a signature by the key of row 3 is gone",)
