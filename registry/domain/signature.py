@@ -30,8 +30,8 @@ SIGNED_BY = "by the key "
 MAX_SIGNATURES = 64
 #: What is before the 32 bytes of an Ed25519 key in its SubjectPublicKeyInfo (RFC 8410): always the same.
 _SPKI = bytes.fromhex("302a300506032b6570032100")
-#: How the base64 of a private one begins (RFC 8410, PKCS #8).
-_PRIVATE = "MC4CAQAwBQYDK2Vw"
+#: How the base64 of a private one begins: PKCS #8 as RFC 8410 has it, without the public key and with it.
+_PRIVATE = ("MC4CAQAwBQYDK2Vw", "MFECAQEwBQYDK2Vw")
 #: The y of the points of small order, in every encoding that is read. By such a key anyone can sign anything.
 #: Source: Chalkias, Garillot, Nikolaenko 2020, https://eprint.iacr.org/2020/1244
 _P = 2**255 - 19
@@ -73,9 +73,9 @@ def read_public_key(text: str) -> PublicKey:
     except (binascii.Error, ValueError):  # ValueError for what is not ASCII
         der = b""
     if len(der) != len(_SPKI) + 32 or not der.startswith(_SPKI):
-        # nothing of what might be a secret is told again
+        # of what might be a secret no more is told again than tells which text it was
         private = "PRIVATE KEY" in text or body.startswith(_PRIVATE)
-        what = "a private key" if private else repr(text.strip()[:40])
+        what = "a private key" if private else repr(text.strip()[:12])
         hint = "openssl pkey -in my.key -pubout prints it; on one line it is what stands between BEGIN and END"
         raise InvalidInput(f"is {what}, expected a public Ed25519 key in PEM or base64", hint=hint)
     key = PublicKey(der)

@@ -81,7 +81,11 @@ def test_what_is_no_public_ed25519_key_is_refused_and_no_secret_is_told_again():
         with pytest.raises(InvalidInput, match="expected a public Ed25519 key in PEM or base64") as refused:
             read_public_key(text)
         assert line[20:] not in refused.value.message
-    for text in (private, line):
+    with pytest.raises(InvalidInput) as refused:
+        read_public_key(base64.b64encode(bytes(range(32))).decode())  # a bare seed
+    assert refused.value.message.startswith("is 'AAECAwQFBgcI', expected")
+    whole = base64.b64encode(bytes.fromhex("3051020101300506032b657004220420") + bytes(67)).decode()
+    for text in (private, line, whole):
         with pytest.raises(InvalidInput, match="is a private key"):
             read_public_key(text)
 
