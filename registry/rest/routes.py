@@ -626,6 +626,11 @@ def jobs(
 ) -> Response:
     """List jobs, the newest first."""
     before = _read_token(page_token, str)[0] if page_token else None
+    if before is not None:
+        try:
+            call.registry.job(before)
+        except NotFound as error:  # with it the list would end here, without a word
+            raise _bad_token() from error
     found = call.registry.jobs(state=state, kind=kind, limit=max_results + 1, before=before)
     return _reply(JobPage(*_page(found, lambda each: [each.id], max_results)))
 

@@ -391,6 +391,15 @@ def test_pages_follow_each_other_and_end(served: Any):
         served.registry.cancel(job)
 
 
+def test_the_page_token_of_another_list_ends_no_list_of_jobs(served: Any):
+    token = "WyJ0cmFuc2xhdGUiXQ=="  # ["translate"], as of a page of adapters
+
+    answer = served.client.get("/v1/jobs", params={"page_token": token}, headers=served.auth("read"))
+
+    assert answer.status_code == 400
+    assert answer.json()["detail"] == "page_token is not one of this list"
+
+
 @pytest.mark.parametrize("token", ["x", "e30=", "W10=", "WzFd", "WyJhIiwgInYiXQ==", "////"])
 def test_a_page_token_that_is_none_is_refused(served: Any, token: str):
     answer = served.client.get("/v1/versions", params={"page_token": token}, headers=served.auth("read"))
