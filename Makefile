@@ -43,8 +43,9 @@ up: $(RUN) ## serve the embedded registry and MLflow's pages on this machine (AD
 service: $(DEV) ## try the whole service on this machine: PostgreSQL, Redis, a server, workers; DIR=build/service PORT=5000
 	@exec env PYTHONPATH=tests/plugins $(BIN)/python deploy/service.py --folder "$(DIR)" --port $(PORT)
 
+# In the files' own order: xdist would keep those of few tests to the end, where the longest are, and one process would wait.
 test: $(DEV) ## run the tests on two processes; ARGS goes to pytest
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 golden: $(DEV) ## write the golden files anew; look at the diff before you commit it
 	$(BIN)/pytest --golden $(ARGS)

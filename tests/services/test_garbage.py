@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from registries import nobody_works
 
 from adapterctl.registry.api import GarbageView
 from adapterctl.registry.domain.errors import InvalidInput
@@ -19,7 +20,6 @@ from adapterctl.registry.services import garbage
 from adapterctl.registry.services.doubles import clear_doubles
 from adapterctl.registry.services.local import LocalRegistry
 from adapterctl.registry.services.staging import stage_folder
-from adapterctl.registry.stores.spawn_bell import only_one
 
 PATIENCE_S = 60.0
 MERGE = """
@@ -57,11 +57,6 @@ def killed(two_parents: LocalRegistry, tmp_path_factory: pytest.TempPathFactory)
         assert time.monotonic() < deadline, "the merge was not killed"
         time.sleep(0.05)
     return two_parents
-
-
-def nobody_works(home: Path) -> bool:
-    with only_one(home) as free:
-        return free
 
 
 def files(home: Path) -> dict[str, bytes]:
