@@ -67,7 +67,7 @@ def room_beside(target: Path) -> Iterator[Path]:
         check_new(target)
         if living:
             raise Conflict(f"another command is writing to {target}", hint="wait for it, or give another folder")
-        with own_folder(place.parent, prefix) as folder:
+        with _new_folder(place.parent, prefix) as folder:
             yield folder
     except OSError as error:
         raise Unavailable(
@@ -81,10 +81,16 @@ def own_folder(root: Path, prefix: str = "") -> Iterator[Path]:
 
     Raises `OSError` where it cannot be made. It is as open as any new folder.
     """
+    sweep(root, prefix)
+    with _new_folder(root, prefix) as folder:
+        yield folder
+
+
+@contextmanager
+def _new_folder(root: Path, prefix: str) -> Iterator[Path]:
     # no mkdtemp: the umask, for the mode of what comes out, is read by changing it, for all threads
     folder = root / f"{prefix}{uuid.uuid4().hex[:_DIGITS]}"
     root.mkdir(parents=True, exist_ok=True)
-    sweep(root, prefix)
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(_lock_path(folder)))
