@@ -147,7 +147,10 @@ class TooManyRequests(Unavailable):
     """`wait_s` is how long to wait before asking again."""
 
     code = "too_many_requests"
-    wait_s = 1.0
+
+    def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = (), wait_s: float = 1.0) -> None:
+        super().__init__(message, hint=hint, problems=problems)
+        self.wait_s = wait_s
 
 
 class JobFailed(AdapterctlError):

@@ -251,9 +251,7 @@ class _Unknown(NotAllowed):
 
 
 def _too_many(wait_s: float) -> TooManyRequests:
-    error = TooManyRequests("too many requests", hint=f"try again in {wait_s:.0f} s")
-    error.wait_s = wait_s
-    return error
+    return TooManyRequests("too many requests", hint=f"try again in {wait_s:.0f} s", wait_s=wait_s)
 
 
 class _Visit:

@@ -47,12 +47,11 @@ class Streams:
         own, all_ = self._open[token_id], self._open.total()
         if own >= self._per_token or all_ >= self._in_all:
             whose = f"of this token: {own}" if own >= self._per_token else f"in all: {all_}"
-            error = TooManyRequests(
+            raise TooManyRequests(
                 f"too many streams of events are open {whose}",
                 hint="close some, or ask for JSON now and then: without Accept: text/event-stream",
+                wait_s=WAIT_S,
             )
-            error.wait_s = WAIT_S
-            raise error
         self._open[token_id] += 1
         try:
             yield
