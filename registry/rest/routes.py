@@ -182,7 +182,7 @@ def adapters(call: Read, max_results: MaxResults = 100, page_token: PageToken = 
 @router.get("/adapters/{name}", response_model=AdapterView)
 def adapter(name: str, call: Read) -> Response:
     """One adapter, with its newest version and what serves its stages."""
-    return _reply(call.registry.adapter(check_name(name)))
+    return _reply(call.registry.adapter(name))
 
 
 @router.get("/adapters/{name}/versions", response_model=VersionPage)

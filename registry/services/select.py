@@ -34,15 +34,12 @@ def select(
     if name is not None:
         known_adapter(ledger, check_name(name))
     conditions = tuple(parse_condition(text) for text in metric)
-    wanted: set[str] | None = None
+    wanted: AbstractSet[str] | None = None
     if descends_from is not None:
         root = resolve(ledger, descends_from, removed=True).id
-        wanted = _both(wanted, ledger.descendants([root]).keys() - {root})
+        wanted = ledger.descendants([root]).keys() - {root}
     if trained_on is not None:
-        wanted = _both(wanted, ledger.descendants(ledger.trained_on(trained_on)).keys())
+        made_of = ledger.descendants(ledger.trained_on(trained_on)).keys()
+        wanted = made_of if wanted is None else wanted & made_of
     only = Selection(base=base, tags=tag or {}, stage=stage, dataset=dataset, metrics=conditions, ids=wanted)
     return ledger.versions(name, include_removed=removed, only=only, after=after, limit=limit)
-
-
-def _both(first: set[str] | None, second: AbstractSet[str]) -> set[str]:
-    return set(second) if first is None else first & second

@@ -25,8 +25,10 @@ def sign(ledger: Ledger, version: AdapterVersion, envelope: Envelope, key: str, 
             f"that is no signature of {version.label} by the key {public.id[:16]}: {wrong}",
             hint=f"adapterctl sign {version.label} --key FILE makes one of what is recorded now",
         )
-    before = [each for each, past in signed(ledger, version) if each.key == public and not past]
+    for before, past in signed(ledger, version):
+        if before.key == public and not past:
+            return signature_view(before, "")
     # whoever may make versions can fill the places of one with keys of no weight: those that have some find one
     asked_for = asks_for_key(ledger, version.name, public.id)
-    kept = before[0] if before else ledger.add_signature(version.id, public, envelope, actor=actor, asked_for=asked_for)
+    kept = ledger.add_signature(version.id, public, envelope, actor=actor, asked_for=asked_for)
     return signature_view(kept, "")

@@ -244,15 +244,15 @@ class SqlLedger(JobRows, WorkerRows, FeedRows):
             return _append_event(connection, adapter_id, "", "rename", actor=actor, reason=reason)
 
     def take_back_adapter(self, name: str, adapter_id: str) -> None:
+        taken = Refused(f"another adapter is called {name} here", hint="rename the model in MLflow")
         with self._db.write() as connection:
             try:
                 _free_name(connection, name)
                 insert_once(connection, insert(adapter).values(id=adapter_id, name=name, created_at=Now()))
             except IntegrityError as error:  # an event or a history of what has no version keeps its name
-                raise Refused(f"another adapter is called {name} here", hint="rename the model in MLflow") from error
-            known = connection.execute(select(adapter.c.id).where(adapter.c.name == name)).scalar_one_or_none()
-            if known != adapter_id:
-                raise Refused(f"another adapter is called {name} here", hint="rename the model in MLflow")
+                raise taken from error
+            if connection.execute(_ADAPTER_ID, {"name": name}).scalar_one_or_none() != adapter_id:
+                raise taken
 
     def former_names(self) -> dict[str, str]:
         query = (
