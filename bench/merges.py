@@ -91,7 +91,6 @@ def _against_floor(room: Path, dtype: str) -> Figure:
 
 def _arithmetic(a: np.ndarray, b: np.ndarray, map_a: np.ndarray, map_b: np.ndarray, *, modules: int) -> None:
     """What BLAS and LAPACK have to do for one SVD from Gram matrices, so many times, in memory that is in the cache."""
-
     core = (a @ a.T).astype(np.float64)
 
     def decompose(_: int) -> None:

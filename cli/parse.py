@@ -12,6 +12,8 @@ import typer
 from ..registry.domain.errors import InvalidInput
 from ..registry.domain.refs import ParentRef, Ref, check_name, parse_parent, parse_ref
 
+#: More than there are of anything, and what a database takes for a number.
+EVERY = 2**31
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d|)")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([kmg])?(i)?b)?")

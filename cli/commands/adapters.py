@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 GROUP = "Adapters"
 #: How many lines a table has where nobody says.
 ROWS = 1000
-#: More than there are, and what a database takes for a number.
-EVERY = 2**31
 RefArgument = Annotated[str, typer.Argument(metavar="REF", help="A version.", autocompletion=complete_refs)]
 
 
@@ -175,7 +173,7 @@ def ls(
     registry = session.registry(readonly=True)
     # a table is read by a person, who wants no minute's worth of it; programs mean all
     most = ROWS if limit is None and session.out.format == "table" else None
-    asked_for = min(limit, EVERY) if limit is not None else None if most is None else most + 1
+    asked_for = most + 1 if most is not None else limit and min(limit, parse.EVERY)
     asked = (name, base, stage, descends_from, dataset, trained_on)
     if all(each is None for each in asked) and not (tag or metric or removed):
         adapters = registry.adapters(limit=asked_for)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ...registry.api import RegistryAPI
     from ...registry.domain.job import Job, JobEvent, LogPiece
 
-#: How many are listed where nobody says: of those that are not ended, and of others.
-EVERY, SOME = 2**31, 100
+#: How many are listed where nobody says: of those that may have ended.
+SOME = 100
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job.", autocompletion=complete_jobs)]
 JobIds = Annotated[list[str], typer.Argument(metavar="ID", help="Jobs.", autocompletion=complete_jobs)]
 
@@ -54,7 +54,7 @@ def ls(
     Example: adapterctl jobs ls --state live -q | xargs adapterctl jobs wait
     """
     # all of those: whoever waits for them, or cancels them, means each
-    most = min(limit or (EVERY if state in ("live", "queued", "running") else SOME), EVERY)
+    most = min(limit or (parse.EVERY if state in ("live", "queued", "running") else SOME), parse.EVERY)
     found = session.registry(readonly=True).jobs(state=state, kind=kind, limit=most)
     _list(session, found)
     if limit is None and len(found) == SOME:

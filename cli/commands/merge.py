@@ -250,10 +250,10 @@ def verify(
     session.out.data(found, text=lambda: views.verification_text(found, session.out), names=[found.ref])
     if signed is not None:
         session.out.say(f"signed by {printable(str(key))}")
-    if signed is not None and envelope is not None:
-        from ...registry.wire import to_json  # deferred: help writes no JSON
+        if envelope is not None:
+            from ...registry.wire import to_json  # deferred: help writes no JSON
 
-        write_new(envelope, to_json(signed) + "\n")
+            write_new(envelope, to_json(signed) + "\n")
     if found.files == "damaged" or found.recipe == "different":
         raise typer.Exit(1)
 
